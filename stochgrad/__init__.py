@@ -1,0 +1,34 @@
+"""Sampling and learning with stochastic gradients."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from stochgrad import gradients as gradients
+from stochgrad.core import Batches as Batches
+from stochgrad.core import DivergenceWarning as DivergenceWarning
+from stochgrad.core import Draws as Draws
+from stochgrad.core import Gradient as Gradient
+from stochgrad.core import GradientNoiseWarning as GradientNoiseWarning
+from stochgrad.core import InterruptWarning as InterruptWarning
+from stochgrad.core import Kernel as Kernel
+from stochgrad.core import Posterior as Posterior
+from stochgrad.core import posterior as posterior
+from stochgrad.core import sample as sample
+from stochgrad.sgmcmc import sghmc as sghmc
+from stochgrad.sgmcmc import sgld as sgld
+
+if TYPE_CHECKING:
+    from stochgrad import diagnostics as diagnostics
+    from stochgrad import numpyro as numpyro
+    from stochgrad.interop import from_numpyro as from_numpyro
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs numpyro or ArviZ on first use, so that importing stochgrad stays cheap."""
+    if name == "from_numpyro":
+        return import_module("stochgrad.interop").from_numpyro
+    if name in ("diagnostics", "numpyro"):
+        return import_module(f"stochgrad.{name}")
+    raise AttributeError(f"module 'stochgrad' has no attribute {name!r}")

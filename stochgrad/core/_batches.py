@@ -1,0 +1,182 @@
+"""Minibatches: the rows that an order visits, where they lie, and how they are weighted."""
+
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree, UInt32
+
+from stochgrad.core._checks import data_rows
+from stochgrad.core._noise import key_words
+from stochgrad.core._orders import ORDERS, permuted
+from stochgrad.core._protocols import Batches, PRNGKey
+from stochgrad.core._trees import Shared
+
+Order: TypeAlias = Literal["iid", "reshuffled", "symmetric", "full"]
+Layout: TypeAlias = Literal["blocks", "rows"]
+
+_PARTITION_SEED = 20130101
+
+
+class BatchState(NamedTuple):
+    """The state of a stream: its own key, and how many minibatches it has handed out."""
+
+    words: Shared  # of a UInt32[Array, "2"], optional: chains may hold one each
+    count: Shared  # of a UInt32[Array, ""]
+
+
+class Rows(NamedTuple):
+    """Which rows a minibatch holds.
+
+    Attributes:
+        block: Number of the block, or None where the rows do not lie side by side.
+        index: Numbers of the rows in the data as they came; padding repeats rows of weight zero.
+        weight: What each row counts for: the number of minibatches in an epoch, zero for padding.
+    """
+
+    block: Int[Array, ""] | None
+    index: Int[Array, " batch"]
+    weight: Float[Array, ""] | Float[Array, " batch"]
+
+
+class Batch(NamedTuple):
+    """Rows of the data and their weights."""
+
+    data: PyTree[Array]
+    weight: Float[Array, ""] | Float[Array, " batch"]
+
+
+class Partition(NamedTuple):
+    """A fixed random partition of ``range(size)`` into blocks of ``batch_size``.
+
+    Attributes:
+        order: Row numbers in the order of the blocks, padded at the end to whole blocks.
+        size: Number of rows.
+        batch_size: Rows of a block.
+    """
+
+    order: np.ndarray
+    size: int
+    batch_size: int
+
+    @classmethod
+    def random(cls, size: int, batch_size: int) -> "Partition":
+        """Split ``range(size)`` at random, the same way each time."""
+        order = np.random.default_rng(_PARTITION_SEED).permutation(size).astype(np.int32)
+        return cls(np.resize(order, -(-size // batch_size) * batch_size), size, batch_size)
+
+    def lay_out(self, leaf: Any, axis: int = 0) -> Array:
+        """A copy of an array in which every block is a contiguous slice along ``axis``."""
+        with jax.ensure_compile_time_eval():
+            if isinstance(leaf, jax.Array):
+                return jnp.take(leaf, self.order, axis=axis)
+            return jnp.asarray(np.take(np.asarray(leaf), self.order, axis=axis))
+
+    def fetch(self, laid_out: Array, block: Int[Array, ""], axis: int = 0) -> Array:
+        """One block of an array that ``lay_out`` made."""
+        return lax.dynamic_slice_in_dim(laid_out, block * self.batch_size, self.batch_size, axis)
+
+
+def row_batches(
+    size: int, batch_size: int, order: Order = "reshuffled", layout: Layout = "blocks"
+) -> tuple[Batches, Partition | None]:
+    """A stream of ``Rows``, and the partition that its blocks refer to."""
+    check_order(order, layout)
+    full = Rows(None, np.arange(size, dtype=np.int32), np.float32(1))
+    if order == "full" or batch_size == size:
+        batches = Batches(lambda key: None, lambda state: (full, state), full, size, size)
+        return batches, None
+    partition = Partition.random(size, batch_size) if layout == "blocks" else None
+    advance = partial(_next_rows, ORDERS[order], size, batch_size, partition)
+    return Batches(_init, advance, full, size, batch_size, order), partition
+
+
+def data_batches(
+    data: PyTree, batch_size: int | None, order: Order = "reshuffled", layout: Layout = "blocks"
+) -> Batches:
+    """A stream of ``Batch`` over a pytree of arrays with one leading axis.
+
+    Raises:
+        ValueError: the leaves have no common leading axis, hold NaN or infinity, or are none; the
+            batch size is missing, below 1 or above the number of rows; the order or the layout is
+            unknown.
+    """
+    size = data_rows(data)
+    check_order(order, layout)
+    batch_size = check_batch_size(batch_size, size, order)
+    rows, partition = row_batches(size, batch_size, order, layout)
+    with jax.ensure_compile_time_eval():
+        full = Batch(jax.tree.map(jnp.asarray, data), jnp.float32(1))
+    if rows.batch_size == size:
+        return rows._replace(next=lambda state: (full, state), full=full)
+    if partition is not None:
+        data = jax.tree.map(partition.lay_out, full.data)
+        with jax.ensure_compile_time_eval():
+            weight = (np.arange(len(partition.order)) < size).astype(np.float32)
+            full = Batch(data, jnp.asarray(weight) if len(weight) > size else jnp.float32(1))
+
+        def fetch(leaf, rows):
+            return partition.fetch(leaf, rows.block)
+    else:
+        data = full.data
+
+        def fetch(leaf, rows):
+            return leaf.at[rows.index].get(mode="promise_in_bounds")
+
+    def next_batch(state):
+        chosen, state = rows.next(state)
+        return Batch(jax.tree.map(lambda leaf: fetch(leaf, chosen), data), chosen.weight), state
+
+    return rows._replace(next=next_batch, full=full)
+
+
+def check_order(order: str, layout: str = "blocks") -> None:
+    """Raise a ValueError unless the order and the layout are known."""
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {list(get_args(Order))}, got {order!r}.")
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout must be one of {list(get_args(Layout))}, got {layout!r}.")
+
+
+def check_batch_size(batch_size: int | None, size: int, order: str) -> int:
+    """The batch size as an int between 1 and the number of rows, or a ValueError."""
+    if order == "full":
+        if batch_size not in (None, size):
+            raise ValueError(
+                f"order='full' uses all {size} rows at every step: leave batch_size out "
+                f"or set it to {size}, got {batch_size}."
+            )
+        return size
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
+        raise ValueError(f"batch_size must be an integer from 1 to {size}, got {batch_size!r}.")
+    if not 1 <= batch_size <= size:
+        raise ValueError(
+            f"batch_size must be from 1 to the number of rows, {size}, got {batch_size}."
+        )
+    return int(batch_size)
+
+
+def _init(key: PRNGKey) -> BatchState:
+    return BatchState(Shared(key_words(key), optional=True), Shared(jnp.zeros((), jnp.uint32)))
+
+
+def _next_rows(order, size, batch_size, partition, state: BatchState) -> tuple[Rows, BatchState]:
+    words: UInt32[Array, "2"] = state.words.value
+    count: UInt32[Array, ""] = state.count.value
+    num_batches = -(-size // batch_size)
+    visit = order(count, num_batches)
+    block = permuted(words, visit.permutation, visit.slot, num_batches)
+    place = block * batch_size + lax.iota(np.int32, batch_size)
+    if partition is not None:
+        index = partition.fetch(partition.order, block)
+    else:
+        inside = jnp.minimum(place, size - 1)
+        index = permuted(words, visit.permutation, inside, size, stream=1)
+    weight = jnp.float32(num_batches)
+    if size % batch_size:
+        weight = jnp.where(place < size, weight, jnp.float32(0))
+    following = state._replace(count=Shared(count + np.uint32(1)))
+    return Rows(None if partition is None else block, index, weight), following

@@ -1,0 +1,79 @@
+"""A posterior from two plain JAX functions and the data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from stochgrad.core._batches import Batch, Layout, Order, data_batches
+from stochgrad.core._protocols import Position, Posterior
+
+
+def posterior(
+    log_prior: Callable[[Position], Scalar],
+    log_likelihood: Callable[[Position, Any], Float[Array, " batch"]],
+    data: PyTree,
+    *,
+    batch_size: int | None = None,
+    order: Order = "reshuffled",
+    layout: Layout = "blocks",
+) -> Posterior:
+    r"""A posterior density and a stream of minibatches of its data.
+
+    $$\log \pi(\theta) = \log p(\theta) + \sum_{i=1}^N \log p(x_i \mid \theta), \qquad
+      \log\hat\pi(\theta) = \log p(\theta) + K \sum_{i \in b} \log p(x_i \mid \theta),$$
+
+    where $b$ is one of the $K = \lceil N/B \rceil$ minibatches of an epoch. The estimate is
+    unbiased at every step, and its average over an epoch is exact, a partial last minibatch
+    included.
+
+    Args:
+        log_prior: ``position -> scalar``, the log density of the prior, up to a constant.
+        log_likelihood: ``(position, batch) -> (rows,)``, one value per row of the batch, which has
+            the structure of ``data``.
+        data: Any pytree of arrays with one leading axis of N rows. It is copied to the device.
+        batch_size: Rows of a minibatch, B; may be left out for ``order="full"``.
+        order: ``"reshuffled"`` (each minibatch once an epoch, in a new random order), ``"symmetric"``
+            (a sweep in random order and the same sweep backwards), ``"iid"`` (a fresh draw each
+            step) or ``"full"`` (all rows at every step).
+        layout: ``"blocks"`` partitions the rows at random once and lays them out so that a
+            minibatch is a contiguous slice; ``"rows"`` makes a fresh partition each epoch and
+            gathers row by row, several times slower for a small model on CPU.
+
+    Raises:
+        ValueError: the data have no rows, differ in their leading axes or are not finite; the batch
+            size does not fit them; the order or layout is unknown. On first use: ``log_prior`` does
+            not return a scalar or ``log_likelihood`` not one value per row.
+
+    Example:
+        >>> import jax.numpy as jnp, stochgrad
+        >>> x = jnp.linspace(-1.0, 1.0, 100)
+        >>> target = stochgrad.posterior(
+        ...     lambda mean: -0.5 * mean**2,
+        ...     lambda mean, batch: -0.5 * (batch - mean) ** 2,
+        ...     x,
+        ...     batch_size=10,
+        ... )
+        >>> float(target.log_density(jnp.float32(0.0), target.batches.full).round(2))
+        -17.0
+    """
+    for name, function in (("log_prior", log_prior), ("log_likelihood", log_likelihood)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {function!r}.")
+
+    def log_density(position: Position, batch: Batch) -> Scalar:
+        prior = jnp.asarray(log_prior(position))
+        values = jnp.asarray(log_likelihood(position, batch.data))
+        rows = jax.tree.leaves(batch.data)[0].shape[0]
+        if prior.shape != ():
+            raise ValueError(f"log_prior must return a scalar, got shape {prior.shape}.")
+        if values.shape != (rows,):
+            raise ValueError(
+                f"log_likelihood must return one value per row, shape ({rows},), "
+                f"got shape {values.shape}."
+            )
+        return prior + jnp.sum(batch.weight.astype(values.dtype) * values)
+
+    return Posterior(log_density, data_batches(data, batch_size, order, layout))

@@ -1,0 +1,106 @@
+"""The protocols every method is written against: a stochastic gradient, driven by a dynamics."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from jaxtyping import Array, Float, Key, PyTree, Scalar
+
+Position: TypeAlias = PyTree[Float[Array, "..."]]
+"""What is sampled: any pytree of floating-point arrays."""
+
+PRNGKey: TypeAlias = Key[Array, ""]
+"""A typed PRNG key, as ``jax.random.key`` makes it."""
+
+Score: TypeAlias = Callable[[Position], tuple[Scalar, Position]]
+"""``score(position) -> (value, gradient)``: an estimate of a log density and of its gradient."""
+
+
+class Gradient(NamedTuple):
+    r"""A stochastic estimate of a gradient, as a pair of pure functions.
+
+    ``next`` draws whatever is random once (a minibatch, say) and returns a function, so that an
+    integrator with several stages evaluates one and the same estimate at several positions:
+
+    $$\hat g(\theta) \approx \nabla \log \pi(\theta).$$
+
+    Attributes:
+        init: ``(key, position) -> gradient_state``.
+        next: ``(key, position, gradient_state) -> (score, gradient_state)``, where
+            ``score(position) -> (value, gradient)`` and ``gradient`` has the position's structure
+            and points uphill.
+    """
+
+    init: Callable[[PRNGKey, Position], Any]
+    next: Callable[[PRNGKey, Position, Any], tuple[Score, Any]]
+
+
+class Batches(NamedTuple):
+    """A stream of minibatches in some order.
+
+    A stream draws from a key of its own, kept in its state, and never from a chain's: the n-th
+    minibatch is a function of that key and n alone, so that chains may share a stream and a run
+    may resume one.
+
+    Attributes:
+        init: ``key -> batch_state``.
+        next: ``batch_state -> (batch, batch_state)``.
+        full: The batch that holds the whole data, each row with weight one.
+        size: Number of rows of the data, N.
+        batch_size: Rows of one minibatch, B.
+        order: Name of the order.
+    """
+
+    init: Callable[[PRNGKey], Any]
+    next: Callable[[Any], tuple[Any, Any]]
+    full: Any
+    size: int
+    batch_size: int
+    order: str = "full"
+
+
+class Posterior(NamedTuple):
+    """What a numpyro model or a plain density becomes.
+
+    Attributes:
+        log_density: ``(position, batch) -> scalar``, the unnormalised log density in unconstrained
+            space, unbiased for the full data over the batches.
+        batches: The stream of minibatches.
+        initial: ``key -> position``, or None where only the user knows one.
+        constrain: ``position -> dict`` of named arrays in the model's own space, or None where the
+            position is what the user wants to see.
+        dims: Names of the dimensions of the arrays that ``constrain`` returns.
+        coords: Coordinates along those dimensions.
+    """
+
+    log_density: Callable[[Position, Any], Scalar]
+    batches: Batches
+    initial: Callable[[PRNGKey], Position] | None = None
+    constrain: Callable[[Position], dict[str, Array]] | None = None
+    dims: Mapping[str, tuple[str, ...]] = {}
+    coords: Mapping[str, Any] = {}
+
+
+class Kernel(NamedTuple):
+    """A Markov kernel: what ``blackjax.base.SamplingAlgorithm`` is, with a note for the results.
+
+    Any object with these ``init`` and ``step`` runs in ``stochgrad.sample``, every blackjax kernel
+    among them, and a ``Kernel`` runs wherever blackjax's own algorithms do.
+
+    Attributes:
+        init: ``(position, rng_key) -> state``; a state has a field ``position``.
+        step: ``(rng_key, state) -> (state, info)``.
+        method: Name of the method.
+        settings: Its hyper-parameters as ``(name, value)`` pairs.
+        posterior: The posterior that it samples, if it knows one; gives starting points, names and
+            constraints to the results.
+    """
+
+    init: Callable[[Position, PRNGKey], Any]
+    step: Callable[[PRNGKey, Any], tuple[Any, Any]]
+    method: str = "kernel"
+    settings: tuple[tuple[str, Any], ...] = ()
+    posterior: Posterior | None = None
+
+
+Target: TypeAlias = Posterior | Gradient
+"""What a kernel factory takes: a posterior, which has a default gradient, or a gradient."""

@@ -1,0 +1,83 @@
+"""Small helpers on pytrees, and the mark for what chains have in common."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree, Scalar
+
+
+@jax.tree_util.register_pytree_node_class
+class Shared:
+    """Marks a part of a kernel's state that all chains have in common.
+
+    The loop gives one copy of it to every chain and never batches it, so that what is computed
+    from it alone is computed once: a shared minibatch turns the gradients of many chains into one
+    matrix product. It must advance by itself, never by anything that belongs to a chain.
+
+    Args:
+        value: Any pytree.
+        optional: Whether chains may also hold one each; then ``sample(..., share_batches=)`` says.
+    """
+
+    def __init__(self, value: Any, optional: bool = False):
+        self.value = value
+        self.optional = optional
+
+    def tree_flatten(self):
+        return (self.value,), self.optional
+
+    @classmethod
+    def tree_unflatten(cls, optional, children):
+        return cls(children[0], optional)
+
+    def __repr__(self) -> str:
+        return f"Shared({self.value!r}, optional={self.optional})"
+
+
+def is_shared(node: Any) -> bool:
+    return isinstance(node, Shared)
+
+
+def shared_axes(state: PyTree, share_optional: bool) -> PyTree:
+    """The ``in_axes`` of a state: None at what is shared, 0 elsewhere."""
+
+    def axis(node):
+        return None if is_shared(node) and (share_optional or not node.optional) else 0
+
+    return jax.tree.map(axis, state, is_leaf=is_shared)
+
+
+def share_first(state: PyTree, share_optional: bool) -> PyTree:
+    """Keep the first chain's copy of what is shared in a state that has a leading chain axis."""
+
+    def keep(node):
+        if is_shared(node) and (share_optional or not node.optional):
+            return jax.tree.map(lambda leaf: leaf[0], node)
+        return node
+
+    return jax.tree.map(keep, state, is_leaf=is_shared)
+
+
+def tree_size(tree: PyTree) -> int:
+    """Number of scalars in a tree."""
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def tree_dot(a: PyTree, b: PyTree) -> Scalar:
+    """Inner product of two trees of one structure."""
+    parts = jax.tree.leaves(jax.tree.map(lambda x, y: jnp.vdot(x, y), a, b))
+    return jax.tree.reduce(jnp.add, parts)
+
+
+def tree_squared_distance(a: PyTree, b: PyTree) -> Scalar:
+    """Squared Euclidean distance of two trees of one structure."""
+    difference = jax.tree.map(jnp.subtract, a, b)
+    return tree_dot(difference, difference)
+
+
+def tree_isfinite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number in a tree is finite."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jax.tree.reduce(jnp.logical_and, finite)

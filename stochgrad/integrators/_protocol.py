@@ -1,0 +1,49 @@
+"""What an integrator of underdamped Langevin dynamics is given, and what it gives back."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Scalar
+
+from stochgrad.core import Position, Score
+
+
+class Coefficients(NamedTuple):
+    r"""The coefficients of $dq = M^{-1}p\,dt$, $dp = \nabla\log\pi\,dt - CM^{-1}p\,dt + \sqrt{2CT}\,dW$.
+
+    Attributes:
+        step_size: h, as time in the SDE.
+        friction: C.
+        noise_scale: Standard deviation of the noise injected in one step, $\sqrt{2(CT - \hat B)h}$.
+        velocity: $p \mapsto M^{-1}p$.
+    """
+
+    step_size: Scalar | float
+    friction: float
+    noise_scale: Scalar
+    velocity: Callable[[Position], Position]
+
+
+class Stage(NamedTuple):
+    """Where a step ends, and the last estimate of log density and gradient on its way."""
+
+    position: Position
+    momentum: Position
+    value: Scalar
+    gradient: Position
+
+
+Integrator: TypeAlias = Callable[
+    [Position, Position, Score, Callable[[int], Position], Coefficients], Stage
+]
+"""``(position, momentum, score, noise, coefficients) -> Stage``.
+
+``noise(i)`` is the i-th independent tree of unit-variance noise of the step.
+"""
+
+
+def axpy(a: Any, x: Position, y: Position) -> Position:
+    """``a x + y``, leaf by leaf, in the type of ``y``."""
+    return jax.tree.map(lambda x, y: jnp.asarray(a, y.dtype) * x + y, x, y)
