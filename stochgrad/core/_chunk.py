@@ -11,7 +11,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
-from stochgrad.core._trees import is_shared, share_first, shared_axes, tree_isfinite
+from stochgrad.core._chains import best_in_turn, over_chains
+from stochgrad.core._trees import is_shared, share_first, shared_axes, tree_isfinite, tree_probe
 
 _BUFFER_BYTES = 2**25
 _MOST_DRAWS = 1024
@@ -22,7 +23,8 @@ class Carry(NamedTuple):
 
     Attributes:
         state: The kernel's states, with a leading chain axis if there are several chains.
-        first_bad: Step at which each chain first left the finite numbers, -1 while it has not.
+        first_bad: Step at which each chain first left the finite numbers, -1 while it has not. A
+            few numbers of every leaf are looked at after each step, all of them after each draw.
     """
 
     state: PyTree
@@ -76,14 +78,21 @@ def build(
         states = share_first(states, share) if several else states
         return Carry(states, jnp.full(keys.shape, -1, jnp.int32))
 
-    advance = jax.vmap(step, in_axes=(0, axes), out_axes=(axes, 0)) if several else step
+    advance = step
+    if several:
+        in_turn = mesh is None and best_in_turn(step, axes, key, state)
+        advance = over_chains(step, axes, in_turn)
     keep = jax.vmap(collect, in_axes=(axes,)) if several else collect
+    def some_finite(position):
+        return tree_isfinite(tree_probe(position))
+
+    probe = jax.vmap(some_finite) if several else some_finite
     healthy = jax.vmap(tree_isfinite) if several else tree_isfinite
     keys_of_draw = jax.vmap(_draw_keys, in_axes=(0, None, None)) if several else _draw_keys
 
-    def checked_step(carry, key, number):
+    def checked_step(carry, key, number, check):
         state, info = advance(key, carry.state)
-        bad = (carry.first_bad < 0) & ~healthy(state.position)
+        bad = (carry.first_bad < 0) & ~check(state.position)
         return Carry(state, jnp.where(bad, number, carry.first_bad)), info
 
     def one_draw(carry, keys, index):
@@ -93,11 +102,11 @@ def build(
         first = index * thin
         if thin > 1:
             carry, _ = lax.scan(
-                lambda carry, x: (checked_step(carry, x[0], first + x[1])[0], None),
+                lambda carry, x: (checked_step(carry, x[0], first + x[1], probe)[0], None),
                 carry,
                 (step_keys[:-1], lax.iota(np.int32, thin - 1)),
             )
-        carry, info = checked_step(carry, step_keys[-1], first + (thin - 1))
+        carry, info = checked_step(carry, step_keys[-1], first + (thin - 1), healthy)
         return carry, (keep(carry.state), scalars(info, keys.shape))
 
     shapes = jax.eval_shape(

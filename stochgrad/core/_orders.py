@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, UInt32
 
-from stochgrad.core._noise import threefry
+from stochgrad.core._noise import mix, threefry
 
 _ROUNDS = 8
 
@@ -75,8 +75,8 @@ def permuted(
     def once(x):
         left, right = x // np.uint32(columns), x % np.uint32(columns)
         for r in range(_ROUNDS):
-            left = _add_modulo(left, _mix(right ^ left_keys[r]), rows)
-            right = _add_modulo(right, _mix(left ^ right_keys[r]), columns)
+            left = _add_modulo(left, mix(right ^ left_keys[r]), rows)
+            right = _add_modulo(right, mix(left ^ right_keys[r]), columns)
         return left * np.uint32(columns) + right
 
     x = once(index.astype(np.uint32))
@@ -87,13 +87,6 @@ def permuted(
             x,
         )
     return x.astype(jnp.int32)
-
-
-def _mix(x: Array) -> Array:
-    """A 32-bit integer hash (the 'lowbias32' constants of C. Wellons)."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
 
 
 def _add_modulo(digit: Array, word: Array, base: int) -> Array:

@@ -81,3 +81,8 @@ def tree_isfinite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number in a tree is finite."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jax.tree.reduce(jnp.logical_and, finite)
+
+
+def tree_probe(tree: PyTree, size: int = 64) -> PyTree:
+    """The first few numbers of every leaf."""
+    return jax.tree.map(lambda leaf: jnp.ravel(leaf)[:size], tree)

@@ -1,0 +1,81 @@
+"""How a step for one chain becomes a step for many."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import PyTree
+
+from stochgrad.core._trees import is_shared
+
+_CACHE_BYTES = 2**15
+_MANY = 8
+
+
+def over_chains(step: Callable, axes: PyTree, in_turn: bool) -> Callable:
+    """``(keys, states) -> (states, infos)``, with what is shared held once.
+
+    Args:
+        step: ``(key, state) -> (state, info)`` of one chain.
+        axes: 0 for the parts of the state that have a chain axis, None for those that are shared.
+        in_turn: Take the chains one after another (``lax.map``), not all at once (``vmap``).
+    """
+    if not in_turn:
+        return jax.vmap(step, in_axes=(0, axes), out_axes=(axes, 0))
+    is_own = [axis == 0 for axis in _leaves(axes)]
+
+    def split(state):
+        parts = jax.tree.flatten(state, is_leaf=is_shared)[0]
+        return (
+            [part for part, own in zip(parts, is_own, strict=True) if own],
+            [part for part, own in zip(parts, is_own, strict=True) if not own],
+        )
+
+    def join(structure, own, shared):
+        own, shared = iter(own), iter(shared)
+        return jax.tree.unflatten(structure, [next(own if flag else shared) for flag in is_own])
+
+    def advance(keys, state):
+        structure = jax.tree.structure(state, is_leaf=is_shared)
+        own, shared = split(state)
+
+        def one(x):
+            key, own = x
+            state, info = step(key, join(structure, own, shared))
+            return *split(state), info
+
+        own, following, info = lax.map(one, (keys, own))
+        following = jax.tree.map(lambda copies: copies[0], following)
+        return join(structure, own, following), info
+
+    return advance
+
+
+def best_in_turn(step: Callable, axes: PyTree, key: Any, state: Any) -> bool:
+    """Whether chains that hold minibatches of their own run faster one after another.
+
+    On a CPU they do where reading the minibatch is the cost of a step: where the largest array of
+    a single chain's step fills the first-level cache and is many times larger than its state. All
+    at once, the chains would stream all their minibatches through memory for every operation (1.7
+    times slower, measured with 16 chains of a logistic regression on 500 x 50 minibatches).
+    """
+    parts = jax.tree.leaves(state, is_leaf=is_shared)
+    own_stream = any(
+        is_shared(part) and axis == 0 for part, axis in zip(parts, _leaves(axes), strict=True)
+    )
+    if not own_stream or jax.default_backend() != "cpu":
+        return False
+    jaxpr = jax.make_jaxpr(step)(key, state)
+    largest = max(
+        math.prod(out.aval.shape) * getattr(out.aval.dtype, "itemsize", 8)
+        for equation in jaxpr.jaxpr.eqns
+        for out in equation.outvars
+    )
+    own_size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return largest >= max(_CACHE_BYTES, _MANY * own_size)
+
+
+def _leaves(axes: PyTree) -> list[int | None]:
+    return jax.tree.leaves(axes, is_leaf=lambda axis: axis is None)
