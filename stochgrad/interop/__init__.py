@@ -1,0 +1,5 @@
+"""Bridges to other libraries, each imported on first use."""
+
+from stochgrad.interop._numpyro_kernels import SGHMC as SGHMC
+from stochgrad.interop._numpyro_kernels import SGLD as SGLD
+from stochgrad.interop._numpyro_model import from_numpyro as from_numpyro

@@ -1,0 +1,312 @@
+"""A numpyro model as a posterior with minibatches."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.infer.util import constrain_fn, potential_energy
+
+from stochgrad.core import (
+    Batches,
+    Layout,
+    Order,
+    Partition,
+    Posterior,
+    Rows,
+    check_batch_size,
+    check_finite,
+    check_order,
+    row_batches,
+)
+from stochgrad.interop._numpyro_handler import LaidOut, give_rows
+
+_RADIUS = 2.0
+
+
+def from_numpyro(
+    model: Callable,
+    *args: Any,
+    batch_size: int | Mapping[str, int] | None = None,
+    order: Order = "reshuffled",
+    layout: Layout = "blocks",
+    **kwargs: Any,
+) -> Posterior:
+    r"""A numpyro model with a subsampled plate as a posterior with minibatches.
+
+    The position is a dict of the latent sites in unconstrained space; the log density includes the
+    Jacobians of the transforms $\theta = T(z)$ and is unbiased over the minibatches:
+
+    $$\log\hat\pi(z) = \log p(T(z)) + \log\left|\det \partial T / \partial z\right|
+      + \frac{N}{B}\sum_{i\in b} \log p(x_i \mid T(z)).$$
+
+    The plate is told its indices at each step and never draws them. Data that the model reads with
+    ``numpyro.subsample`` are laid out so that a minibatch is a contiguous slice; a model that
+    indexes its data by hand, ``x[idx]``, works as well, at the price of a gather. Several
+    subsampled plates, nested or not, have independent streams of minibatches, each unbiased.
+
+    Starting points are uniform on (-2, 2) in unconstrained space. Deterministic sites are part of
+    the results, but for those inside a subsampled plate, which have no full-data value.
+
+    Args:
+        model: A numpyro model.
+        *args: Its arguments, with the whole data.
+        batch_size: Rows of a minibatch; by default the plate's own ``subsample_size``. For several
+            subsampled plates, a dict by plate name.
+        order: As in ``stochgrad.posterior``.
+        layout: As in ``stochgrad.posterior``.
+        **kwargs: The model's keyword arguments, with the whole data.
+
+    Raises:
+        ValueError: no plate is subsampled (and ``batch_size`` is not the whole data); a latent site
+            is discrete, or lies inside a subsampled plate; the model's course depends on the value
+            of a latent site; the data hold NaN or infinity; the batch size does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist, stochgrad
+        >>> def model(x):
+        ...     mean = numpyro.sample("mean", dist.Normal(0.0, 10.0))
+        ...     with numpyro.plate("rows", len(x), subsample_size=10):
+        ...         numpyro.sample("x", dist.Normal(mean, 1.0), obs=numpyro.subsample(x, 0))
+        >>> target = stochgrad.from_numpyro(model, jnp.ones(100))
+        >>> target.batches.size, target.batches.batch_size
+        (100, 10)
+    """
+    check_order(order, layout)
+    _check_arguments(args, kwargs)
+    found = _inspect(model, args, kwargs)
+    sizes = _batch_sizes(found.plates, batch_size, order)
+    if batch_size is not None or order == "full":
+        found = _inspect(model, args, kwargs, sizes)  # sites as they are at this batch size
+    _check_sites(found, sizes)
+
+    streams, partitions = {}, {}
+    for name, rows in sizes.items():
+        streams[name], partition = row_batches(found.plates[name].size, rows, order, layout)
+        if partition is not None:
+            partitions[name] = partition
+    laid_out = LaidOut(partitions)
+    batches = _together(streams)
+
+    def log_density(position, batch):
+        given = give_rows(model, batch, laid_out)
+        return -potential_energy(given, args, kwargs, position)
+
+    def initial(key):
+        keys = jax.random.split(key, len(found.shapes))
+        return {
+            name: jax.random.uniform(k, shape, minval=-_RADIUS, maxval=_RADIUS)
+            for k, (name, shape) in zip(keys, found.shapes.items(), strict=True)
+        }
+
+    template = {
+        name: Rows(None, np.arange(stream.batch_size, dtype=np.int32), np.float32(1))
+        for name, stream in streams.items()
+    }
+
+    def constrain(position):
+        given = give_rows(model, template)
+        values = constrain_fn(given, args, kwargs, position, return_deterministic=True)
+        return {name: value for name, value in values.items() if name in found.dims}
+
+    _lay_out(log_density, initial, batches, partitions)
+    laid_out.open = False
+    return Posterior(log_density, batches, initial, constrain, dims=found.dims)
+
+
+class _Plate(NamedTuple):
+    size: int
+    subsample_size: int
+
+
+class _Model(NamedTuple):
+    """What one run of a model tells of it."""
+
+    plates: dict[str, _Plate]
+    sites: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]  # of the latent sites, unconstrained
+    dims: dict[str, tuple[str, ...]]  # of what is reported
+
+
+class _watch_plates(handlers.trace):
+    """Record the plates of a model, and give each of them its first rows."""
+
+    def __init__(self, fn: Callable, sizes: Mapping[str, int]):
+        self.plates: dict[str, _Plate] = {}
+        self.sizes = sizes
+        self.branches = False
+        super().__init__(fn)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "plate":
+            size, subsample_size = msg["args"]
+            self.plates[msg["name"]] = _Plate(size, subsample_size or size)
+            rows = self.sizes.get(msg["name"], subsample_size or size)
+            msg["value"] = jnp.arange(rows)
+            msg["args"] = (size, rows)
+        if msg["type"] == "control_flow" and "cond" in getattr(msg["fn"], "__name__", ""):
+            self.branches = True
+
+
+def _inspect(model: Callable, args, kwargs, sizes: Mapping[str, int] | None = None) -> _Model:
+    with jax.ensure_compile_time_eval():
+        watch = _watch_plates(handlers.seed(model, jax.random.key(0)), sizes or {})
+        sites = watch.get_trace(*args, **kwargs)
+    if watch.branches:
+        raise ValueError(
+            "the model uses numpyro's cond: stochastic control flow is not supported; write both "
+            "branches and choose with jnp.where."
+        )
+    latent = {name: site for name, site in sites.items() if _is_latent(site)}
+    discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
+    if discrete:
+        raise ValueError(
+            f"latent site {discrete[0]!r} is discrete, which a gradient cannot sample: "
+            "sum it out of the likelihood."
+        )
+    shapes = {
+        name: tuple(biject_to(site["fn"].support).inverse_shape(jnp.shape(site["value"])))
+        for name, site in latent.items()
+    }
+    subsampled = {name for name, plate in watch.plates.items() if _subsampled(plate)}
+    reported = {
+        name: site
+        for name, site in sites.items()
+        if name in latent or (site["type"] == "deterministic" and not _within(site, subsampled))
+    }
+    dims = {name: _site_dims(name, site) for name, site in reported.items()}
+    return _Model(watch.plates, sites, shapes, dims)
+
+
+def _is_latent(site: Any) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]
+
+
+def _subsampled(plate: _Plate) -> bool:
+    return plate.subsample_size < plate.size
+
+
+def _within(site: Any, plates: set[str]) -> set[str]:
+    return plates & {frame.name for frame in site["cond_indep_stack"]}
+
+
+def _batch_sizes(
+    plates: Mapping[str, _Plate], batch_size: int | Mapping[str, int] | None, order: str
+) -> dict[str, int]:
+    """How many rows of each subsampled plate a minibatch holds."""
+    subsampled = {name: plate for name, plate in plates.items() if _subsampled(plate)}
+    if not subsampled:
+        whole = {plate.size for plate in plates.values()}
+        if order == "full" or batch_size in whole:
+            return {}
+        raise ValueError(
+            "the model has no subsampled plate: give the plate that holds the data a "
+            "subsample_size and read the data with numpyro.subsample, or ask for the whole data "
+            "with order='full'."
+        )
+    if isinstance(batch_size, Mapping):
+        unknown = set(batch_size) - set(subsampled)
+        if unknown:
+            raise ValueError(
+                f"batch_size names {sorted(unknown)}, but the model's subsampled plates are "
+                f"{sorted(subsampled)}."
+            )
+        wanted = {name: batch_size.get(name) for name in subsampled}
+    elif batch_size is None:
+        wanted = dict.fromkeys(subsampled)
+    elif len(subsampled) > 1:
+        raise ValueError(
+            f"the model has the subsampled plates {sorted(subsampled)}: "
+            "give batch_size as a dict by plate name."
+        )
+    else:
+        wanted = dict.fromkeys(subsampled, batch_size)
+    return {
+        name: plate.size
+        if order == "full" and wanted[name] is None
+        else check_batch_size(
+            plate.subsample_size if wanted[name] is None else wanted[name], plate.size, order
+        )
+        for name, plate in subsampled.items()
+    }
+
+
+def _check_sites(found: _Model, sizes: Mapping[str, int]) -> None:
+    for name, site in found.sites.items():
+        inside = _within(site, set(sizes))
+        if _is_latent(site) and inside:
+            raise ValueError(
+                f"latent site {name!r} lies inside the subsampled plate {inside.pop()!r}: a "
+                "minibatch would leave most of it without data. Sum it out, or give the plate no "
+                "subsample_size."
+            )
+
+
+def _check_arguments(args: tuple, kwargs: dict[str, Any]) -> None:
+    named = {f"argument {i}": value for i, value in enumerate(args)}
+    named.update({f"argument {name!r}": value for name, value in kwargs.items()})
+    for name, value in named.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+            if isinstance(leaf, jax.Array | np.ndarray) and np.ndim(leaf) > 0:
+                check_finite(name + jax.tree_util.keystr(path), leaf)
+
+
+def _together(streams: Mapping[str, Batches]) -> Batches:
+    """Independent streams for several plates as one stream of dicts."""
+
+    def init(key):
+        return {
+            name: stream.init(jax.random.fold_in(key, i))
+            for i, (name, stream) in enumerate(streams.items())
+        }
+
+    def next(state):
+        following = {name: stream.next(state[name]) for name, stream in streams.items()}
+        batch = {name: rows for name, (rows, _) in following.items()}
+        return batch, {name: state for name, (_, state) in following.items()}
+
+    full = {name: stream.full for name, stream in streams.items()}
+    main = max(streams.values(), key=lambda stream: stream.size, default=None)
+    if main is None:
+        return Batches(init, next, full, 0, 0)
+    return main._replace(init=init, next=next, full=full)
+
+
+def _lay_out(
+    log_density: Callable, initial: Callable, batches: Batches, partitions: Mapping[str, Partition]
+) -> None:
+    """Run the model once without computing, which lays out what it subsamples and shows faults."""
+
+    def once(key):
+        batch, _ = batches.next(batches.init(key))
+        return log_density(initial(key), batch)
+
+    try:
+        jax.eval_shape(once, jax.eval_shape(lambda: jax.random.key(0)))
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            "the model's course depends on the value of a latent site or of a row (a Python if, "
+            "while or range over it): stochastic control flow is not supported; use jnp.where."
+        ) from error
+
+
+def _site_dims(name: str, site: Any) -> tuple[str, ...]:
+    """A name for each dimension of a site's value: its plates', then ``name_dim_i``."""
+    shape = jnp.shape(site["value"])
+    event_names = tuple(site.get("infer", {}).get("event_dims", ()))
+    event_dim = len(site["fn"].event_shape) if site["type"] == "sample" else 0
+    batch_ndim = len(shape) - event_dim
+    plates = {frame.dim: frame for frame in site["cond_indep_stack"]}
+    names = []
+    for i in range(len(shape)):
+        frame = plates.get(i - batch_ndim) if i < batch_ndim else None
+        if frame is not None and frame.size == shape[i]:
+            names.append(frame.name)
+        elif i >= batch_ndim and i - batch_ndim < len(event_names):
+            names.append(event_names[i - batch_ndim])
+        else:
+            names.append(f"{name}_dim_{i}")
+    return tuple(names)
