@@ -14,6 +14,9 @@ from stochgrad.core import Kernel as Kernel
 from stochgrad.core import Posterior as Posterior
 from stochgrad.core import posterior as posterior
 from stochgrad.core import sample as sample
+from stochgrad.gradients import control_variate as control_variate
+from stochgrad.kernels import ascend as ascend
+from stochgrad.sgmcmc import find_center as find_center
 from stochgrad.sgmcmc import sghmc as sghmc
 from stochgrad.sgmcmc import sgld as sgld
 

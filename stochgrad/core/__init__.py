@@ -35,7 +35,6 @@ from stochgrad.core._trees import share_first as share_first
 from stochgrad.core._trees import shared_axes as shared_axes
 from stochgrad.core._trees import tree_dot as tree_dot
 from stochgrad.core._trees import tree_size as tree_size
-from stochgrad.core._trees import tree_squared_distance as tree_squared_distance
 from stochgrad.core._warnings import DivergenceWarning as DivergenceWarning
 from stochgrad.core._warnings import GradientNoiseWarning as GradientNoiseWarning
 from stochgrad.core._warnings import InterruptWarning as InterruptWarning

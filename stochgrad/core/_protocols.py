@@ -15,25 +15,6 @@ Score: TypeAlias = Callable[[Position], tuple[Scalar, Position]]
 """``score(position) -> (value, gradient)``: an estimate of a log density and of its gradient."""
 
 
-class Gradient(NamedTuple):
-    r"""A stochastic estimate of a gradient, as a pair of pure functions.
-
-    ``next`` draws whatever is random once (a minibatch, say) and returns a function, so that an
-    integrator with several stages evaluates one and the same estimate at several positions:
-
-    $$\hat g(\theta) \approx \nabla \log \pi(\theta).$$
-
-    Attributes:
-        init: ``(key, position) -> gradient_state``.
-        next: ``(key, position, gradient_state) -> (score, gradient_state)``, where
-            ``score(position) -> (value, gradient)`` and ``gradient`` has the position's structure
-            and points uphill.
-    """
-
-    init: Callable[[PRNGKey, Position], Any]
-    next: Callable[[PRNGKey, Position, Any], tuple[Score, Any]]
-
-
 class Batches(NamedTuple):
     """A stream of minibatches in some order.
 
@@ -78,6 +59,28 @@ class Posterior(NamedTuple):
     constrain: Callable[[Position], dict[str, Array]] | None = None
     dims: Mapping[str, tuple[str, ...]] = {}
     coords: Mapping[str, Any] = {}
+
+
+class Gradient(NamedTuple):
+    r"""A stochastic estimate of a gradient, as a pair of pure functions.
+
+    ``next`` draws whatever is random once (a minibatch, say) and returns a function, so that an
+    integrator with several stages evaluates one and the same estimate at several positions:
+
+    $$\hat g(\theta) \approx \nabla \log \pi(\theta).$$
+
+    Attributes:
+        init: ``(key, position) -> gradient_state``.
+        next: ``(key, position, gradient_state) -> (score, gradient_state)``, where
+            ``score(position) -> (value, gradient)`` and ``gradient`` has the position's structure
+            and points uphill.
+        posterior: The posterior whose score it estimates, if there is one; gives starting points,
+            names and constraints to the results.
+    """
+
+    init: Callable[[PRNGKey, Position], Any]
+    next: Callable[[PRNGKey, Position, Any], tuple[Score, Any]]
+    posterior: Posterior | None = None
 
 
 class Kernel(NamedTuple):

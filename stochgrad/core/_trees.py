@@ -71,12 +71,6 @@ def tree_dot(a: PyTree, b: PyTree) -> Scalar:
     return jax.tree.reduce(jnp.add, parts)
 
 
-def tree_squared_distance(a: PyTree, b: PyTree) -> Scalar:
-    """Squared Euclidean distance of two trees of one structure."""
-    difference = jax.tree.map(jnp.subtract, a, b)
-    return tree_dot(difference, difference)
-
-
 def tree_isfinite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number in a tree is finite."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]

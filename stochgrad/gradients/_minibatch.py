@@ -38,15 +38,15 @@ def minibatch(posterior: Posterior) -> Gradient:
 
         return score, state
 
-    return Gradient(init, next)
+    return Gradient(init, next, posterior)
 
 
-def as_gradient(target: Target) -> tuple[Gradient, Posterior | None]:
-    """The gradient that drives a kernel, and the posterior behind it if it is known."""
+def as_gradient(target: Target) -> Gradient:
+    """The gradient that drives a kernel: a posterior's minibatch gradient, or the one given."""
     if isinstance(target, Posterior):
-        return minibatch(target), target
+        return minibatch(target)
     if isinstance(target, Gradient):
-        return target, None
+        return target
     raise TypeError(
         "target must be a Posterior (from stochgrad.posterior or stochgrad.from_numpyro) "
         f"or a Gradient, got {type(target).__name__}."

@@ -4,4 +4,5 @@ from stochgrad.integrators._protocol import Coefficients as Coefficients
 from stochgrad.integrators._protocol import Integrator as Integrator
 from stochgrad.integrators._protocol import Stage as Stage
 from stochgrad.integrators._protocol import axpy as axpy
+from stochgrad.integrators._protocol import scaled as scaled
 from stochgrad.integrators._table import INTEGRATORS as INTEGRATORS

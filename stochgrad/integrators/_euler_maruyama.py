@@ -1,6 +1,6 @@
 """The explicit Euler-Maruyama scheme for underdamped Langevin dynamics."""
 
-from stochgrad.integrators._protocol import Coefficients, Stage, axpy
+from stochgrad.integrators._protocol import Coefficients, Stage, axpy, scaled
 
 
 def euler_maruyama(position, momentum, score, noise, c: Coefficients) -> Stage:
@@ -17,6 +17,6 @@ def euler_maruyama(position, momentum, score, noise, c: Coefficients) -> Stage:
     value, gradient = score(position)
     position = axpy(c.step_size, velocity, position)
     momentum = axpy(c.step_size, gradient, momentum)
-    momentum = axpy(-c.step_size * c.friction, velocity, momentum)
-    momentum = axpy(c.noise_scale, noise(0), momentum)
+    momentum = axpy(-c.step_size, scaled(c.friction, velocity), momentum)
+    momentum = axpy(1, scaled(c.noise_scale, noise(0)), momentum)
     return Stage(position, momentum, value, gradient)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Scalar
+from jaxtyping import PyTree, Scalar
 
 from stochgrad.core import Position, Score
 
@@ -15,14 +15,15 @@ class Coefficients(NamedTuple):
 
     Attributes:
         step_size: h, as time in the SDE.
-        friction: C.
-        noise_scale: Standard deviation of the noise injected in one step, $\sqrt{2(CT - \hat B)h}$.
+        friction: C, a number or an array for each leaf of the position.
+        noise_scale: Standard deviation of the noise injected in one step, $\sqrt{2(CT - \hat B)h}$,
+            likewise.
         velocity: $p \mapsto M^{-1}p$.
     """
 
     step_size: Scalar | float
-    friction: float
-    noise_scale: Scalar
+    friction: PyTree
+    noise_scale: PyTree
     velocity: Callable[[Position], Position]
 
 
@@ -45,5 +46,10 @@ Integrator: TypeAlias = Callable[
 
 
 def axpy(a: Any, x: Position, y: Position) -> Position:
-    """``a x + y``, leaf by leaf, in the type of ``y``."""
+    """``a x + y`` with a number ``a``, leaf by leaf, in the type of ``y``."""
     return jax.tree.map(lambda x, y: jnp.asarray(a, y.dtype) * x + y, x, y)
+
+
+def scaled(a: PyTree, x: Position) -> Position:
+    """``a x`` with a number or an array for each leaf of ``x``, in the type of ``x``."""
+    return jax.tree.map(lambda a, x: jnp.asarray(a, x.dtype) * x, a, x)

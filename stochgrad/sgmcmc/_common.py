@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from stochgrad.core import (
     Position,
@@ -12,7 +12,6 @@ from stochgrad.core import (
     Shared,
     tree_dot,
     tree_size,
-    tree_squared_distance,
 )
 
 _LAST_STEP = np.int32(2**31 - 1)
@@ -42,11 +41,35 @@ def noise_ratio(gradient, previous, count, step_size, diffusion) -> Float[Array,
     r"""Diffusion by gradient noise over the diffusion injected, $hV/2D$, averaged over coordinates.
 
     Two successive estimates are taken at nearly one position from different minibatches, so half
-    their squared distance estimates the trace of V. NaN at the first step, which has no precursor.
+    their squared difference estimates V. NaN at the first step, which has no precursor.
+
+    Args:
+        gradient: The estimate of this step.
+        previous: The estimate of the step before.
+        count: Number of this step.
+        step_size: h.
+        diffusion: D, a number or an array for each leaf.
     """
-    trace = tree_squared_distance(gradient, previous) / 2
-    ratio = step_size * trace / (2 * diffusion * tree_size(gradient))
-    return jnp.where(count > 0, ratio, jnp.nan)
+    difference = jax.tree.map(jnp.subtract, gradient, previous)
+    weighted = jax.tree.map(lambda d, x: x / jnp.asarray(d, x.dtype), diffusion, difference)
+    variance = tree_dot(difference, weighted) / (2 * tree_size(gradient))
+    return jnp.where(count > 0, step_size * variance / 2, jnp.nan)
+
+
+def spread(name: str, value, position: Position) -> PyTree:
+    """A number or an array for each leaf of the position, from a number or a tree of its structure.
+
+    Raises:
+        ValueError: the tree has another structure.
+    """
+    if not jax.tree.structure(value) == jax.tree.structure(0.0):
+        if jax.tree.structure(value) != jax.tree.structure(position):
+            raise ValueError(
+                f"{name} must be a number or have the position's structure, "
+                f"{jax.tree.structure(position)}, got {jax.tree.structure(value)}."
+            )
+        return value
+    return jax.tree.map(lambda _: value, position)
 
 
 def describe(posterior: Posterior | None) -> tuple[tuple[str, int | str], ...]:

@@ -21,12 +21,13 @@ from stochgrad.core import (
     tree_size,
 )
 from stochgrad.gradients import as_gradient
-from stochgrad.integrators import INTEGRATORS, Coefficients
+from stochgrad.integrators import INTEGRATORS, Coefficients, scaled
 from stochgrad.sgmcmc._common import (
     describe,
     gradient_key,
     gradient_norm,
     noise_ratio,
+    spread,
     step_counter,
     successor,
 )
@@ -71,7 +72,7 @@ class SGHMCInfo(NamedTuple):
 def sghmc(
     target: Target,
     step_size: StepSize,
-    friction: float,
+    friction: float | PyTree,
     *,
     mass: float | PyTree = 1.0,
     noise_estimate: float = 0.0,
@@ -98,9 +99,10 @@ def sghmc(
     Args:
         target: A posterior, or a gradient.
         step_size: h, a positive number or an optax-style schedule ``step -> float``.
-        friction: C.
-        mass: M, a number, or a tree of the position's structure with a number or an array for each
-            leaf (a diagonal). Inverse posterior variances make all directions equally fast.
+        friction: C, a number, or a tree of the position's structure with a number or an array for
+            each leaf (a diagonal).
+        mass: M, likewise. Inverse posterior variances make all directions equally fast; a friction
+            of ``rate * mass`` then damps them all at that rate.
         noise_estimate: $\hat B$, the diffusion $hV/2$ that gradient noise is believed to add.
         temperature: T; the draws follow $\pi^{1/T}$.
         integrator: ``"SGHMC"``, the scheme above, or ``"EM"``, explicit Euler-Maruyama, of first
@@ -123,42 +125,40 @@ def sghmc(
         >>> kernel.method, dict(kernel.settings)["friction"]
         ('SGHMC', 2.0)
     """
-    gradient, posterior = as_gradient(target)
+    gradient = as_gradient(target)
     schedule, first = as_schedule(step_size)
-    friction = check_number("friction", friction)
+    for name, value in (("friction", friction), ("mass", mass)):
+        jax.tree.map(lambda leaf, name=name: check_number(name, jnp.min(jnp.asarray(leaf))), value)
     temperature = check_number("temperature", temperature)
     noise_estimate = check_number("noise_estimate", noise_estimate, zero=True)
-    least_mass = min(jax.tree.leaves(jax.tree.map(partial(_least, "mass"), mass)))
     draw_noise = noise_like(noise)
     if integrator not in INTEGRATORS:
         raise ValueError(f"integrator must be one of {list(INTEGRATORS)}, got {integrator!r}.")
     advance = INTEGRATORS[integrator]
-    if friction * first / least_mass >= 2:
-        raise ValueError(
-            f"friction * step_size / mass must be below 2 for {integrator} to be stable, got "
-            f"{friction:g} * {first:g} / {least_mass:g} = {friction * first / least_mass:g}."
-        )
-    if noise_estimate > friction * temperature:
+    if noise_estimate > (least := temperature * _extreme(jnp.min, friction)):
         raise ValueError(
             "noise_estimate must not exceed friction * temperature, got "
-            f"{noise_estimate:g} > {friction * temperature:g}: gradient noise alone heats the "
-            "chain more than that; take more friction or a smaller step_size."
+            f"{noise_estimate:g} > {least:g}: gradient noise alone heats the chain more than that; "
+            "take more friction or a smaller step_size."
         )
+    if _is_number(friction) and _is_number(mass):
+        _check_damping(first, friction, mass)
 
     def init(position: Position, rng_key) -> SGHMCState:
         momentum_key, key = jax.random.split(rng_key)
         xi = noise_like("normal")(momentum_key, position)
-        masses = _like(mass, position)
-        momentum = jax.tree.map(
-            lambda m, x: (jnp.sqrt(jnp.asarray(m * temperature, x.dtype)) * x), masses, xi
-        )
+        masses, frictions = spread("mass", mass, position), spread("friction", friction, position)
+        jax.tree.map(partial(_check_damping, first), frictions, masses)
+        momentum = scaled(jax.tree.map(lambda m: jnp.sqrt(m * temperature), masses), xi)
         zeros = jax.tree.map(jnp.zeros_like, position)
         return SGHMCState(position, momentum, zeros, gradient.init(key, position), step_counter())
 
     def step(rng_key, state: SGHMCState) -> tuple[SGHMCState, SGHMCInfo]:
         count = state.count.value
         h = jnp.asarray(schedule(count), jnp.float32)
-        masses = _like(mass, state.position)
+        masses = spread("mass", mass, state.position)
+        frictions = spread("friction", friction, state.position)
+        diffusion = jax.tree.map(lambda c: c * temperature, frictions)
 
         def velocity(p):
             return jax.tree.map(lambda m, p: p / jnp.asarray(m, p.dtype), masses, p)
@@ -170,17 +170,15 @@ def sghmc(
         score, gradient_state = gradient.next(
             gradient_key(rng_key), state.position, state.gradient_state
         )
-        noise_scale = jnp.sqrt(2 * (friction * temperature - noise_estimate) * h)
-        coefficients = Coefficients(h, friction, noise_scale, velocity)
+        noise_scale = jax.tree.map(lambda d: jnp.sqrt(2 * (d - noise_estimate) * h), diffusion)
+        coefficients = Coefficients(h, frictions, noise_scale, velocity)
         end = advance(state.position, state.momentum, score, draw, coefficients)
         size = tree_size(state.position)
         info = SGHMCInfo(
             step_size=h,
             log_density=end.value,
             gradient_norm=gradient_norm(end.gradient),
-            noise_ratio=noise_ratio(
-                end.gradient, state.gradient, count, h, friction * temperature
-            ),
+            noise_ratio=noise_ratio(end.gradient, state.gradient, count, h, diffusion),
             kinetic_temperature=tree_dot(end.momentum, velocity(end.momentum)) / size,
         )
         state = SGHMCState(
@@ -191,27 +189,29 @@ def sghmc(
     settings = (
         ("step_size", first if not callable(step_size) else step_size),
         ("friction", friction),
-        ("mass", float(mass) if isinstance(mass, int | float) else mass),
+        ("mass", mass),
         ("noise_estimate", noise_estimate),
         ("temperature", temperature),
         ("integrator", integrator),
         ("noise", noise),
     )
-    return Kernel(init, step, "SGHMC", settings + describe(posterior), posterior)
+    return Kernel(init, step, "SGHMC", settings + describe(gradient.posterior), gradient.posterior)
 
 
-def _least(name: str, value) -> float:
-    """The smallest entry of an array of positive numbers."""
-    return check_number(name, jnp.min(jnp.asarray(value)))
+def _is_number(value) -> bool:
+    return jax.tree.structure(value) == jax.tree.structure(0.0)
 
 
-def _like(mass, position: Position):
-    """A mass for each leaf of the position."""
-    if isinstance(mass, int | float):
-        return jax.tree.map(lambda _: mass, position)
-    if jax.tree.structure(mass) != jax.tree.structure(position):
+def _extreme(of, tree) -> float:
+    return float(of(jnp.array([of(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)])))
+
+
+def _check_damping(step_size: float, friction, mass) -> None:
+    """Raise unless the friction alone is stable: h C / M below 2."""
+    with jax.ensure_compile_time_eval():
+        largest = float(jnp.max(jnp.asarray(friction) / jnp.asarray(mass)))
+    if step_size * largest >= 2:
         raise ValueError(
-            "mass must be a number or have the position's structure, "
-            f"{jax.tree.structure(position)}, got {jax.tree.structure(mass)}."
+            "friction * step_size / mass must be below 2 for the step to be stable, got "
+            f"{step_size * largest:g} with step_size {step_size:g}."
         )
-    return mass

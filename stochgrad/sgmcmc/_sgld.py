@@ -24,6 +24,7 @@ from stochgrad.sgmcmc._common import (
     gradient_key,
     gradient_norm,
     noise_ratio,
+    spread,
     step_counter,
     successor,
 )
@@ -105,7 +106,7 @@ def sgld(
         >>> float(info.gradient_norm)
         10.0
     """
-    gradient, posterior = as_gradient(target)
+    gradient = as_gradient(target)
     schedule, first = as_schedule(step_size)
     temperature = check_number("temperature", temperature)
     draw_noise = noise_like(noise)
@@ -128,7 +129,9 @@ def sgld(
             step_size=h,
             log_density=value,
             gradient_norm=gradient_norm(g),
-            noise_ratio=noise_ratio(g, state.gradient, count, h, temperature),
+            noise_ratio=noise_ratio(
+                g, state.gradient, count, h, spread("temperature", temperature, g)
+            ),
         )
         return SGLDState(position, g, gradient_state, successor(state.count)), info
 
@@ -137,4 +140,4 @@ def sgld(
         ("temperature", temperature),
         ("noise", noise),
     )
-    return Kernel(init, step, "SGLD", settings + describe(posterior), posterior)
+    return Kernel(init, step, "SGLD", settings + describe(gradient.posterior), gradient.posterior)
