@@ -156,25 +156,22 @@ def _ess(x):
     return effective_sample_size(np.asarray(x, np.float64))
 
 
-def predict(draws, rows, key, count=200):
-    """Probability of being late in an unseen month: shape (flight,), averaged over draws."""
+def predict(draws, rows, key, count=100):
+    """Probability of being late in an unseen month, under each of some draws: (draw, flight)."""
     values = {name: v.reshape(-1, *v.shape[2:]) for name, v in draws.constrained().items()}
     pick = np.linspace(0, len(values["intercept"]) - 1, count).astype(int)
     values = {name: jnp.asarray(v[pick]) for name, v in values.items()}
     month = values["month_scale"] * jax.random.normal(key, (count,))
 
-    @jax.jit
-    def add(total, v, month):
+    def one(x):
+        v, month = x
         logit = v["intercept"] + rows["x"] @ v["slope"] + month
         for name in GROUPS:
             if name != "month":
                 logit = logit + v[f"{name}_effect"][rows[name]]
-        return total + jax.nn.sigmoid(logit) / count
+        return jax.nn.sigmoid(logit)
 
-    total = jnp.zeros(len(rows["late"]))
-    for i in range(count):
-        total = add(total, {name: v[i] for name, v in values.items()}, month[i])
-    return np.asarray(total)
+    return np.asarray(jax.jit(lambda x: jax.lax.map(one, x))((values, month)))
 
 
 def picture(draws, labels, predicted, late, compared, path):
@@ -193,15 +190,18 @@ def picture(draws, labels, predicted, late, compared, path):
     axes[0].set_xlabel("effect on the log odds of being late (90% interval)")
     axes[0].set_title("Carriers, all else equal")
 
-    edges = np.quantile(predicted, np.linspace(0, 1, 21))
-    bins = np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, 19)
-    count = np.bincount(bins, minlength=20)
-    expected = np.bincount(bins, predicted, 20) / count
-    seen = np.bincount(bins, late, 20) / count
-    error = 1.96 * np.sqrt(seen * (1 - seen) / count)
-    top = 1.05 * max(expected.max(), (seen + error).max())
+    mean = predicted.mean(axis=0)
+    rank = np.argsort(np.argsort(mean))
+    bins = 20 * rank // len(mean)
+    count = np.bincount(bins)
+    expected = np.bincount(bins, mean) / count
+    low, high = np.quantile([np.bincount(bins, p) / count for p in predicted], [0.05, 0.95], axis=0)
+    seen = np.bincount(bins, late) / count
+    top = 1.05 * high.max()
     axes[1].plot([0, top], [0, top], color="0.6", linewidth=1)
-    axes[1].errorbar(expected, seen, error, fmt="o", color="#b5651d", markersize=5, capsize=2)
+    axes[1].fill_between(expected, low, high, color="#b5651d", alpha=0.15, linewidth=0)
+    axes[1].plot(expected, seen, "o", color="#b5651d", markersize=5)
+    axes[1].text(0.03 * top, 0.93 * top, "band: 90%, mostly the month's own effect", fontsize=9)
     axes[1].set_xlim(0, top)
     axes[1].set_ylim(0, top)
     axes[1].set_aspect("equal")
@@ -249,11 +249,12 @@ def main():
 
     predicted = predict(draws, test, jax.random.key(1))
     late = test["late"]
-    base = np.full_like(predicted, train["late"].mean())
+    share = np.quantile(predicted.mean(axis=1), [0.05, 0.95])
     print(
-        f"\nOctober: {late.mean():.3f} of {len(late):,} flights late, {predicted.mean():.3f} "
-        f"predicted; log loss {_log_loss(predicted, late):.4f} "
-        f"(base rate alone: {_log_loss(base, late):.4f})"
+        f"\nOctober: {late.mean():.3f} of {len(late):,} flights late; predicted "
+        f"{predicted.mean():.3f}, 90% interval {share[0]:.3f} to {share[1]:.3f}; "
+        f"log loss {_log_loss(predicted.mean(axis=0), late):.4f} "
+        f"(base rate alone: {_log_loss(train['late'].mean(), late):.4f})"
     )
 
     pick = np.random.default_rng(0).permutation(len(train["late"]))[:subset]

@@ -1,5 +1,6 @@
 """The compiled part of the loop: scan over draws, scan over thinning, vmap over chains."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -51,6 +52,49 @@ def position_of(state: Any) -> PyTree:
     return state.position
 
 
+class Traced(NamedTuple):
+    """A kernel traced once, for one chain.
+
+    Attributes:
+        step: ``(key, state) -> (state, info)``, replaying the trace.
+        state: Shapes of the state.
+        info: Shapes of the info.
+        largest: Bytes of the largest array that a step makes.
+    """
+
+    step: Callable[[Any, Any], tuple[Any, Any]]
+    state: PyTree
+    info: PyTree
+    largest: int
+
+
+@lru_cache(maxsize=16)
+def trace(init: Callable, step: Callable, example: tuple[Any, tuple]) -> Traced:
+    """Trace a kernel at a position given by its structure and its leaves' (shape, dtype) pairs.
+
+    Tracing a model is slow, and the loop needs a step several times over; it also shows whether the
+    position fits the model before anything is compiled.
+    """
+    structure, leaves = example
+    position = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(init, position, key)
+    if not hasattr(state, "position"):
+        raise TypeError(
+            "the kernel's state must have a field 'position', "
+            f"got a {type(state).__name__} without one."
+        )
+    closed, (_, info) = jax.make_jaxpr(step, return_shape=True)(key, state)
+    out_structure = jax.tree.structure((state, info))
+
+    def replay(key, state):
+        flat = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, key, *jax.tree.leaves(state))
+        return jax.tree.unflatten(out_structure, flat)
+
+    made = (out.aval for equation in closed.jaxpr.eqns for out in equation.outvars)
+    return Traced(replay, state, info, max(map(_bytes, made), default=0))
+
+
 @lru_cache(maxsize=16)
 def build(
     init: Callable,
@@ -62,15 +106,9 @@ def build(
     mesh: Mesh | None,
     example: tuple[Any, tuple],
 ) -> Program:
-    """Compile a kernel for some number of chains. Cached: a second run compiles nothing.
-
-    ``example`` is the structure of one chain's position and its leaves' (shape, dtype) pairs.
-    """
-    structure, leaves = example
-    position = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(init, position, key)
-    axes = shared_axes(state, share) if num_chains > 1 else None
+    """Compile a kernel for some number of chains. Cached: a second run compiles nothing."""
+    traced = trace(init, step, example)
+    axes = shared_axes(traced.state, share) if num_chains > 1 else None
     several = num_chains > 1
 
     def start(positions, keys):
@@ -78,10 +116,10 @@ def build(
         states = share_first(states, share) if several else states
         return Carry(states, jnp.full(keys.shape, -1, jnp.int32))
 
-    advance = step
+    advance = traced.step
     if several:
-        in_turn = mesh is None and best_in_turn(step, axes, key, state)
-        advance = over_chains(step, axes, in_turn)
+        in_turn = mesh is None and best_in_turn(axes, traced.state, traced.largest)
+        advance = over_chains(traced.step, axes, in_turn)
     keep = jax.vmap(collect, in_axes=(axes,)) if several else collect
     def some_finite(position):
         return tree_isfinite(tree_probe(position))
@@ -109,13 +147,12 @@ def build(
         carry, info = checked_step(carry, step_keys[-1], first + (thin - 1), healthy)
         return carry, (keep(carry.state), scalars(info, keys.shape))
 
-    shapes = jax.eval_shape(
-        one_draw,
-        *jax.eval_shape(
-            lambda p, k: (start(p, k), k, jnp.int32(0)), *_batched(position, key, num_chains)
-        ),
-    )[1]
-    capacity = int(np.clip(_BUFFER_BYTES // max(_bytes(shapes), 1), 1, _MOST_DRAWS))
+    lead = (num_chains,) if several else ()
+    shapes = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype),
+        (jax.eval_shape(collect, traced.state), scalars(traced.info, ())),
+    )
+    capacity = int(np.clip(_BUFFER_BYTES // max(sum(map(_bytes, jax.tree.leaves(shapes))), 1), 1, _MOST_DRAWS))
 
     def chunk(carry, keys, first, count):
         def body(i, both):
@@ -128,7 +165,7 @@ def build(
         carry, (kept, stats) = lax.fori_loop(0, count, body, (carry, buffers))
         return carry, kept, stats
 
-    return Program(_Compiled(start, mesh), _Compiled(chunk, mesh, donate=True), capacity)
+    return Program(compiled(start, mesh), compiled(chunk, mesh, donate=True), capacity)
 
 
 def scalars(info: Any, shape: tuple[int, ...]) -> dict[str, Array]:
@@ -150,14 +187,14 @@ def chain_sharding(carry: PyTree, share: bool, mesh: Mesh) -> PyTree:
     return jax.tree.map(sharding, axes, carry, is_leaf=lambda x: x is None or is_shared(x))
 
 
-class _Compiled:
+class compiled:
     """``jax.jit``, with the arrays that a function closes over passed as arguments.
 
     Closed-over arrays become constants of the program: a data set of 100 MB is then printed into
     it, held twice and folded over. As arguments they cost nothing.
     """
 
-    def __init__(self, function: Callable, mesh: Mesh | None, donate: bool = False):
+    def __init__(self, function: Callable, mesh: Mesh | None = None, donate: bool = False):
         self._function = function
         self._mesh = mesh
         self._donate = donate
@@ -185,12 +222,5 @@ def _draw_keys(key: Key[Array, ""], index: Array, thin: int) -> Key[Array, " thi
     return jax.random.split(jax.random.fold_in(key, index), thin)
 
 
-def _batched(position, key, num_chains):
-    if num_chains == 1:
-        return position, key
-    lead = lambda s: jax.ShapeDtypeStruct((num_chains, *s.shape), s.dtype)  # noqa: E731
-    return jax.tree.map(lead, position), lead(key)
-
-
-def _bytes(shapes: PyTree) -> int:
-    return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+def _bytes(shape: Any) -> int:
+    return math.prod(shape.shape) * getattr(shape.dtype, "itemsize", 8)

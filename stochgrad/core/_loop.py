@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from stochgrad.core._checks import check_count, check_key, check_position
-from stochgrad.core._chunk import Carry, Program, build, chain_sharding, position_of
+from stochgrad.core._chunk import Carry, Program, build, chain_sharding, position_of, trace
 from stochgrad.core._draws import Draws
 from stochgrad.core._progress import progress_bar
 from stochgrad.core._protocols import Kernel, Position, PRNGKey
@@ -212,9 +212,7 @@ def _starting_points(key, kernel, init, num_chains):
         elif num_chains == 1 and chained:
             positions = jax.tree.map(lambda x: x[0], positions)
         example = jax.tree.map(lambda x: x[0], given) if chained else given
-    _trace(kernel, example)
-    leaves, structure = jax.tree.flatten(example)
-    return positions, (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    return positions, _trace(kernel, example)
 
 
 def _as_arrays(position):
@@ -248,19 +246,12 @@ def _has_chain_axis(kernel, given, reference, num_chains) -> bool:
     return per_chain
 
 
-def _trace(kernel, position) -> None:
+def _trace(kernel, position) -> tuple[Any, tuple]:
     """Trace one step without compiling it, so that what does not fit says so at once."""
-
-    def once(position, key):
-        state = kernel.init(position, key)
-        if not hasattr(state, "position"):
-            raise TypeError(
-                "the kernel's state must have a field 'position', "
-                f"got a {type(state).__name__} without one."
-            )
-        return kernel.step(key, state)
-
-    jax.eval_shape(once, position, jax.eval_shape(lambda: jax.random.key(0)))
+    leaves, structure = jax.tree.flatten(position)
+    example = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    trace(kernel.init, kernel.step, example)
+    return example
 
 
 def _traces(kernel, position) -> bool:

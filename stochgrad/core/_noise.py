@@ -114,7 +114,8 @@ def noise_like(kind: Noise) -> Callable[[PRNGKey, PyTree], PyTree]:
 def _noise_like(generator, key, tree):
     leaves, structure = jax.tree.flatten(tree)
     sizes = [leaf.size for leaf in leaves]
-    flat = generator(key, sum(sizes), jnp.result_type(*leaves))
+    double = any(leaf.dtype == jnp.float64 for leaf in leaves)
+    flat = generator(key, sum(sizes), jnp.float64 if double else jnp.float32)
     ends = np.cumsum(sizes)
     noise = [
         flat[end - leaf.size : end].reshape(leaf.shape).astype(leaf.dtype)

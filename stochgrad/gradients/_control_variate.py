@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from stochgrad.core import Gradient, Position, Posterior
+from stochgrad.core import Gradient, Position, Posterior, compiled
 
 
 def control_variate(posterior: Posterior, center: Position) -> Gradient:
@@ -29,7 +29,7 @@ def control_variate(posterior: Posterior, center: Position) -> Gradient:
     batches = posterior.batches
     value_and_gradient = jax.value_and_grad(posterior.log_density)
     center = jax.tree.map(jnp.asarray, center)
-    value_there, gradient_there = value_and_gradient(center, batches.full)
+    value_there, gradient_there = compiled(lambda c: value_and_gradient(c, batches.full))(center)
 
     def init(key, position):
         return batches.init(key)

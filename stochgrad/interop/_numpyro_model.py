@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from numpyro import handlers
 from numpyro.distributions import biject_to
-from numpyro.infer.util import constrain_fn, potential_energy
+from numpyro.distributions.transforms import IdentityTransform
+from numpyro.infer.util import constrain_fn
+from numpyro.infer.util import log_density as numpyro_log_density
 
 from stochgrad.core import (
     Batches,
@@ -76,14 +79,21 @@ def from_numpyro(
         (100, 10)
     """
     check_order(order, layout)
-    _check_arguments(args, kwargs)
+    args, kwargs = _as_arrays(args, kwargs)
     found = _inspect(model, args, kwargs)
     sizes = _batch_sizes(found.plates, batch_size, order)
     if batch_size is not None or order == "full":
         found = _inspect(model, args, kwargs, sizes)  # sites as they are at this batch size
-    _check_sites(found, sizes)
+    for name, plate in found.inside.items():
+        if plate in sizes:
+            raise ValueError(
+                f"latent site {name!r} lies inside the subsampled plate {plate!r}: a minibatch "
+                "would leave most of it without data. Sum it out, or give the plate no "
+                "subsample_size."
+            )
 
-    streams, partitions = {}, {}
+    streams: dict[str, Batches] = {}
+    partitions: dict[str, Partition] = {}
     for name, rows in sizes.items():
         streams[name], partition = row_batches(found.plates[name].size, rows, order, layout)
         if partition is not None:
@@ -92,8 +102,10 @@ def from_numpyro(
     batches = _together(streams)
 
     def log_density(position, batch):
-        given = give_rows(model, batch, laid_out)
-        return -potential_energy(given, args, kwargs, position)
+        placed = _Placed(position)
+        given = give_rows(handlers.substitute(model, substitute_fn=placed), batch, laid_out)
+        joint, _ = numpyro_log_density(given, args, kwargs, {})
+        return joint + placed.log_jacobian
 
     def initial(key):
         keys = jax.random.split(key, len(found.shapes))
@@ -112,7 +124,7 @@ def from_numpyro(
         values = constrain_fn(given, args, kwargs, position, return_deterministic=True)
         return {name: value for name, value in values.items() if name in found.dims}
 
-    _lay_out(log_density, initial, batches, partitions)
+    _lay_out(log_density, initial, batches)
     laid_out.open = False
     return Posterior(log_density, batches, initial, constrain, dims=found.dims)
 
@@ -126,9 +138,9 @@ class _Model(NamedTuple):
     """What one run of a model tells of it."""
 
     plates: dict[str, _Plate]
-    sites: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]  # of the latent sites, unconstrained
     dims: dict[str, tuple[str, ...]]  # of what is reported
+    inside: dict[str, str]  # latent sites inside a subsampled plate
 
 
 class _watch_plates(handlers.trace):
@@ -152,45 +164,51 @@ class _watch_plates(handlers.trace):
 
 
 def _inspect(model: Callable, args, kwargs, sizes: Mapping[str, int] | None = None) -> _Model:
-    with jax.ensure_compile_time_eval():
-        watch = _watch_plates(handlers.seed(model, jax.random.key(0)), sizes or {})
-        sites = watch.get_trace(*args, **kwargs)
+    """Run the model once without computing anything, and note what the samplers need of it."""
+    found = []
+
+    def once(key):
+        watch = _watch_plates(handlers.seed(model, key), sizes or {})
+        found.append(_describe(watch, watch.get_trace(*args, **kwargs)))
+
+    try:
+        jax.eval_shape(once, jax.random.key(0))
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            "the model's course depends on the value of a latent site or of a row (a Python if, "
+            "while or range over it): stochastic control flow is not supported; use jnp.where."
+        ) from error
+    return found[0]
+
+
+def _describe(watch: "_watch_plates", sites: Mapping[str, Any]) -> _Model:
     if watch.branches:
         raise ValueError(
             "the model uses numpyro's cond: stochastic control flow is not supported; write both "
             "branches and choose with jnp.where."
         )
-    latent = {name: site for name, site in sites.items() if _is_latent(site)}
-    discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
-    if discrete:
-        raise ValueError(
-            f"latent site {discrete[0]!r} is discrete, which a gradient cannot sample: "
-            "sum it out of the likelihood."
-        )
-    shapes = {
-        name: tuple(biject_to(site["fn"].support).inverse_shape(jnp.shape(site["value"])))
-        for name, site in latent.items()
-    }
     subsampled = {name for name, plate in watch.plates.items() if _subsampled(plate)}
-    reported = {
-        name: site
-        for name, site in sites.items()
-        if name in latent or (site["type"] == "deterministic" and not _within(site, subsampled))
-    }
-    dims = {name: _site_dims(name, site) for name, site in reported.items()}
-    return _Model(watch.plates, sites, shapes, dims)
-
-
-def _is_latent(site: Any) -> bool:
-    return site["type"] == "sample" and not site["is_observed"]
+    shapes, dims, inside = {}, {}, {}
+    for name, site in sites.items():
+        latent = site["type"] == "sample" and not site["is_observed"]
+        within = subsampled & {frame.name for frame in site["cond_indep_stack"]}
+        if latent:
+            support = site["fn"].support
+            if support.is_discrete:
+                raise ValueError(
+                    f"latent site {name!r} is discrete, which a gradient cannot sample: "
+                    "sum it out of the likelihood."
+                )
+            shapes[name] = tuple(biject_to(support).inverse_shape(jnp.shape(site["value"])))
+            if within:
+                inside[name] = min(within)
+        if latent or (site["type"] == "deterministic" and not within):
+            dims[name] = _site_dims(name, site)
+    return _Model(watch.plates, shapes, dims, inside)
 
 
 def _subsampled(plate: _Plate) -> bool:
     return plate.subsample_size < plate.size
-
-
-def _within(site: Any, plates: set[str]) -> set[str]:
-    return plates & {frame.name for frame in site["cond_indep_stack"]}
 
 
 def _batch_sizes(
@@ -234,24 +252,52 @@ def _batch_sizes(
     }
 
 
-def _check_sites(found: _Model, sizes: Mapping[str, int]) -> None:
-    for name, site in found.sites.items():
-        inside = _within(site, set(sizes))
-        if _is_latent(site) and inside:
-            raise ValueError(
-                f"latent site {name!r} lies inside the subsampled plate {inside.pop()!r}: a "
-                "minibatch would leave most of it without data. Sum it out, or give the plate no "
-                "subsample_size."
-            )
-
-
-def _check_arguments(args: tuple, kwargs: dict[str, Any]) -> None:
+def _as_arrays(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with numpy arrays on the device, where rows can be picked, all finite."""
     named = {f"argument {i}": value for i, value in enumerate(args)}
     named.update({f"argument {name!r}": value for name, value in kwargs.items()})
     for name, value in named.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(value):
             if isinstance(leaf, jax.Array | np.ndarray) and np.ndim(leaf) > 0:
                 check_finite(name + jax.tree_util.keystr(path), leaf)
+
+    def convert(leaf):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+            return jnp.asarray(leaf)
+        return leaf
+
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(convert, (args, kwargs))
+
+
+class _Placed:
+    """Puts unconstrained values into a model's sites, and adds up the Jacobians on the way.
+
+    numpyro's ``potential_energy`` adds them as factors of the model, which the model's own
+    ``handlers.scale`` and ``handlers.mask`` then change; a change of variables must not be.
+    """
+
+    def __init__(self, position: Mapping[str, jax.Array]):
+        self.position = position
+        self.log_jacobian = 0.0
+
+    def __call__(self, site: Any) -> Any:
+        name = site["name"]
+        if name not in self.position:
+            return None
+        z = self.position[name]
+        transform = biject_to(site["fn"].support)
+        index = site["infer"].get("_scan_current_index")
+        if index is not None and jnp.ndim(z) > len(transform.inverse_shape(site["fn"].shape())):
+            z = z[index]
+        value = transform(z)
+        if not isinstance(transform, IdentityTransform):
+            log_det = jnp.sum(transform.log_abs_det_jacobian(z, value))
+            if index is None:
+                self.log_jacobian = self.log_jacobian + log_det
+            else:  # inside a scan only a site of the scan can carry it out
+                numpyro.factor(f"_{name}_log_jacobian", log_det)
+        return value
 
 
 def _together(streams: Mapping[str, Batches]) -> Batches:
@@ -275,22 +321,14 @@ def _together(streams: Mapping[str, Batches]) -> Batches:
     return main._replace(init=init, next=next, full=full)
 
 
-def _lay_out(
-    log_density: Callable, initial: Callable, batches: Batches, partitions: Mapping[str, Partition]
-) -> None:
-    """Run the model once without computing, which lays out what it subsamples and shows faults."""
+def _lay_out(log_density: Callable, initial: Callable, batches: Batches) -> None:
+    """Run the model once without computing anything, which lays out what it subsamples."""
 
     def once(key):
         batch, _ = batches.next(batches.init(key))
         return log_density(initial(key), batch)
 
-    try:
-        jax.eval_shape(once, jax.eval_shape(lambda: jax.random.key(0)))
-    except jax.errors.ConcretizationTypeError as error:
-        raise ValueError(
-            "the model's course depends on the value of a latent site or of a row (a Python if, "
-            "while or range over it): stochastic control flow is not supported; use jnp.where."
-        ) from error
+    jax.eval_shape(once, jax.random.key(0))
 
 
 def _site_dims(name: str, site: Any) -> tuple[str, ...]:

@@ -1,0 +1,25 @@
+"""Strict numerics for every test."""
+
+import jax
+import pytest
+
+FALSE_ALARM = 1e-5
+"""Probability, for the whole suite, that a right library fails one of its statistical tests."""
+
+Z = 5.5
+"""Standard errors allowed in a statistical test: 4e-8 two-sided, for up to 250 comparisons."""
+
+
+@pytest.fixture(autouse=True)
+def _strict(request):
+    """No silent promotion in our code; numpyro's own and its users' models do promote."""
+    if "numpyro" in request.module.__name__ or "example" in request.module.__name__:
+        yield
+        return
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(20260501)

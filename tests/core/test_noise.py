@@ -1,0 +1,87 @@
+"""The noise is jax's own, or has the moments that it claims."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stochgrad.core import noise_like
+from stochgrad.core._noise import discrete, key_words, normal, threefry
+from tests.conftest import Z
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 5000])
+@pytest.mark.parametrize("seed", [0, 2**31 + 5])
+def test_normal_is_jax_random_normal_to_the_bit(size, seed):
+    key = jax.random.fold_in(jax.random.key(seed), 3)
+    np.testing.assert_array_equal(jax.jit(normal, static_argnums=1)(key, size), jax.random.normal(key, (size,)))
+
+
+def test_normal_in_double_precision_is_jax_random_normal_to_the_bit():
+    with jax.enable_x64(True):
+        key = jax.random.key(11)
+        ours = normal(key, 1000, jnp.float64)
+        assert ours.dtype == jnp.float64
+        np.testing.assert_array_equal(ours, jax.random.normal(key, (1000,), jnp.float64))
+
+
+def test_threefry_known_answers():
+    """Known-answer vectors of the Random123 distribution for threefry2x32, 20 rounds."""
+    ones = jnp.uint32(0xFFFFFFFF)
+    for key, counter, expected in [
+        ([0, 0], [0, 0], [0x6B200159, 0x99BA4EFE]),
+        ([ones, ones], [ones, ones], [0x1CB996FC, 0xBB002BE7]),
+        ([0x13198A2E, 0x03707344], [0x243F6A88, 0x85A308D3], [0xC4923A9C, 0x483DF7A0]),
+    ]:
+        out = threefry(jnp.array(key, jnp.uint32), *jnp.array(counter, jnp.uint32))
+        assert [int(x) for x in out] == expected
+
+
+def test_other_key_implementations_work():
+    key = jax.random.key(0, impl="rbg")
+    assert key_words(key).shape == (2,)
+    np.testing.assert_array_equal(normal(key, 9), jax.random.normal(key, (9,)))
+    assert np.std(discrete(key, 1000)) > 0.5
+
+
+def test_discrete_has_five_moments_of_a_normal_exactly():
+    values, counts = np.unique(np.asarray(discrete(jax.random.key(0), 100_000)), return_counts=True)
+    assert len(values) == 4
+    probability = np.array([1, 7, 7, 1]) / 16
+    moments = [np.sum(probability * values.astype(np.float64) ** m) for m in range(1, 6)]
+    np.testing.assert_allclose(moments, [0, 1, 0, 3, 0], atol=1e-6)
+    assert np.all(np.abs(counts / 1e5 - probability) < Z * np.sqrt(probability / 1e5))
+
+
+def test_discrete_numbers_of_one_draw_and_of_two_keys_are_uncorrelated():
+    n = 200_000
+    draws = [np.asarray(discrete(jax.random.key(s), n), np.float64) for s in (0, 1, 2)]
+    for lag in (1, 2, 3, 4, 8, 16, 64, 100):
+        assert abs(np.mean(draws[0][lag:] * draws[0][:-lag])) < Z / np.sqrt(n - lag)
+    for a, b in itertools.combinations(draws, 2):
+        assert abs(np.mean(a * b)) < Z / np.sqrt(n)
+    over_keys = jax.vmap(lambda k: discrete(k, 3))(jax.random.split(jax.random.key(5), n))
+    over_keys = np.asarray(over_keys, np.float64)
+    assert np.all(np.abs(over_keys.mean(axis=0)) < Z / np.sqrt(n))
+    assert abs(np.mean(over_keys[1:, 0] * over_keys[:-1, 0])) < Z / np.sqrt(n)
+
+
+@pytest.mark.parametrize("kind", ["normal", "discrete"])
+def test_noise_like_fills_every_leaf_from_one_draw(kind):
+    tree = {"a": jnp.zeros((3, 4)), "b": (jnp.zeros(()), jnp.zeros(5, jnp.bfloat16))}
+    noise = noise_like(kind)(jax.random.key(0), tree)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), noise) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), tree
+    )
+    assert len(np.unique(noise["a"])) > 2
+    if kind == "normal":
+        np.testing.assert_array_equal(
+            noise["a"].ravel(), jax.random.normal(jax.random.key(0), (18,))[:12]
+        )
+
+
+def test_an_unknown_noise_is_refused():
+    with pytest.raises(ValueError, match=r"noise must be one of \['normal', 'discrete'\]"):
+        noise_like("uniform")

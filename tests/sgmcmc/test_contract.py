@@ -1,0 +1,156 @@
+"""What every kernel must do, whatever its dynamics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stochgrad
+from tests.helpers import gaussian_rows
+
+KERNELS = {
+    "sgld": lambda target: stochgrad.sgld(target, 0.01),
+    "sgld discrete": lambda target: stochgrad.sgld(target, 0.01, noise="discrete"),
+    "sgld schedule": lambda target: stochgrad.sgld(target, optax.linear_schedule(0.02, 0.01, 20)),
+    "sghmc": lambda target: stochgrad.sghmc(target, 0.05, 2.0),
+    "sghmc EM": lambda target: stochgrad.sghmc(target, 0.02, 5.0, integrator="EM"),
+    "sghmc cold": lambda target: stochgrad.sghmc(
+        target, 0.05, 2.0, mass=2.0, noise_estimate=0.1, temperature=0.5
+    ),
+    "ascend": lambda target: stochgrad.ascend(target, optax.adam(0.01)),
+}
+GRADIENTS = {
+    "minibatch": lambda target: target,
+    "control variate": lambda target: stochgrad.control_variate(
+        target, {"a": jnp.zeros(3), "b": (jnp.zeros((2, 1)), jnp.zeros(()))}
+    ),
+}
+
+
+def tree_target(**options):
+    x = gaussian_rows(23, 6)[0]
+
+    def flat(p):
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(p)])
+
+    return stochgrad.posterior(
+        lambda p: -0.5 * jnp.sum(flat(p) ** 2),
+        lambda p, batch: -0.5 * jnp.sum((batch - flat(p)[None]) ** 2, axis=1),
+        x,
+        **{"batch_size": 5, **options},
+    )
+
+
+def position(dtype=jnp.float32):
+    return {"a": jnp.ones(3, dtype), "b": (jnp.zeros((2, 1), dtype), jnp.array(0.5, dtype))}
+
+
+@pytest.fixture(params=list(KERNELS))
+def make(request):
+    return KERNELS[request.param]
+
+
+@pytest.fixture(params=list(GRADIENTS))
+def gradient(request):
+    return GRADIENTS[request.param]
+
+
+def assert_trees_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def assert_trees_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_structure_shapes_and_types_come_out_as_they_went_in(make, gradient, key):
+    kernel = make(gradient(tree_target()))
+    state = kernel.init(position(), key)
+    after, info = jax.jit(kernel.step)(key, state)
+    describe = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]  # noqa: E731
+    assert describe(after) == describe(state)
+    assert all(jnp.shape(x) == () for x in info)
+
+
+def test_double_precision_is_kept(make):
+    with jax.enable_x64(True):
+        kernel = make(tree_target())
+        state = kernel.init(position(jnp.float64), jax.random.key(0))
+        after, _ = jax.jit(kernel.step)(jax.random.key(1), state)
+        assert {x.dtype for x in jax.tree.leaves(after.position)} == {jnp.dtype("float64")}
+
+
+def test_jit_equals_eager(make, gradient, key):
+    kernel = make(gradient(tree_target()))
+    state = kernel.init(position(), key)
+    assert_trees_close(
+        kernel.step(key, state)[0].position, jax.jit(kernel.step)(key, state)[0].position, rtol=1e-5,
+        atol=1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["reshuffled", "full"])
+def test_chains_together_equal_chains_alone(make, order, key):
+    kernel = make(tree_target(order=order, batch_size=None if order == "full" else 5))
+    together = jax.vmap(kernel.init, in_axes=(None, 0))(position(), jax.random.split(key, 3))
+    together, _ = jax.vmap(kernel.step)(jax.random.split(key, 3), together)
+    for chain, k in enumerate(jax.random.split(key, 3)):
+        alone, _ = kernel.step(k, kernel.init(position(), k))
+        assert_trees_close(
+            jax.tree.map(lambda x, c=chain: x[c], together.position), alone.position, rtol=1e-5,
+            atol=1e-6,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_chains", [1, 3])
+@pytest.mark.parametrize("share", [False, True])
+def test_chunks_do_not_change_a_draw(make, num_chains, share, key):
+    kernel = make(tree_target())
+    run = lambda **options: stochgrad.sample(  # noqa: E731
+        key,
+        kernel,
+        init=position(),
+        num_samples=17,
+        num_warmup=3,
+        thin=2,
+        num_chains=num_chains,
+        share_batches=share,
+        **options,
+    )
+    whole, pieces = run(progress=False), run(chunk_size=4, progress=True)
+    assert_trees_equal(whole.positions, pieces.positions)
+    assert_trees_equal(whole.stats, pieces.stats)
+
+
+def test_a_second_run_compiles_nothing(make, key, caplog):
+    kernel = make(tree_target())
+    run = lambda k: stochgrad.sample(k, kernel, init=position(), num_samples=5, num_chains=2)  # noqa: E731
+    run(key)
+    with jax.log_compiles():
+        run(jax.random.key(1))
+    assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
+
+
+def test_no_key_is_used_twice(make, gradient):
+    kernel = make(gradient(tree_target()))
+    with jax.debug_key_reuse(True):
+        state = jax.jit(kernel.init)(position(), jax.random.key(0))
+        for i in range(2):
+            state, _ = jax.jit(kernel.step)(jax.random.key(i + 1), state)
+
+
+def test_the_callers_arrays_survive(make, key):
+    start = position()
+    stochgrad.sample(key, make(tree_target()), init=start, num_samples=3)
+    assert_trees_equal(start, position())
+    start = jax.tree.map(lambda x: jnp.stack([x, x]), start)
+    stochgrad.sample(key, make(tree_target()), init=start, num_samples=3, num_chains=2)
+    assert float(start["a"].sum()) == 6.0
+
+
+def test_no_tracer_leaks(make):
+    with jax.checking_leaks():
+        kernel = make(tree_target())
+        state = jax.jit(kernel.init)(position(), jax.random.key(0))
+        jax.jit(kernel.step)(jax.random.key(1), state)
