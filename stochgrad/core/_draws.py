@@ -84,7 +84,7 @@ class Draws:
 
     def finite_chains(self) -> "Draws":
         """The chains that stayed finite to the end."""
-        healthy = self.finite.all(axis=1)
+        healthy = self.first_bad < 0
         return self._select(lambda x: x[healthy], chains=healthy)
 
     def constrained(self) -> dict[str, np.ndarray]:

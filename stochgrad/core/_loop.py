@@ -298,4 +298,5 @@ def _report(draws: Draws, kernel, thin: int, num_warmup: int, num_samples: int) 
             DivergenceWarning,
             stacklevel=3,
         )
-    warn_of_noise(draws.stats.get("noise_ratio"), draws.finite, stacklevel=4)
+    whole = draws.finite_chains()
+    warn_of_noise(whole.stats.get("noise_ratio"), stacklevel=4)

@@ -17,11 +17,11 @@ class GradientNoiseWarning(UserWarning):
     """Minibatch noise is larger than the noise that the dynamics injects."""
 
 
-def warn_of_noise(noise_ratio: np.ndarray | None, finite: np.ndarray, stacklevel: int) -> None:
+def warn_of_noise(noise_ratio: np.ndarray | None, stacklevel: int) -> None:
     """Warn if minibatch noise dominates: its ratio to the injected noise is above one."""
     if noise_ratio is None:
         return
-    ratios = noise_ratio[finite & np.isfinite(noise_ratio)]
+    ratios = noise_ratio[np.isfinite(noise_ratio)]
     if ratios.size == 0 or (ratio := float(ratios.mean())) <= 1:
         return
     warnings.warn(

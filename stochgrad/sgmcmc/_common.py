@@ -53,7 +53,7 @@ def noise_ratio(gradient, previous, count, step_size, diffusion) -> Float[Array,
     difference = jax.tree.map(jnp.subtract, gradient, previous)
     weighted = jax.tree.map(lambda d, x: x / jnp.asarray(d, x.dtype), diffusion, difference)
     variance = tree_dot(difference, weighted) / (2 * tree_size(gradient))
-    return jnp.where(count > 0, step_size * variance / 2, jnp.nan)
+    return jnp.where(count > 0, step_size.astype(variance.dtype) * variance / 2, jnp.nan)
 
 
 def spread(name: str, value, position: Position) -> PyTree:

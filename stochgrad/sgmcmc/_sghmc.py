@@ -155,7 +155,7 @@ def sghmc(
 
     def step(rng_key, state: SGHMCState) -> tuple[SGHMCState, SGHMCInfo]:
         count = state.count.value
-        h = jnp.asarray(schedule(count), jnp.float32)
+        h = jnp.asarray(schedule(count), float)
         masses = spread("mass", mass, state.position)
         frictions = spread("friction", friction, state.position)
         diffusion = jax.tree.map(lambda c: c * temperature, frictions)

@@ -117,7 +117,7 @@ def sgld(
 
     def step(rng_key, state: SGLDState) -> tuple[SGLDState, SGLDInfo]:
         count = state.count.value
-        h = jnp.asarray(schedule(count), jnp.float32)
+        h = jnp.asarray(schedule(count), float)
         score, gradient_state = gradient.next(
             gradient_key(rng_key), state.position, state.gradient_state
         )

@@ -9,6 +9,8 @@ import pytest
 import stochgrad
 from tests.helpers import gaussian_rows
 
+pytestmark = pytest.mark.filterwarnings("ignore::stochgrad.GradientNoiseWarning")
+
 KERNELS = {
     "sgld": lambda target: stochgrad.sgld(target, 0.01),
     "sgld discrete": lambda target: stochgrad.sgld(target, 0.01, noise="discrete"),
@@ -48,7 +50,11 @@ def position(dtype=jnp.float32):
 
 @pytest.fixture(params=list(KERNELS))
 def make(request):
-    return KERNELS[request.param]
+    if request.param in ("sgld schedule", "ascend"):  # optax promotes
+        with jax.numpy_dtype_promotion("standard"):
+            yield KERNELS[request.param]
+    else:
+        yield KERNELS[request.param]
 
 
 @pytest.fixture(params=list(GRADIENTS))
