@@ -149,7 +149,7 @@ class Draws:
 
 def _finite(positions: PyTree) -> np.ndarray:
     each = [
-        np.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=-1)
+        np.isfinite(leaf).all(axis=tuple(range(2, leaf.ndim)))
         for leaf in jax.tree.leaves(positions)
     ]
     return np.logical_and.reduce(each)

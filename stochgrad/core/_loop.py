@@ -55,6 +55,7 @@ def sample(
         init: Where the chains start: one position for all, one with a leading axis of
             ``num_chains`` for each, or a function ``key -> position``. May be left out where the
             kernel's posterior knows (a numpyro model): then each chain starts at a point of its own.
+            A vector as long as there are chains is one position, if it fits the model as such.
         num_samples: Draws to keep, per chain.
         num_warmup: Draws to discard before them, per chain.
         thin: Steps per draw.
@@ -231,19 +232,12 @@ def _has_chain_axis(kernel, given, reference, num_chains) -> bool:
             f"init does not match the model: it has shapes {shapes}, the model's position has "
             f"{wanted} (with a leading axis of {num_chains} for one position per chain)."
         )
-    leading = {x.shape[:1] for x in jax.tree.leaves(given)}
-    if leading != {(num_chains,)} or num_chains == 1:
+    if num_chains == 1 or {x.shape[:1] for x in jax.tree.leaves(given)} != {(num_chains,)}:
         return False
-    stripped = jax.tree.map(lambda x: x[0], given)
+    per_chain = _traces(kernel, jax.tree.map(lambda x: x[0], given))
     if all(x.ndim > 1 for x in jax.tree.leaves(given)):
-        return _traces(kernel, stripped) or not _traces(kernel, given)
-    per_chain, single = _traces(kernel, stripped), _traces(kernel, given)
-    if per_chain and single:
-        raise ValueError(
-            f"init of shape {shapes} could be one position or a scalar for each of the "
-            f"{num_chains} chains: give it a leading chain axis, or pass a function key -> position."
-        )
-    return per_chain
+        return per_chain
+    return per_chain and not _traces(kernel, given)  # a vector, unless only a scalar fits
 
 
 def _trace(kernel, position) -> tuple[Any, tuple]:

@@ -112,8 +112,15 @@ def test_starting_points_may_be_one_or_many_or_a_function(key):
     np.testing.assert_allclose(first(start[1], 3), jnp.stack([start[1]] * 3), atol=0.01)
     drawn = first(lambda k: jax.random.normal(k, (2,)), 3)
     assert len(np.unique(drawn)) == 6
-    with pytest.raises(ValueError, match="could be one position or a scalar for each of the 3"):
-        first(jnp.zeros(3), 3)
+    vector = stochgrad.sample(key, kernel(), init=jnp.zeros(2), num_chains=2, **RUN)
+    assert vector.positions.shape == (2, 5, 2)
+    target = stochgrad.posterior(
+        lambda m: -0.5 * m**2, lambda m, b: -0.5 * (b - m) ** 2, jnp.ones(10), batch_size=5
+    )
+    scalar = stochgrad.sample(
+        key, stochgrad.sgld(target, 0.01), init=jnp.zeros(3), num_chains=3, **RUN
+    )
+    assert scalar.positions.shape == (3, 5)
     fitting = kernel(dim=3)  # whose data tell that a position has three numbers
     run = stochgrad.sample(key, fitting, init=jnp.zeros(3), num_chains=3, **RUN)
     assert run.positions.shape == (3, 5, 3)

@@ -1,0 +1,114 @@
+"""Gradient estimates: exact where they must be, unbiased, with the variance that they claim."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stochgrad
+from tests.conftest import Z
+
+N, B = 200, 20
+X = np.random.default_rng(0).normal(size=(N, 3)).astype(np.float32)
+Y = (np.random.default_rng(1).random(N) < 0.4).astype(np.float32)
+
+
+def logistic(**options):
+    return stochgrad.posterior(
+        lambda t: -0.5 * jnp.sum(t**2),
+        lambda t, b: b[1] * (b[0] @ t) - jax.nn.softplus(b[0] @ t),
+        (X, Y),
+        **{"batch_size": B, **options},
+    )
+
+
+def estimates(gradient, position, count):
+    @jax.jit
+    def run(state):
+        def body(state, i):
+            score, state = gradient.next(jax.random.key(0), position, state)
+            return state, score(position)
+
+        return jax.lax.scan(body, state, jnp.arange(count))[1]
+
+    value, g = run(gradient.init(jax.random.key(1), position))
+    return np.asarray(value, np.float64), np.asarray(g, np.float64)
+
+
+def full(target, position):
+    return jax.value_and_grad(target.log_density)(position, target.batches.full)
+
+
+CENTER = jnp.array([0.2, -0.1, 0.4])
+FAR = jnp.array([1.0, 1.0, -1.0])
+
+
+@pytest.mark.parametrize("order", ["iid", "reshuffled", "symmetric"])
+@pytest.mark.parametrize("center", [None, CENTER])
+def test_estimates_average_to_the_full_score(order, center):
+    target = logistic(order=order)
+    gradient = (
+        stochgrad.gradients.minibatch(target)
+        if center is None
+        else stochgrad.control_variate(target, center)
+    )
+    count = 20 * (N // B) if order != "iid" else 20_000
+    value, g = estimates(gradient, FAR, count)
+    expected_value, expected = full(target, FAR)
+    if order == "iid":
+        assert np.all(np.abs(g.mean(axis=0) - expected) < Z * g.std(axis=0) / np.sqrt(count))
+        assert abs(value.mean() - expected_value) < Z * value.std() / np.sqrt(count)
+    else:
+        np.testing.assert_allclose(g.mean(axis=0), expected, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(value.mean(), expected_value, rtol=1e-5)
+
+
+def test_a_control_variate_has_no_noise_at_its_centre_and_little_nearby():
+    target = logistic()
+    gradient = stochgrad.control_variate(target, CENTER)
+    _, at_center = estimates(gradient, CENTER, 50)
+    assert np.abs(at_center - np.asarray(full(target, CENTER)[1])).max() < 1e-3
+    near = CENTER + 0.05
+    _, plain = estimates(stochgrad.gradients.minibatch(target), near, 400)
+    _, centred = estimates(gradient, near, 400)
+    assert np.all(centred.var(axis=0) < 0.01 * plain.var(axis=0))
+
+
+def test_a_control_variate_needs_a_posterior():
+    gradient = stochgrad.gradients.minibatch(logistic())
+    with pytest.raises(TypeError, match="control_variate needs a Posterior, got Gradient"):
+        stochgrad.control_variate(gradient, CENTER)
+    with pytest.raises(TypeError, match="target must be a Posterior"):
+        stochgrad.sgld(lambda q: q, 0.1)
+
+
+def test_one_draw_serves_several_evaluations():
+    """What an integrator with several stages relies on."""
+    gradient = stochgrad.gradients.minibatch(logistic())
+    score, _ = gradient.next(
+        jax.random.key(0), FAR, gradient.init(jax.random.key(1), FAR)
+    )
+    np.testing.assert_array_equal(score(FAR)[1], score(FAR)[1])
+    assert not np.array_equal(score(FAR)[1], score(CENTER)[1])
+
+
+def test_find_center_finds_the_mode():
+    target = logistic()
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes
+        center = stochgrad.find_center(target, jax.random.key(0), init=jnp.zeros(3))
+    slope = full(target, jnp.asarray(center))[1]
+    curvature = -jax.hessian(target.log_density)(jnp.asarray(center), target.batches.full)
+    off = np.linalg.solve(curvature, slope)  # how far the mode is
+    assert np.all(np.abs(off) < 0.2 * np.sqrt(np.diag(np.linalg.inv(curvature))))
+
+
+def test_find_center_says_when_it_fails():
+    target = stochgrad.posterior(
+        lambda t: jnp.sqrt(t) - 5 * t, lambda t, b: 0.0 * b + t, np.ones(4, np.float32), batch_size=2
+    )
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.warns(stochgrad.DivergenceWarning),
+        pytest.raises(ValueError, match="find_center left the finite numbers"),
+    ):
+        stochgrad.find_center(target, jax.random.key(0), init=jnp.float32(1.0), learning_rate=3.0)
