@@ -75,7 +75,9 @@ def model(rows, sizes, minibatch=None):
     for name in GROUPS:
         scale = numpyro.sample(f"{name}_scale", dist.HalfNormal(1.0))
         effects[name] = numpyro.sample(
-            f"{name}_effect", dist.ZeroSumNormal(scale, (sizes[name],)), infer={"event_dims": [name]}
+            f"{name}_effect",
+            dist.ZeroSumNormal(scale, (sizes[name],)),
+            infer={"event_dims": [name]},
         )
     with numpyro.plate("flight", len(rows["late"]), subsample_size=minibatch):
         row = {name: numpyro.subsample(v, event_dim=v.ndim - 1) for name, v in rows.items()}
@@ -107,7 +109,10 @@ def fit(key, rows, sizes, batch_size, num_samples, pilot_samples, thin=10):
         leaves, structure = jax.tree.flatten(center)
         keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
         return jax.tree.map(
-            lambda k, c, v: c + 2 * np.sqrt(v) * jax.random.normal(k, c.shape), keys, center, variance
+            lambda k, c, v: c + 2 * np.sqrt(v) * jax.random.normal(k, c.shape),
+            keys,
+            center,
+            variance,
         )
 
     return stochgrad.sample(
@@ -226,6 +231,7 @@ def picture(draws, labels, predicted, late, compared, path):
 
 
 def main():
+    """Fit, predict, compare, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a short run")
     parser.add_argument("--output", type=Path, default=Path("examples/output/flights.png"))
@@ -244,7 +250,9 @@ def main():
     seconds = time.perf_counter() - clock
     tree = draws.to_arviz(coords=labels, dims={"slope": ["predictor"]})
     print(f"\n{draws} of {len(train['late']):,} flights in {seconds:.0f} s")
-    with pd.option_context("display.width", 120, "display.max_rows", 100, "display.max_columns", 20):
+    with pd.option_context(
+        "display.width", 120, "display.max_rows", 100, "display.max_columns", 20
+    ):
         print(az.summary(tree, round_to=3))
 
     predicted = predict(draws, test, jax.random.key(1))
@@ -268,8 +276,8 @@ def main():
     compared = compare(ours, nuts)
     gap, ratio, z = compared
     print(
-        f"\nAgainst NUTS on the same {subset:,} flights ({len(gap)} numbers; stochgrad {seconds:.0f} s, "
-        f"NUTS {time.perf_counter() - clock:.0f} s):\n"
+        f"\nAgainst NUTS on the same {subset:,} flights ({len(gap)} numbers; "
+        f"stochgrad {seconds:.0f} s, NUTS {time.perf_counter() - clock:.0f} s):\n"
         f"  means differ by {np.sqrt(np.mean(gap**2)):.3f} NUTS sds (root mean square; "
         f"largest {np.abs(gap).max():.3f}), {np.sqrt(np.mean(z**2)):.2f} Monte Carlo errors\n"
         f"  sds are {np.median(ratio):.3f} times those of NUTS (median; {ratio.min():.3f} "

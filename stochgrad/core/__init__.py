@@ -10,13 +10,13 @@ from stochgrad.core._batches import check_batch_size as check_batch_size
 from stochgrad.core._batches import check_order as check_order
 from stochgrad.core._batches import data_batches as data_batches
 from stochgrad.core._batches import row_batches as row_batches
-from stochgrad.core._chunk import compiled as compiled
 from stochgrad.core._checks import StepSize as StepSize
 from stochgrad.core._checks import as_schedule as as_schedule
 from stochgrad.core._checks import check_count as check_count
 from stochgrad.core._checks import check_finite as check_finite
 from stochgrad.core._checks import check_key as check_key
 from stochgrad.core._checks import check_number as check_number
+from stochgrad.core._chunk import compiled as compiled
 from stochgrad.core._draws import Draws as Draws
 from stochgrad.core._loop import sample as sample
 from stochgrad.core._noise import Noise as Noise

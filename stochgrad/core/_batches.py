@@ -85,7 +85,7 @@ def row_batches(
 ) -> tuple[Batches, Partition | None]:
     """A stream of ``Rows``, and the partition that its blocks refer to."""
     check_order(order, layout)
-    full = Rows(None, np.arange(size, dtype=np.int32), np.float32(1))
+    full: Any = Rows(None, np.arange(size, dtype=np.int32), np.float32(1))  # pyright: ignore
     if order == "full" or batch_size == size:
         batches = Batches(lambda key: None, lambda state: (full, state), full, size, size)
         return batches, None
@@ -112,19 +112,17 @@ def data_batches(
         full = Batch(jax.tree.map(jnp.asarray, data), jnp.float32(1))
     if rows.batch_size == size:
         return rows._replace(next=lambda state: (full, state), full=full)
+    data = full.data
     if partition is not None:
-        data = jax.tree.map(partition.lay_out, full.data)
+        data = jax.tree.map(partition.lay_out, data)
         with jax.ensure_compile_time_eval():
             weight = (np.arange(len(partition.order)) < size).astype(np.float32)
             full = Batch(data, jnp.asarray(weight) if len(weight) > size else jnp.float32(1))
 
-        def fetch(leaf, rows):
-            return partition.fetch(leaf, rows.block)
-    else:
-        data = full.data
-
-        def fetch(leaf, rows):
-            return leaf.at[rows.index].get(mode="promise_in_bounds")
+    def fetch(leaf, chosen):
+        if partition is not None:
+            return partition.fetch(leaf, chosen.block)
+        return leaf.at[chosen.index].get(mode="promise_in_bounds")
 
     def next_batch(state):
         chosen, state = rows.next(state)
@@ -164,7 +162,7 @@ def _init(key: PRNGKey) -> BatchState:
 
 
 def _next_rows(order, size, batch_size, partition, state: BatchState) -> tuple[Rows, BatchState]:
-    words: UInt32[Array, "2"] = state.words.value
+    words: UInt32[Array, 2] = state.words.value
     count: UInt32[Array, ""] = state.count.value
     num_batches = -(-size // batch_size)
     visit = order(count, num_batches)

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 StepSize: TypeAlias = float | Callable[[Any], Any]
@@ -83,7 +84,7 @@ def data_rows(data: PyTree) -> int:
 
 def check_finite(name: str, array: Any) -> None:
     """Raise a ValueError that names the first row in which a concrete array is not finite."""
-    if isinstance(array, jax.core.Tracer) or not jnp.issubdtype(
+    if isinstance(array, Tracer) or not jnp.issubdtype(
         getattr(array, "dtype", np.asarray(array).dtype), jnp.inexact
     ):
         return

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import eval_jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
@@ -88,7 +89,7 @@ def trace(init: Callable, step: Callable, example: tuple[Any, tuple]) -> Traced:
     out_structure = jax.tree.structure((state, info))
 
     def replay(key, state):
-        flat = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, key, *jax.tree.leaves(state))
+        flat = eval_jaxpr(closed.jaxpr, closed.consts, key, *jax.tree.leaves(state))
         return jax.tree.unflatten(out_structure, flat)
 
     made = (out.aval for equation in closed.jaxpr.eqns for out in equation.outvars)
@@ -121,6 +122,7 @@ def build(
         in_turn = mesh is None and best_in_turn(axes, traced.state, traced.largest)
         advance = over_chains(traced.step, axes, in_turn)
     keep = jax.vmap(collect, in_axes=(axes,)) if several else collect
+
     def some_finite(position):
         return tree_isfinite(tree_probe(position))
 
@@ -152,7 +154,9 @@ def build(
         lambda s: jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype),
         (jax.eval_shape(collect, traced.state), scalars(traced.info, ())),
     )
-    capacity = int(np.clip(_BUFFER_BYTES // max(sum(map(_bytes, jax.tree.leaves(shapes))), 1), 1, _MOST_DRAWS))
+    capacity = int(
+        np.clip(_BUFFER_BYTES // max(sum(map(_bytes, jax.tree.leaves(shapes))), 1), 1, _MOST_DRAWS)
+    )
 
     def chunk(carry, keys, first, count):
         def body(i, both):
@@ -171,14 +175,12 @@ def build(
 def scalars(info: Any, shape: tuple[int, ...]) -> dict[str, Array]:
     """The fields of a step's info that are one number per chain."""
     fields = info._asdict() if hasattr(info, "_asdict") else {}
-    return {
-        name: value for name, value in fields.items() if getattr(value, "shape", None) == shape
-    }
+    return {name: value for name, value in fields.items() if getattr(value, "shape", None) == shape}
 
 
 def chain_sharding(carry: PyTree, share: bool, mesh: Mesh) -> PyTree:
     """Shardings that spread the chain axis of a carry over the devices."""
-    axes = Carry(shared_axes(carry.state, share), 0)
+    axes = Carry(shared_axes(carry.state, share), 0)  # pyright: ignore[reportArgumentType]
 
     def sharding(axis, part):
         spec = PartitionSpec() if axis is None else PartitionSpec("chain")
@@ -207,7 +209,7 @@ class compiled:
             structure = jax.tree.structure(out)
 
             def program(constants, *args):
-                flat = jax.core.eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(args))
+                flat = eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(args))
                 return jax.tree.unflatten(structure, flat)
 
             self._constants = closed.consts

@@ -40,7 +40,11 @@ def to_datatree(
     for name, value in draws.constrained().items():
         own = _dims(name, value.ndim - 2, known_dims.get(name, ()))
         variables[name] = (("chain", "draw", *own), value)
-    used = {dim: size for own, value in variables.values() for dim, size in zip(own, value.shape, strict=True)}
+    used = {
+        dim: size
+        for own, value in variables.values()
+        for dim, size in zip(own, value.shape, strict=True)
+    }
     axes = {dim: np.arange(size) for dim, size in used.items() if dim not in chain_draw}
     axes.update({dim: values for dim, values in known_coords.items() if dim in used})
 

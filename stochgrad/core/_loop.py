@@ -54,8 +54,8 @@ def sample(
         kernel: Any object with blackjax's ``init(position, rng_key)`` and ``step(rng_key, state)``.
         init: Where the chains start: one position for all, one with a leading axis of
             ``num_chains`` for each, or a function ``key -> position``. May be left out where the
-            kernel's posterior knows (a numpyro model): then each chain starts at a point of its own.
-            A vector as long as there are chains is one position, if it fits the model as such.
+            kernel's posterior knows (a numpyro model); each chain then starts somewhere else. A
+            vector as long as there are chains is one position, if it fits the model as such.
         num_samples: Draws to keep, per chain.
         num_warmup: Draws to discard before them, per chain.
         thin: Steps per draw.
@@ -112,7 +112,13 @@ def sample(
     bar = progress_bar(total * thin, num_warmup * thin) if progress else nullcontext()
     with bar as update:
         chunks, carry, seconds = _run_chunks(
-            program, carry, keys, num_warmup, total, chunk_size, lambda n: update and update(n * thin)
+            program,
+            carry,
+            keys,
+            num_warmup,
+            total,
+            chunk_size,
+            lambda n: update and update(n * thin),
         )
 
     draws = Draws.from_chunks(

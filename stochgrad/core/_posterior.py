@@ -35,7 +35,7 @@ def posterior(
             the structure of ``data``.
         data: Any pytree of arrays with one leading axis of N rows. It is copied to the device.
         batch_size: Rows of a minibatch, B; may be left out for ``order="full"``.
-        order: ``"reshuffled"`` (each minibatch once an epoch, in a new random order), ``"symmetric"``
+        order: ``"reshuffled"`` (each minibatch once an epoch, in new random order), ``"symmetric"``
             (a sweep in random order and the same sweep backwards), ``"iid"`` (a fresh draw each
             step) or ``"full"`` (all rows at every step).
         layout: ``"blocks"`` partitions the rows at random once and lays them out so that a

@@ -10,7 +10,7 @@ from stochgrad.core import Draws
 def mcse(draws: Draws) -> PyTree:
     r"""Monte Carlo standard error of each posterior mean, pooled over chains.
 
-    The chains' average at each draw, $\bar x_t = \frac1C\sum_c x_{ct}$, is one time series, whatever
+    The chains' average at each draw, $\bar x_t = \frac1C\sum_c x_{ct}$, is a time series, whatever
     the chains have in common; with $\mathrm{ESS}$ its effective sample size,
 
     $$\mathrm{mcse} = \sqrt{\operatorname{Var}_t \bar x_t / \mathrm{ESS}(\bar x)}.$$

@@ -11,12 +11,12 @@ from stochgrad.gradients import as_gradient
 
 
 class Temperatures(NamedTuple):
-    """Temperatures with their Monte Carlo standard errors.
+    r"""Temperatures with their Monte Carlo standard errors.
 
     Attributes:
         kinetic: Mean of $p^T M^{-1} p / d$; NaN for a kernel without momentum.
         kinetic_error: Its standard error.
-        configurational: Mean of $-(q - \\bar q)^T \\nabla\\log\\pi(q) / d$.
+        configurational: Mean of $-(q - \bar q)^T \nabla\log\pi(q) / d$.
         configurational_error: Its standard error.
     """
 

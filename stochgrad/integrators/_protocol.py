@@ -11,7 +11,9 @@ from stochgrad.core import Position, Score
 
 
 class Coefficients(NamedTuple):
-    r"""The coefficients of $dq = M^{-1}p\,dt$, $dp = \nabla\log\pi\,dt - CM^{-1}p\,dt + \sqrt{2CT}\,dW$.
+    r"""The coefficients of underdamped Langevin dynamics.
+
+    $$dq = M^{-1}p\,dt, \qquad dp = \nabla\log\pi(q)\,dt - CM^{-1}p\,dt + \sqrt{2CT}\,dW.$$
 
     Attributes:
         step_size: h, as time in the SDE.

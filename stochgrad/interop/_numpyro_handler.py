@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
 from stochgrad.core import Partition, Rows
@@ -85,19 +86,20 @@ class LaidOut:
         """The rows of an array, or None where it has not been laid out."""
         if not axes or any(rows[name].block is None for name, _ in axes):
             return None
-        if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array | np.ndarray):
+        if isinstance(value, Tracer) or not isinstance(value, jax.Array | np.ndarray):
             return None
         where = (id(value), axes)
         if where not in self._kept:
             if not self.open:
                 return None
-            laid_out = value
+            laid_out: Any = value
             for name, axis in axes:
                 laid_out = self.partitions[name].lay_out(laid_out, axis)
             self._kept[where] = (value, laid_out)  # holding on to the value keeps its id its own
         result = self._kept[where][1]
         for name, axis in axes:
-            result = self.partitions[name].fetch(result, rows[name].block, axis)
+            block: Any = rows[name].block
+            result = self.partitions[name].fetch(result, block, axis)
         return result
 
 

@@ -49,8 +49,7 @@ class SGState(NamedTuple):
 class _SGKernel(MCMCKernel):
     """What the kernels share: everything but the dynamics."""
 
-    sample_field = "z"
-    name = ""
+    sample_field = "z"  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -88,8 +87,7 @@ class _SGKernel(MCMCKernel):
         def one(key, position):
             position_key, init_key, run_key = jax.random.split(key, 3)
             if position is None:
-                assert kernel.posterior is not None and kernel.posterior.initial is not None
-                position = kernel.posterior.initial(position_key)
+                position = kernel.posterior.initial(position_key)  # pyright: ignore
             state = kernel.init(position, init_key)
             unknown = jnp.full((), jnp.nan)
             return SGState(position, unknown, unknown, unknown, unknown, run_key, state)
@@ -127,9 +125,7 @@ class _SGKernel(MCMCKernel):
         return jax.vmap(one, in_axes=(axes,), out_axes=axes)(state)
 
     def postprocess_fn(self, model_args, model_kwargs) -> Callable:
-        posterior = self._kernel(model_args, model_kwargs).posterior
-        assert posterior is not None and posterior.constrain is not None
-        return posterior.constrain
+        return self._kernel(model_args, model_kwargs).posterior.constrain  # pyright: ignore
 
     def get_diagnostics_str(self, state: SGState) -> str:
         return f"step size {state.step_size:.2e}, |gradient| {state.gradient_norm:.2e}"

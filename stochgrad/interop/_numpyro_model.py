@@ -19,7 +19,6 @@ from stochgrad.core import (
     Order,
     Partition,
     Posterior,
-    Rows,
     check_batch_size,
     check_finite,
     check_order,
@@ -115,7 +114,7 @@ def from_numpyro(
         }
 
     template = {
-        name: Rows(None, np.arange(stream.batch_size, dtype=np.int32), np.float32(1))
+        name: stream.full._replace(index=stream.full.index[: stream.batch_size])
         for name, stream in streams.items()
     }
 
@@ -279,7 +278,7 @@ class _Placed:
 
     def __init__(self, position: Mapping[str, jax.Array]):
         self.position = position
-        self.log_jacobian = 0.0
+        self.log_jacobian: Any = 0.0
 
     def __call__(self, site: Any) -> Any:
         name = site["name"]

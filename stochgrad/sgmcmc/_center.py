@@ -43,4 +43,6 @@ def find_center(
     )
     if path.num_draws < tail or not path.finite.all():
         raise ValueError("find_center left the finite numbers: try a smaller learning_rate.")
-    return jax.tree.map(lambda x: np.mean(x[0], axis=0, dtype=np.float64).astype(x.dtype), path.positions)
+    return jax.tree.map(
+        lambda x: np.mean(x[0], axis=0, dtype=np.float64).astype(x.dtype), path.positions
+    )

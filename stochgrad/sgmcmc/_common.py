@@ -62,7 +62,7 @@ def spread(name: str, value, position: Position) -> PyTree:
     Raises:
         ValueError: the tree has another structure.
     """
-    if not jax.tree.structure(value) == jax.tree.structure(0.0):
+    if jax.tree.structure(value) != jax.tree.structure(0.0):
         if jax.tree.structure(value) != jax.tree.structure(position):
             raise ValueError(
                 f"{name} must be a number or have the position's structure, "
@@ -77,4 +77,8 @@ def describe(posterior: Posterior | None) -> tuple[tuple[str, int | str], ...]:
     if posterior is None:
         return ()
     batches = posterior.batches
-    return (("batch_size", batches.batch_size), ("data_size", batches.size), ("order", batches.order))
+    return (
+        ("batch_size", batches.batch_size),
+        ("data_size", batches.size),
+        ("order", batches.order),
+    )

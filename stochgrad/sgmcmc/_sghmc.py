@@ -52,14 +52,14 @@ class SGHMCState(NamedTuple):
 
 
 class SGHMCInfo(NamedTuple):
-    """What a step reports.
+    r"""What a step reports.
 
     Attributes:
         step_size: h.
         log_density: Minibatch estimate of the log density where the gradient was taken.
         gradient_norm: Euclidean norm of the gradient estimate.
         noise_ratio: Gradient noise over injected noise, $hV/2CT$, from two successive gradients.
-        kinetic_temperature: $p^\\top M^{-1} p / d$, which averages to T in a faithful run.
+        kinetic_temperature: $p^\top M^{-1} p / d$, which averages to T in a faithful run.
     """
 
     step_size: Float[Array, ""]

@@ -1,5 +1,7 @@
 """Each order's guarantees, in both layouts, seen through the rows that a posterior hands out."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +84,7 @@ def test_every_step_weights_every_row_by_one_on_average(order, layout, step):
 @pytest.mark.parametrize("order", ["iid", "reshuffled", "symmetric"])
 def test_successive_minibatches_of_iid_are_independent_and_others_are_not(order):
     index, _ = visits(20, 4, order, "blocks", 2000)
-    repeats = np.mean([np.array_equal(a, b) for a, b in zip(index[:-1], index[1:], strict=True)])
+    repeats = np.mean([np.array_equal(a, b) for a, b in pairwise(index)])
     expected = {"iid": 1 / 5, "reshuffled": 1 / 25, "symmetric": 1 / 10 + 1 / 50}[order]
     assert abs(repeats - expected) < Z * np.sqrt(expected / 2000)
 

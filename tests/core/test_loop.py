@@ -31,7 +31,12 @@ def test_a_blackjax_kernel_runs_in_our_loop_unchanged(num_chains, key):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         nuts = blackjax.nuts(lambda q: -0.5 * jnp.sum(q["x"] ** 2), 0.5, jnp.ones(2))
         draws = stochgrad.sample(
-            key, nuts, init={"x": jnp.ones(2)}, num_samples=1000, num_warmup=50, num_chains=num_chains
+            key,
+            nuts,
+            init={"x": jnp.ones(2)},
+            num_samples=1000,
+            num_warmup=50,
+            num_chains=num_chains,
         )
     value, error = mean_and_error(draws.positions["x"] ** 2)
     assert np.all(np.abs(value - 1) < Z * error)
@@ -52,9 +57,9 @@ def test_our_kernel_runs_in_blackjaxs_loop_unchanged(key):
 
 
 def test_same_key_same_draws_and_chains_do_not_depend_on_their_number(key):
-    run = lambda n, **o: stochgrad.sample(  # noqa: E731
-        key, kernel(), init=jnp.zeros(2), num_chains=n, **{**RUN, **o}
-    ).positions
+    run = lambda n, **o: (
+        stochgrad.sample(key, kernel(), init=jnp.zeros(2), num_chains=n, **{**RUN, **o}).positions
+    )
     np.testing.assert_array_equal(run(2), run(2))
     np.testing.assert_allclose(run(2), run(3)[:2], rtol=1e-5)
     np.testing.assert_array_equal(run(2, num_samples=9)[:, :5], run(2))
@@ -63,7 +68,9 @@ def test_same_key_same_draws_and_chains_do_not_depend_on_their_number(key):
 
 
 def test_thinning_keeps_every_nth_state(key):
-    seen = stochgrad.sample(key, kernel(), init=jnp.zeros(2), **RUN, thin=4, collect=lambda s: s.count)
+    seen = stochgrad.sample(
+        key, kernel(), init=jnp.zeros(2), **RUN, thin=4, collect=lambda s: s.count
+    )
     np.testing.assert_array_equal(np.ravel(seen.positions.value), [4, 8, 12, 16, 20])
 
 
@@ -104,7 +111,7 @@ def test_sharing_shares_the_minibatches_and_nothing_else(key):
 
 def test_starting_points_may_be_one_or_many_or_a_function(key):
     start = jnp.arange(6.0).reshape(3, 2) * 100
-    first = lambda init, n: stochgrad.sample(  # noqa: E731
+    first = lambda init, n: stochgrad.sample(
         key, stochgrad.sgld(exact_gradient(lambda q: -0.5 * jnp.sum(q**2) * jnp.ones(2)[0]), 1e-9),
         init=init, num_chains=n, num_samples=1,
     ).positions[:, 0]  # fmt: skip
@@ -188,7 +195,7 @@ def test_minibatch_noise_that_dominates_is_said(key):
 def test_ctrl_c_returns_what_is_drawn(key):
     timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
     one = kernel()
-    run = lambda n: stochgrad.sample(  # noqa: E731
+    run = lambda n: stochgrad.sample(
         key, one, init=jnp.zeros(2), num_samples=n, thin=50, num_chains=2
     )
     run(3)  # compiled before the clock starts
@@ -261,7 +268,10 @@ def test_an_init_that_does_not_fit_a_numpyro_model_is_refused(key):
 def test_a_bad_call_fails_before_anything_compiles(key):
     begun = time.perf_counter()
     bad = stochgrad.posterior(
-        lambda q: -0.5 * jnp.sum(q**2), lambda q, b: jnp.sum(b * q[0]), jnp.ones((10, 2)), batch_size=2
+        lambda q: -0.5 * jnp.sum(q**2),
+        lambda q, b: jnp.sum(b * q[0]),
+        jnp.ones((10, 2)),
+        batch_size=2,
     )
     with pytest.raises(ValueError, match=r"one value per row, shape \(2,\), got shape \(\)"):
         stochgrad.sample(key, stochgrad.sgld(bad, 0.1), init=jnp.zeros(2), **RUN)

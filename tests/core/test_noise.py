@@ -16,7 +16,9 @@ from tests.conftest import Z
 @pytest.mark.parametrize("seed", [0, 2**31 + 5])
 def test_normal_is_jax_random_normal_to_the_bit(size, seed):
     key = jax.random.fold_in(jax.random.key(seed), 3)
-    np.testing.assert_array_equal(jax.jit(normal, static_argnums=1)(key, size), jax.random.normal(key, (size,)))
+    np.testing.assert_array_equal(
+        jax.jit(normal, static_argnums=1)(key, size), jax.random.normal(key, (size,))
+    )
 
 
 def test_normal_in_double_precision_is_jax_random_normal_to_the_bit():

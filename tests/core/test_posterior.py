@@ -44,8 +44,11 @@ def bad(change):
         ),
         "scalar": ({"data": 3.0}, "data must have a leading axis of rows, got a scalar"),
         "nothing": ({"data": ()}, "data must hold at least one array"),
-        "no rows": ({"data": X[:0]}, "data must hold at least one row"),
-        "large": ({"batch_size": 21}, "batch_size must be from 1 to the number of rows, 20, got 21"),
+        "empty": ({"data": X[:0]}, "data must hold at least one row"),
+        "large": (
+            {"batch_size": 21},
+            "batch_size must be from 1 to the number of rows, 20, got 21",
+        ),
         "zero": ({"batch_size": 0}, "batch_size must be from 1 to the number of rows, 20, got 0"),
         "float": ({"batch_size": 5.0}, "batch_size must be an integer from 1 to 20, got 5.0"),
         "missing": ({"batch_size": None}, "batch_size must be an integer from 1 to 20, got None"),
@@ -57,7 +60,20 @@ def bad(change):
 
 @pytest.mark.parametrize(
     "change",
-    "infinite lengths scalar nothing large zero float missing order layout full".split() + ["no rows"],
+    [
+        "infinite",
+        "lengths",
+        "scalar",
+        "nothing",
+        "large",
+        "zero",
+        "float",
+        "missing",
+        "order",
+        "layout",
+        "full",
+        "empty",
+    ],
 )
 def test_bad_data_and_batches_get_one_sentence(change):
     options, words = bad(change)

@@ -40,9 +40,7 @@ def test_pooled_errors_of_chains_that_share_minibatches():
         spread[share] = np.std(means, ddof=1)
         claimed[share] = np.sqrt(np.mean([mcse(d)[0] ** 2 for d in all_draws]))
         usual[share] = np.sqrt(
-            np.mean(
-                [d.positions.var() / effective_sample_size(d.positions)[0] for d in all_draws]
-            )
+            np.mean([d.positions.var() / effective_sample_size(d.positions)[0] for d in all_draws])
         )
     relative_error = 1 / np.sqrt(2 * 59)  # of a standard deviation from 60 runs
     for share in (False, True):
@@ -57,7 +55,7 @@ def test_rhat_is_the_usual_one_for_independent_chains_and_stricter_for_shared_no
     rng = np.random.default_rng(0)
     own = rng.normal(size=(4, 2000, 1)) + 0.1 * np.arange(4)[:, None, None]
     common = 3 * rng.normal(size=(1, 2000, 1))
-    draws = lambda x: stochgrad.Draws(  # noqa: E731
+    draws = lambda x: stochgrad.Draws(
         x, {}, finite=np.ones(x.shape[:2], bool), first_bad=-np.ones(4, int)
     )
     np.testing.assert_allclose(rhat(draws(own)), gelman_rubin(own), rtol=2e-3)
@@ -120,7 +118,9 @@ def test_what_cannot_be_diagnosed_is_refused(key):
     one = stochgrad.sample(key, kernel, init=jnp.zeros(2), num_samples=5)
     with pytest.raises(ValueError, match="rhat compares chains"):
         rhat(one)
-    odd = stochgrad.sample(key, kernel, init=jnp.zeros(2), num_samples=5, collect=lambda s: s.position)
+    odd = stochgrad.sample(
+        key, kernel, init=jnp.zeros(2), num_samples=5, collect=lambda s: s.position
+    )
     with pytest.raises(ValueError, match="temperatures needs draws of positions"):
         temperatures(odd, target, key)
     assert np.isnan(temperatures(one, target, key).kinetic)

@@ -85,9 +85,7 @@ def test_a_control_variate_needs_a_posterior():
 def test_one_draw_serves_several_evaluations():
     """What an integrator with several stages relies on."""
     gradient = stochgrad.gradients.minibatch(logistic())
-    score, _ = gradient.next(
-        jax.random.key(0), FAR, gradient.init(jax.random.key(1), FAR)
-    )
+    score, _ = gradient.next(jax.random.key(0), FAR, gradient.init(jax.random.key(1), FAR))
     np.testing.assert_array_equal(score(FAR)[1], score(FAR)[1])
     assert not np.array_equal(score(FAR)[1], score(CENTER)[1])
 
@@ -104,7 +102,10 @@ def test_find_center_finds_the_mode():
 
 def test_find_center_says_when_it_fails():
     target = stochgrad.posterior(
-        lambda t: jnp.sqrt(t) - 5 * t, lambda t, b: 0.0 * b + t, np.ones(4, np.float32), batch_size=2
+        lambda t: jnp.sqrt(t) - 5 * t,
+        lambda t, b: 0.0 * b + t,
+        np.ones(4, np.float32),
+        batch_size=2,
     )
     with (
         jax.numpy_dtype_promotion("standard"),

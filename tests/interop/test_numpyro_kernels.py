@@ -48,7 +48,7 @@ def test_mcmc_runs_and_resumes(kernel, chain_method, capsys):
 
 def test_the_progress_bar_changes_nothing(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
-    kernel = lambda: stochgrad.numpyro.SGHMC(m.regression, step_size=2e-3, friction=30.0)  # noqa: E731
+    kernel = lambda: stochgrad.numpyro.SGHMC(m.regression, step_size=2e-3, friction=30.0)
     a = run(kernel(), num_chains=1, progress_bar=True).get_samples()
     b = run(kernel(), num_chains=1, progress_bar=False).get_samples()
     np.testing.assert_allclose(a["w"], b["w"], rtol=1e-4, atol=1e-5)

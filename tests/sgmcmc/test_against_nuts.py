@@ -115,7 +115,5 @@ def test_conjugate_linear_regression():
     products = centred[..., :, None] * centred[..., None, :]
     value, error = mean_and_error(products.reshape(*products.shape[:2], 9))
     bias = 0.004**2 * np.linalg.eigvalsh(precision).max() / 4 + np.mean(draws.stats["noise_ratio"])
-    assert np.all(
-        np.abs(value - covariance.ravel()) < Z * error + bias * np.diag(covariance).max()
-    )
+    assert np.all(np.abs(value - covariance.ravel()) < Z * error + bias * np.diag(covariance).max())
     assert bias < 0.01

@@ -25,7 +25,11 @@ TARGET = gaussian_posterior(batch_size=5)[0]
         ("sghmc", {"friction": -1.0}, "friction must be a positive number, got -1"),
         ("sghmc", {"mass": 0.0}, "mass must be a positive number"),
         ("sghmc", {"mass": jnp.array([1.0, -2.0])}, "mass must be a positive number, got -2"),
-        ("sghmc", {"friction": 20.0}, "friction \\* step_size / mass must be below 2 .* got 2 with"),
+        (
+            "sghmc",
+            {"friction": 20.0},
+            "friction \\* step_size / mass must be below 2 .* got 2 with",
+        ),
         ("sghmc", {"mass": 0.05}, "friction \\* step_size / mass must be below 2"),
         ("sghmc", {"noise_estimate": -1.0}, "noise_estimate must be a non-negative number"),
         ("sghmc", {"noise_estimate": 2.0}, "noise_estimate must not exceed friction"),

@@ -74,7 +74,7 @@ def test_structure_shapes_and_types_come_out_as_they_went_in(make, gradient, key
     kernel = make(gradient(tree_target()))
     state = kernel.init(position(), key)
     after, info = jax.jit(kernel.step)(key, state)
-    describe = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]  # noqa: E731
+    describe = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
     assert describe(after) == describe(state)
     assert all(jnp.shape(x) == () for x in info)
 
@@ -90,10 +90,8 @@ def test_double_precision_is_kept(make):
 def test_jit_equals_eager(make, gradient, key):
     kernel = make(gradient(tree_target()))
     state = kernel.init(position(), key)
-    assert_trees_close(
-        kernel.step(key, state)[0].position, jax.jit(kernel.step)(key, state)[0].position, rtol=1e-5,
-        atol=1e-6,
-    )  # fmt: skip
+    eager, compiled = kernel.step(key, state)[0], jax.jit(kernel.step)(key, state)[0]
+    assert_trees_close(eager.position, compiled.position, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", ["reshuffled", "full"])
@@ -113,7 +111,7 @@ def test_chains_together_equal_chains_alone(make, order, key):
 @pytest.mark.parametrize("share", [False, True])
 def test_chunks_do_not_change_a_draw(make, num_chains, share, key):
     kernel = make(tree_target())
-    run = lambda **options: stochgrad.sample(  # noqa: E731
+    run = lambda **options: stochgrad.sample(
         key,
         kernel,
         init=position(),
@@ -131,7 +129,7 @@ def test_chunks_do_not_change_a_draw(make, num_chains, share, key):
 
 def test_a_second_run_compiles_nothing(make, key, caplog):
     kernel = make(tree_target())
-    run = lambda k: stochgrad.sample(k, kernel, init=position(), num_samples=5, num_chains=2)  # noqa: E731
+    run = lambda k: stochgrad.sample(k, kernel, init=position(), num_samples=5, num_chains=2)
     run(key)
     with jax.log_compiles():
         run(jax.random.key(1))

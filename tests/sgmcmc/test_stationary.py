@@ -55,7 +55,9 @@ def test_sghmc_has_its_closed_form(k, friction, h, sd, noise):
     p2 = 2 * (2 * c + v * h) / (c * (4 - 2 * c * h - h**2 * k))
     assert abs(moments[0] - q2) < Z * error[0]
     assert abs(moments[1] - p2) < Z * error[1]
-    euler = (2 * c + v * h) * (2 - c * h + h**2 * k) / (k * (c - h * k) * (4 - 2 * c * h + h**2 * k))
+    euler = (
+        (2 * c + v * h) * (2 - c * h + h**2 * k) / (k * (c - h * k) * (4 - 2 * c * h + h**2 * k))
+    )
     assert abs(moments[0] - euler) > Z * error[0]  # so the explicit scheme would not pass
 
 
@@ -72,7 +74,8 @@ def test_euler_maruyama_has_its_closed_form(k, friction, h, sd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("k", "h", "sd", "temperature"), [(1.0, 0.3, 0.0, 1.0), (2.0, 0.2, 2.0, 1.0), (1.0, 0.1, 0.0, 0.25)]
+    ("k", "h", "sd", "temperature"),
+    [(1.0, 0.3, 0.0, 1.0), (2.0, 0.2, 2.0, 1.0), (1.0, 0.1, 0.0, 0.25)],
 )
 @pytest.mark.parametrize("noise", ["normal", "discrete"])
 def test_sgld_has_its_closed_form(k, h, sd, temperature, noise):
@@ -135,9 +138,7 @@ def test_mass_and_friction_trees_leave_the_target_as_it_is():
 @pytest.mark.parametrize("layout", ["blocks", "rows"])
 def test_a_conjugate_posterior_by_minibatches(share, layout):
     """Bias predicted: second order in h for reshuffled minibatches, so a small step shows none."""
-    target, mean, precision = gaussian_posterior(
-        num_rows=100, dim=3, batch_size=25, layout=layout
-    )
+    target, mean, precision = gaussian_posterior(num_rows=100, dim=3, batch_size=25, layout=layout)
     kernel = stochgrad.sghmc(target, 0.004, 20.0)
     draws = stochgrad.sample(
         jax.random.key(1),
