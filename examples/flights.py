@@ -117,11 +117,11 @@ def fit(key, rows, sizes, batch_size, num_samples, pilot_samples, thin=10):
 
     return stochgrad.sample(
         key,
-        stochgrad.sghmc(gradient, step_size=0.2, friction=mass, mass=mass),
+        stochgrad.sghmc(gradient, step_size=0.1, friction=mass, mass=mass),
         init=dispersed,
         num_samples=num_samples,
         num_warmup=num_samples // 4,
-        thin=thin,
+        thin=2 * thin,
         num_chains=4,
     )
 
@@ -237,7 +237,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("examples/output/flights.png"))
     options = parser.parse_args()
     num_samples, pilot_samples, nuts_samples, subset = (
-        (200, 200, 50, 4000) if options.smoke else (2000, 1500, 300, 20_000)
+        (200, 200, 50, 4000) if options.smoke else (2000, 1500, 500, 20_000)
     )
 
     begun = time.perf_counter()

@@ -119,8 +119,8 @@ def build(
 
     advance = traced.step
     if several:
-        in_turn = mesh is None and best_in_turn(axes, traced.state, traced.largest)
-        advance = over_chains(traced.step, axes, in_turn)
+        in_turn = mesh is None and best_in_turn(traced.state, share, traced.largest)
+        advance = over_chains(traced.step, traced.state, share, in_turn)
     keep = jax.vmap(collect, in_axes=(axes,)) if several else collect
 
     def some_finite(position):

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from stochgrad.core._checks import check_count, check_key, check_position
 from stochgrad.core._chunk import Carry, Program, build, chain_sharding, position_of, trace
 from stochgrad.core._draws import Draws
+from stochgrad.core._interrupt import heed_interrupts
 from stochgrad.core._progress import progress_bar
 from stochgrad.core._protocols import Kernel, Position, PRNGKey
 from stochgrad.core._warnings import DivergenceWarning, InterruptWarning, warn_of_noise
@@ -99,9 +100,15 @@ def sample(
     positions, example = _starting_points(position_key, kernel, init, num_chains)
     mesh = _mesh(num_chains)
     program = build(
-        kernel.init, kernel.step, collect or position_of, thin, num_chains, share_batches, mesh,
+        kernel.init,
+        kernel.step,
+        collect or position_of,
+        thin,
+        num_chains,
+        share_batches,
+        mesh,
         example,
-    )  # fmt: skip
+    )
     keys = _chain_keys(run_key, num_chains)
     carry = program.init(positions, _chain_keys(init_key, num_chains))
     if mesh is not None:
@@ -153,7 +160,7 @@ def _run_chunks(
     chunks, done, count = [], 0, 1
     seconds = {"compile": 0.0, "warmup": 0.0, "sample": 0.0}
     most = min(program.capacity, chunk_size or program.capacity)
-    try:
+    with heed_interrupts() as interrupted:
         while done < total:
             warming = done < num_warmup
             count = min(count if chunk_size is None else most, most)
@@ -168,21 +175,20 @@ def _run_chunks(
             seconds[phase] += took
             done += count
             update(count)
-            if all_bad:
+            if all_bad or interrupted():
                 break
             if phase != "compile":
                 wanted = int(count * _SECONDS_PER_CHUNK / max(took, 1e-6))
                 count = int(np.clip(wanted, 1, count * _GROWTH))
-    except KeyboardInterrupt:
-        if not chunks:
-            raise
-        drawn = sum(len(jax.tree.leaves(chunk)[0]) for chunk in chunks)
-        warnings.warn(
-            f"interrupted: returning the {drawn} draws per chain made so far, "
-            f"of {total - num_warmup}.",
-            InterruptWarning,
-            stacklevel=3,
-        )
+        if interrupted() and done < total:
+            if not chunks:
+                raise KeyboardInterrupt
+            warnings.warn(
+                f"interrupted: returning the {done - num_warmup} draws per chain made so far, "
+                f"of {total - num_warmup}.",
+                InterruptWarning,
+                stacklevel=3,
+            )
     if not chunks:  # every chain was lost while warming up
         carry, kept, stats = program.chunk(carry, keys, np.int32(done), np.int32(0))
         chunks.append(jax.tree.map(lambda x: np.asarray(x)[:0], (kept, stats)))

@@ -49,6 +49,14 @@ def shared_axes(state: PyTree, share_optional: bool) -> PyTree:
     return jax.tree.map(axis, state, is_leaf=is_shared)
 
 
+def own_parts(state: PyTree, share_optional: bool) -> list[bool]:
+    """For each leaf of a state, a ``Shared`` node being one, whether every chain has its own."""
+    return [
+        not (is_shared(part) and (share_optional or not part.optional))
+        for part in jax.tree.leaves(state, is_leaf=is_shared)
+    ]
+
+
 def share_first(state: PyTree, share_optional: bool) -> PyTree:
     """Keep the first chain's copy of what is shared in a state that has a leading chain axis."""
 

@@ -1,0 +1,65 @@
+"""The documentation holds: names, examples, links."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import stochgrad
+
+ROOT = Path(__file__).parents[1]
+MODULES = [
+    m.name
+    for m in pkgutil.walk_packages(stochgrad.__path__, "stochgrad.")
+    if "__main__" not in m.name
+]
+
+
+def public_names():
+    for module in (stochgrad, stochgrad.diagnostics, stochgrad.numpyro, stochgrad.gradients):
+        for name, value in vars(module).items():
+            if not name.startswith("_") and not inspect.ismodule(value) and callable(value):
+                yield f"{module.__name__}.{name}"
+    yield "stochgrad.from_numpyro"
+
+
+def test_every_public_name_has_its_place_in_the_docs():
+    text = (ROOT / "docs/api.md").read_text()
+    shown = set(re.findall(r"stochgrad[\w.]*\.(\w+)", text))
+    internal = {"Any", "import_module", "as_gradient"}
+    missing = {name for name in public_names() if name.split(".")[-1] not in shown | internal}
+    assert not missing
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples_run(module):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        result = doctest.testmod(importlib.import_module(module))
+    assert result.failed == 0
+
+
+def test_every_link_between_pages_leads_somewhere():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_guide_runs(monkeypatch, tmp_path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.DOTALL)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        space = {}
+        for block in blocks:
+            exec(compile(block, "guide", "exec"), space)
+    assert space["draws"].finite.all()
+    assert space["data"].posterior["scale"].min() >= 0
