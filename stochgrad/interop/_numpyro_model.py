@@ -60,7 +60,9 @@ def from_numpyro(
             subsampled plates, a dict by plate name.
         order: As in ``stochgrad.posterior``.
         layout: As in ``stochgrad.posterior``.
-        **kwargs: The model's keyword arguments, with the whole data.
+        **kwargs: The model's keyword arguments, with the whole data. Where the model itself has an
+            argument called ``batch_size``, ``order`` or ``layout``, bind it with
+            ``functools.partial`` first.
 
     Raises:
         ValueError: no plate is subsampled (and ``batch_size`` is not the whole data); a latent site
@@ -176,6 +178,12 @@ def _inspect(model: Callable, args, kwargs, sizes: Mapping[str, int] | None = No
         raise ValueError(
             "the model's course depends on the value of a latent site or of a row (a Python if, "
             "while or range over it): stochastic control flow is not supported; use jnp.where."
+        ) from error
+    except jax.errors.TracerArrayConversionError as error:
+        raise ValueError(
+            "the model turns a traced value into a numpy array, most likely by indexing a numpy "
+            "array of its own with the plate's indices: pass the array as an argument, or wrap it "
+            "in jnp.asarray."
         ) from error
     return found[0]
 

@@ -171,6 +171,11 @@ def test_models_that_cannot_be_are_refused():
         with numpyro.plate("rows", len(y)):
             numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
+    def numpy_inside(y):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", 53, subsample_size=5) as rows:
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=m.Y[rows])
+
     y = np.ones(20, np.float32)
     for model, words in [
         (discrete, "latent site 'z' is discrete"),
@@ -178,6 +183,7 @@ def test_models_that_cannot_be_are_refused():
         (branching, "stochastic control flow"),
         (conditional, "stochastic control flow"),
         (unsubsampled, "no subsampled plate"),
+        (numpy_inside, "indexing a numpy array of its own"),
     ]:
         with pytest.raises(ValueError, match=words):
             stochgrad.from_numpyro(model, y)

@@ -31,7 +31,7 @@ GRADIENTS = {
 
 
 def tree_target(**options):
-    x = gaussian_rows(23, 6)[0]
+    x = jnp.asarray(gaussian_rows(23, 6)[0], float)
 
     def flat(p):
         return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(p)])
