@@ -56,11 +56,11 @@ class _SGKernel(MCMCKernel):
         model: Callable,
         make: Callable[[Posterior], Kernel],
         *,
-        batch_size: int | Mapping[str, int] | None,
-        order: Order,
-        layout: Layout,
-        num_steps: int,
-        share_batches: bool,
+        batch_size: int | Mapping[str, int] | None = None,
+        order: Order = "reshuffled",
+        layout: Layout = "blocks",
+        num_steps: int = 1,
+        share_batches: bool = False,
     ):
         if not callable(model):
             raise TypeError(f"model must be a numpyro model, got {type(model).__name__}.")
@@ -165,9 +165,9 @@ class SGLD(_SGKernel):
     Args:
         model: A numpyro model with a subsampled plate.
         step_size, temperature, noise: As in ``stochgrad.sgld``.
-        batch_size, order, layout: As in ``stochgrad.from_numpyro``.
-        num_steps: Steps of the kernel per iteration of ``MCMC``.
-        share_batches: With ``chain_method="vectorized"``, as in ``stochgrad.sample``.
+        **options: ``batch_size``, ``order`` and ``layout`` as in ``stochgrad.from_numpyro``;
+            ``num_steps``, steps of the kernel per iteration of ``MCMC``, 1 by default;
+            ``share_batches`` as in ``stochgrad.sample``, with ``chain_method="vectorized"``.
 
     Raises:
         ValueError: as ``stochgrad.sgld`` and ``stochgrad.from_numpyro`` do, when ``MCMC`` runs.
@@ -180,22 +180,10 @@ class SGLD(_SGKernel):
         *,
         temperature: float = 1.0,
         noise: Noise = "normal",
-        batch_size: int | Mapping[str, int] | None = None,
-        order: Order = "reshuffled",
-        layout: Layout = "blocks",
-        num_steps: int = 1,
-        share_batches: bool = False,
+        **options: Any,
     ):
         make = _Make(sgld, step_size=step_size, temperature=temperature, noise=noise)
-        super().__init__(
-            model,
-            make,
-            batch_size=batch_size,
-            order=order,
-            layout=layout,
-            num_steps=num_steps,
-            share_batches=share_batches,
-        )
+        super().__init__(model, make, **options)
 
 
 class SGHMC(_SGKernel):
@@ -205,9 +193,9 @@ class SGHMC(_SGKernel):
         model: A numpyro model with a subsampled plate.
         step_size, friction, mass, noise_estimate, temperature, integrator, noise: As in
             ``stochgrad.sghmc``; a mass that is a tree is a dict by site name.
-        batch_size, order, layout: As in ``stochgrad.from_numpyro``.
-        num_steps: Steps of the kernel per iteration of ``MCMC``.
-        share_batches: With ``chain_method="vectorized"``, as in ``stochgrad.sample``.
+        **options: ``batch_size``, ``order`` and ``layout`` as in ``stochgrad.from_numpyro``;
+            ``num_steps``, steps of the kernel per iteration of ``MCMC``, 1 by default;
+            ``share_batches`` as in ``stochgrad.sample``, with ``chain_method="vectorized"``.
 
     Raises:
         ValueError: as ``stochgrad.sghmc`` and ``stochgrad.from_numpyro`` do, when ``MCMC`` runs.
@@ -224,11 +212,7 @@ class SGHMC(_SGKernel):
         temperature: float = 1.0,
         integrator: str = "SGHMC",
         noise: Noise = "normal",
-        batch_size: int | Mapping[str, int] | None = None,
-        order: Order = "reshuffled",
-        layout: Layout = "blocks",
-        num_steps: int = 1,
-        share_batches: bool = False,
+        **options: Any,
     ):
         make = _Make(
             sghmc,
@@ -240,12 +224,4 @@ class SGHMC(_SGKernel):
             integrator=integrator,
             noise=noise,
         )
-        super().__init__(
-            model,
-            make,
-            batch_size=batch_size,
-            order=order,
-            layout=layout,
-            num_steps=num_steps,
-            share_batches=share_batches,
-        )
+        super().__init__(model, make, **options)

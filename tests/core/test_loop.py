@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import blackjax
 import blackjax.util
@@ -19,6 +20,7 @@ from stochgrad.core import Shared
 from tests.conftest import Z
 from tests.helpers import exact_gradient, gaussian_posterior, mean_and_error
 
+ROOT = Path(__file__).parents[2]
 RUN = {"num_samples": 5, "progress": False}
 
 
@@ -222,8 +224,9 @@ for share in (False, True):
     runs = []
     for devices in (1, 2, 4):
         done = subprocess.run(
-            [sys.executable, "-c", code, str(devices)], capture_output=True, check=True
+            [sys.executable, "-c", code, str(devices)], capture_output=True, cwd=ROOT
         )
+        assert done.returncode == 0, done.stderr.decode()
         assert done.stderr.decode().strip()[-2:] == 2 * str(devices)
         runs.append(done.stdout)
     read = [np.frombuffer(r[-1600:], np.float32) for r in runs]
