@@ -275,7 +275,7 @@ def import_seconds(module, runs=7):
 
 def table(title, figures, rival="blackjax sgld, scan"):
     lines = [
-        f"### {title}",
+        f"## {title}",
         "",
         "| chains | | µs a step | of the floor | faster than blackjax |",
         "| --- | --- | --- | --- | --- |",
@@ -314,7 +314,7 @@ def main():
         f"Compiling the sampler of 16 chains: {seconds:.1f} s.",
         "",
         *table("Multilayer perceptron 784-100-10, 20,000 rows, batch 256", b),
-        "### Cost against the number of rows (logistic regression, 1 chain)",
+        "## Cost against the number of rows (logistic regression, 1 chain)",
         "",
         "| layout | N = 10,000 | N = 1,000,000 | ratio |",
         "| --- | --- | --- | --- |",
@@ -328,7 +328,7 @@ def main():
         "10,000 rows (2 MB) stay in the processor's cache and 1,000,000 (200 MB) do not: the first "
         "line is that difference alone.",
         "",
-        f"### Import\n\n`import jax` {imports['jax']:.2f} s, `import stochgrad` "
+        f"## Import\n\n`import jax` {imports['jax']:.2f} s, `import stochgrad` "
         f"{imports['stochgrad']:.2f} s (medians of 7).",
         "",
     ]

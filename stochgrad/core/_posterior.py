@@ -44,8 +44,9 @@ def posterior(
 
     Raises:
         ValueError: the data have no rows, differ in their leading axes or are not finite; the batch
-            size does not fit them; the order or layout is unknown. On first use: ``log_prior`` does
-            not return a scalar or ``log_likelihood`` not one value per row.
+            size does not fit them; the order or layout is unknown. On first use: a function fails
+            on the position, ``log_prior`` does not return a scalar, or ``log_likelihood`` not one
+            value per row.
 
     Example:
         >>> import jax.numpy as jnp, stochgrad
@@ -64,8 +65,8 @@ def posterior(
             raise TypeError(f"{name} must be a function, got {function!r}.")
 
     def log_density(position: Position, batch: Batch) -> Scalar:
-        prior = jnp.asarray(log_prior(position))
-        values = jnp.asarray(log_likelihood(position, batch.data))
+        prior = _evaluate("log_prior", log_prior, position)
+        values = _evaluate("log_likelihood", log_likelihood, position, batch.data)
         rows = jax.tree.leaves(batch.data)[0].shape[0]
         if prior.shape != ():
             raise ValueError(f"log_prior must return a scalar, got shape {prior.shape}.")
@@ -77,3 +78,15 @@ def posterior(
         return prior + jnp.sum(batch.weight.astype(values.dtype) * values)
 
     return Posterior(log_density, data_batches(data, batch_size, order, layout))
+
+
+def _evaluate(name: str, function: Callable, position: Position, *args: Any) -> Array:
+    """Call a function of the user's; where it fails, the position is most likely at fault."""
+    try:
+        return jnp.asarray(function(position, *args))
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        shapes = jax.tree.map(jnp.shape, position)
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{name} fails on a position of shape {shapes}: does init match the model? ({reason})"
+        ) from error

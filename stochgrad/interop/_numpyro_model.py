@@ -83,8 +83,6 @@ def from_numpyro(
     args, kwargs = _as_arrays(args, kwargs)
     found = _inspect(model, args, kwargs)
     sizes = _batch_sizes(found.plates, batch_size, order)
-    if batch_size is not None or order == "full":
-        found = _inspect(model, args, kwargs, sizes)  # sites as they are at this batch size
     for name, plate in found.inside.items():
         if plate in sizes:
             raise ValueError(
@@ -147,9 +145,8 @@ class _Model(NamedTuple):
 class _watch_plates(handlers.trace):
     """Record the plates of a model, and give each of them its first rows."""
 
-    def __init__(self, fn: Callable, sizes: Mapping[str, int]):
+    def __init__(self, fn: Callable):
         self.plates: dict[str, _Plate] = {}
-        self.sizes = sizes
         self.branches = False
         super().__init__(fn)
 
@@ -157,19 +154,17 @@ class _watch_plates(handlers.trace):
         if msg["type"] == "plate":
             size, subsample_size = msg["args"]
             self.plates[msg["name"]] = _Plate(size, subsample_size or size)
-            rows = self.sizes.get(msg["name"], subsample_size or size)
-            msg["value"] = jnp.arange(rows)
-            msg["args"] = (size, rows)
+            msg["value"] = jnp.arange(subsample_size or size)
         if msg["type"] == "control_flow" and "cond" in getattr(msg["fn"], "__name__", ""):
             self.branches = True
 
 
-def _inspect(model: Callable, args, kwargs, sizes: Mapping[str, int] | None = None) -> _Model:
+def _inspect(model: Callable, args, kwargs) -> _Model:
     """Run the model once without computing anything, and note what the samplers need of it."""
     found = []
 
     def once(key):
-        watch = _watch_plates(handlers.seed(model, key), sizes or {})
+        watch = _watch_plates(handlers.seed(model, key))
         found.append(_describe(watch, watch.get_trace(*args, **kwargs)))
 
     try:

@@ -94,3 +94,12 @@ def test_functions_of_the_wrong_shape_get_one_sentence():
             )
     with pytest.raises(TypeError, match="log_prior must be a function"):
         stochgrad.posterior(**{**GOOD, "log_prior": 3.0})
+
+
+def test_a_position_that_does_not_fit_gets_one_sentence():
+    target = stochgrad.posterior(**{**GOOD, "log_likelihood": lambda q, b: b @ q["w"]})
+    for start in ({"w": jnp.zeros(3)}, jnp.zeros(2), {"v": jnp.zeros(2)}):
+        with pytest.raises(ValueError, match=r"fails on a position of shape .* does init match"):
+            stochgrad.sample(
+                jax.random.key(0), stochgrad.sgld(target, 0.1), init=start, num_samples=1
+            )
