@@ -64,7 +64,9 @@ def test_blocks_are_one_partition_and_rows_are_not():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("order", ["iid", "reshuffled", "symmetric"])
-@pytest.mark.parametrize("step", [0, 3, 6])
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 6]
+)
 def test_every_step_weights_every_row_by_one_on_average(order, layout, step):
     size, batch_size, runs = 11, 4, 4000
     batches, _ = row_batches(size, batch_size, order, layout)

@@ -51,6 +51,7 @@ def test_the_full_batch_is_numpyros_density(case):
     np.testing.assert_allclose(ours, whole(model, args, kwargs, z), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_constrained_density_plus_jacobians_is_log_density(case):
     """The same through ``log_density``, with the Jacobians by automatic differentiation."""
     name, model, args, kwargs = case
@@ -69,7 +70,7 @@ def test_the_constrained_density_plus_jacobians_is_log_density(case):
     np.testing.assert_allclose(target.log_density(z, target.batches.full), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["blocks", "rows"])
+@pytest.mark.parametrize("layout", ["blocks", pytest.param("rows", marks=pytest.mark.slow)])
 def test_an_epochs_average_is_the_full_score(case, layout):
     name, model, args, kwargs = case
     target = stochgrad.from_numpyro(model, *args, layout=layout, **kwargs)

@@ -48,7 +48,19 @@ def position(dtype=jnp.float32):
     return {"a": jnp.ones(3, dtype), "b": (jnp.zeros((2, 1), dtype), jnp.array(0.5, dtype))}
 
 
-@pytest.fixture(params=list(KERNELS))
+VARIANTS = (
+    "sgld discrete",
+    "sgld schedule",
+    "sghmc EM",
+    "sghmc cold",
+)  # of a kernel that is there as well
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in KERNELS
+    ]
+)
 def make(request):
     if request.param in ("sgld schedule", "ascend"):  # optax promotes
         with jax.numpy_dtype_promotion("standard"):
@@ -99,16 +111,18 @@ def test_chains_together_equal_chains_alone(make, order, key):
     kernel = make(tree_target(order=order, batch_size=None if order == "full" else 5))
     together = jax.vmap(kernel.init, in_axes=(None, 0))(position(), jax.random.split(key, 3))
     together, _ = jax.vmap(kernel.step)(jax.random.split(key, 3), together)
+    one = jax.jit(lambda k: kernel.step(k, kernel.init(position(), k))[0])
     for chain, k in enumerate(jax.random.split(key, 3)):
-        alone, _ = kernel.step(k, kernel.init(position(), k))
+        alone = one(k)
         assert_trees_close(
             jax.tree.map(lambda x, c=chain: x[c], together.position), alone.position, rtol=1e-5,
             atol=1e-6,
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("num_chains", [1, 3])
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(
+    ("num_chains", "share"), [(1, False), (3, True), pytest.param(3, False, marks=pytest.mark.slow)]
+)
 def test_chunks_do_not_change_a_draw(make, num_chains, share, key):
     kernel = make(tree_target())
     run = lambda **options: stochgrad.sample(
