@@ -1,13 +1,12 @@
 """How a step for one chain becomes a step for many."""
 
-import math
 from collections.abc import Callable
 
 import jax
 from jax import lax
 from jaxtyping import PyTree
 
-from stochgrad.core._trees import is_shared, own_parts, shared_axes
+from stochgrad.core._trees import is_shared, own_parts, shared_axes, tree_bytes
 
 _CACHE_BYTES = 2**15
 _MANY = 8
@@ -66,8 +65,4 @@ def best_in_turn(state: PyTree, share: bool, largest: int) -> bool:
     own_stream = not share and any(is_shared(part) and part.optional for part in parts)
     if not own_stream or jax.default_backend() != "cpu":
         return False
-    own_size = sum(
-        math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 8)
-        for leaf in jax.tree.leaves(state)
-    )
-    return largest >= max(_CACHE_BYTES, _MANY * own_size)
+    return largest >= max(_CACHE_BYTES, _MANY * tree_bytes(state))

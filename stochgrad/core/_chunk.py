@@ -1,6 +1,5 @@
 """The compiled part of the loop: scan over draws, scan over thinning, vmap over chains."""
 
-import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -14,7 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
 from stochgrad.core._chains import best_in_turn, over_chains
-from stochgrad.core._trees import is_shared, share_first, shared_axes, tree_isfinite, tree_probe
+from stochgrad.core._trees import (
+    is_shared,
+    share_first,
+    shared_axes,
+    tree_bytes,
+    tree_isfinite,
+    tree_probe,
+)
 
 _BUFFER_BYTES = 2**25
 _MOST_DRAWS = 1024
@@ -93,7 +99,7 @@ def trace(init: Callable, step: Callable, example: tuple[Any, tuple]) -> Traced:
         return jax.tree.unflatten(out_structure, flat)
 
     made = (out.aval for equation in closed.jaxpr.eqns for out in equation.outvars)
-    return Traced(replay, state, info, max(map(_bytes, made), default=0))
+    return Traced(replay, state, info, max(map(tree_bytes, made), default=0))
 
 
 @lru_cache(maxsize=16)
@@ -154,9 +160,7 @@ def build(
         lambda s: jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype),
         (jax.eval_shape(collect, traced.state), scalars(traced.info, ())),
     )
-    capacity = int(
-        np.clip(_BUFFER_BYTES // max(sum(map(_bytes, jax.tree.leaves(shapes))), 1), 1, _MOST_DRAWS)
-    )
+    capacity = int(np.clip(_BUFFER_BYTES // max(tree_bytes(shapes), 1), 1, _MOST_DRAWS))
 
     def chunk(carry, keys, first, count):
         def body(i, both):
@@ -222,7 +226,3 @@ class compiled:
 
 def _draw_keys(key: Key[Array, ""], index: Array, thin: int) -> Key[Array, " thin"]:
     return jax.random.split(jax.random.fold_in(key, index), thin)
-
-
-def _bytes(shape: Any) -> int:
-    return math.prod(shape.shape) * getattr(shape.dtype, "itemsize", 8)

@@ -73,6 +73,13 @@ def tree_size(tree: PyTree) -> int:
     return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes that the arrays of a tree, or their shapes, take; a key counts as eight."""
+    return sum(
+        math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 8) for leaf in jax.tree.leaves(tree)
+    )
+
+
 def tree_dot(a: PyTree, b: PyTree) -> Scalar:
     """Inner product of two trees of one structure."""
     parts = jax.tree.leaves(jax.tree.map(lambda x, y: jnp.vdot(x, y), a, b))

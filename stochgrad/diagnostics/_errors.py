@@ -24,13 +24,7 @@ def mcse(draws: Draws) -> PyTree:
     Returns:
         Standard errors in the structure of ``draws.positions``, without the chain and draw axes.
     """
-    from numpyro.diagnostics import effective_sample_size
-
-    def one(x):
-        average = np.asarray(x, np.float64).mean(axis=0, keepdims=True)
-        return np.sqrt(average.var(axis=(0, 1)) / effective_sample_size(average))
-
-    return jax.tree.map(one, _finite(draws).positions)
+    return jax.tree.map(error_of_mean, finite(draws).positions)
 
 
 def rhat(draws: Draws) -> PyTree:
@@ -61,10 +55,19 @@ def rhat(draws: Draws) -> PyTree:
         between = n * x.mean(axis=1).var(axis=0, ddof=1)
         return np.sqrt((n - 1) / n + between / (n * within))
 
-    return jax.tree.map(one, _finite(draws).positions)
+    return jax.tree.map(one, finite(draws).positions)
 
 
-def _finite(draws: Draws) -> Draws:
+def error_of_mean(x: np.ndarray) -> np.ndarray:
+    """Standard error of the mean of an array of shape (chain, draw, ...); see ``mcse``."""
+    from numpyro.diagnostics import effective_sample_size
+
+    average = np.asarray(x, np.float64).mean(axis=0, keepdims=True)
+    return np.sqrt(average.var(axis=(0, 1)) / effective_sample_size(average))
+
+
+def finite(draws: Draws) -> Draws:
+    """The draws, if all of them are finite; a ValueError if not."""
     if not draws.finite.all():
         raise ValueError("some draws are not finite: take draws.finite_chains() first.")
     return draws

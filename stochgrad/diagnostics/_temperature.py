@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stochgrad.core import Draws, PRNGKey, Target, check_key, compiled, tree_dot
+from stochgrad.diagnostics._errors import error_of_mean, finite
 from stochgrad.gradients import as_gradient
 
 
@@ -50,8 +51,7 @@ def temperatures(draws: Draws, target: Target, key: PRNGKey) -> Temperatures:
     check_key(key)
     if draws.collected:
         raise ValueError("temperatures needs draws of positions, not those of a collect function.")
-    if not draws.finite.all():
-        raise ValueError("some draws are not finite: take draws.finite_chains() first.")
+    finite(draws)
     gradient = as_gradient(target)
 
     def at(x):
@@ -74,8 +74,4 @@ def temperatures(draws: Draws, target: Target, key: PRNGKey) -> Temperatures:
 
 
 def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    from numpyro.diagnostics import effective_sample_size
-
-    average = np.asarray(values, np.float64).mean(axis=0, keepdims=True)  # chains may be dependent
-    error = np.sqrt(average.var() / effective_sample_size(average))
-    return float(values.mean()), float(error)
+    return float(values.mean()), float(error_of_mean(values))

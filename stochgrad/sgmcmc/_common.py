@@ -56,13 +56,18 @@ def noise_ratio(gradient, previous, count, step_size, diffusion) -> Float[Array,
     return jnp.where(count > 0, step_size.astype(variance.dtype) * variance / 2, jnp.nan)
 
 
+def is_number(value: PyTree) -> bool:
+    """Whether a hyper-parameter is one number or array, and not a tree of them."""
+    return jax.tree.structure(value) == jax.tree.structure(0.0)
+
+
 def spread(name: str, value, position: Position) -> PyTree:
     """A number or an array for each leaf of the position, from a number or a tree of its structure.
 
     Raises:
         ValueError: the tree has another structure.
     """
-    if jax.tree.structure(value) != jax.tree.structure(0.0):
+    if not is_number(value):
         if jax.tree.structure(value) != jax.tree.structure(position):
             raise ValueError(
                 f"{name} must be a number or have the position's structure, "

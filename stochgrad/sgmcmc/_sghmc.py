@@ -26,6 +26,7 @@ from stochgrad.sgmcmc._common import (
     describe,
     gradient_key,
     gradient_norm,
+    is_number,
     noise_ratio,
     spread,
     step_counter,
@@ -135,13 +136,14 @@ def sghmc(
     if integrator not in INTEGRATORS:
         raise ValueError(f"integrator must be one of {list(INTEGRATORS)}, got {integrator!r}.")
     advance = INTEGRATORS[integrator]
-    if noise_estimate > (least := temperature * _extreme(jnp.min, friction)):
+    least = temperature * min(float(jnp.min(jnp.asarray(c))) for c in jax.tree.leaves(friction))
+    if noise_estimate > least:
         raise ValueError(
             "noise_estimate must not exceed friction * temperature, got "
             f"{noise_estimate:g} > {least:g}: gradient noise alone heats the chain more than that; "
             "take more friction or a smaller step_size."
         )
-    if _is_number(friction) and _is_number(mass):
+    if is_number(friction) and is_number(mass):
         _check_damping(first, friction, mass)
 
     def init(position: Position, rng_key) -> SGHMCState:
@@ -196,14 +198,6 @@ def sghmc(
         ("noise", noise),
     )
     return Kernel(init, step, "SGHMC", settings + describe(gradient.posterior), gradient.posterior)
-
-
-def _is_number(value) -> bool:
-    return jax.tree.structure(value) == jax.tree.structure(0.0)
-
-
-def _extreme(of, tree) -> float:
-    return float(of(jnp.array([of(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)])))
 
 
 def _check_damping(step_size: float, friction, mass) -> None:
