@@ -21,6 +21,7 @@ from stochgrad.core._draws import Draws as Draws
 from stochgrad.core._loop import sample as sample
 from stochgrad.core._noise import Noise as Noise
 from stochgrad.core._noise import noise_like as noise_like
+from stochgrad.core._orders import ORDERS as ORDERS
 from stochgrad.core._orders import permuted as permuted
 from stochgrad.core._posterior import posterior as posterior
 from stochgrad.core._protocols import Batches as Batches

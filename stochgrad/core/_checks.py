@@ -43,16 +43,23 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
     return int(value)
 
 
-def as_schedule(step_size: StepSize) -> tuple[Callable[[Any], Any], float]:
+def as_schedule(
+    value: StepSize, name: str = "step_size", *, zero: bool = False
+) -> tuple[Callable[[Any], Any], float]:
     """A schedule ``step -> float`` and its value at step zero.
 
+    Args:
+        value: A positive number, or a schedule.
+        name: What it is called.
+        zero: Whether a schedule may begin with zero.
+
     Raises:
-        ValueError: the step size, or the schedule's first value, is not a positive number.
+        ValueError: the number, or the schedule's first value, is not positive.
     """
-    if not callable(step_size):
-        constant = check_number("step_size", step_size)
+    if not callable(value):
+        constant = check_number(name, value)
         return (lambda step: constant), constant
-    return step_size, check_number("step_size at step 0", step_size(0))
+    return value, check_number(f"{name} at step 0", value(0), zero=zero)
 
 
 def data_rows(data: PyTree) -> int:

@@ -18,7 +18,9 @@ from jaxtyping import Array, Float, PyTree, UInt32
 
 from stochgrad.core._protocols import PRNGKey
 
-Noise: TypeAlias = Literal["normal", "discrete"]
+NoiseName: TypeAlias = Literal["normal", "discrete"]
+Noise: TypeAlias = NoiseName | Callable[[PRNGKey, PyTree], PyTree]
+"""Which unit-variance noise a kernel injects: a name, or a function ``(key, tree) -> tree``."""
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
@@ -106,8 +108,10 @@ def noise_like(kind: Noise) -> Callable[[PRNGKey, PyTree], PyTree]:
     Raises:
         ValueError: ``kind`` is not one of ``"normal"`` and ``"discrete"``.
     """
+    if callable(kind):
+        return kind
     if kind not in _GENERATORS:
-        raise ValueError(f"noise must be one of {list(get_args(Noise))}, got {kind!r}.")
+        raise ValueError(f"noise must be one of {list(get_args(NoiseName))}, got {kind!r}.")
     return partial(_noise_like, _GENERATORS[kind])
 
 

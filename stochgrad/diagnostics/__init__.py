@@ -4,3 +4,9 @@ from stochgrad.diagnostics._errors import mcse as mcse
 from stochgrad.diagnostics._errors import rhat as rhat
 from stochgrad.diagnostics._temperature import Temperatures as Temperatures
 from stochgrad.diagnostics._temperature import temperatures as temperatures
+from stochgrad.diagnostics._weak_order import Problem as Problem
+from stochgrad.diagnostics._weak_order import WeakOrder as WeakOrder
+from stochgrad.diagnostics._weak_order import double_well as double_well
+from stochgrad.diagnostics._weak_order import gaussian as gaussian
+from stochgrad.diagnostics._weak_order import minibatch_gaussian as minibatch_gaussian
+from stochgrad.diagnostics._weak_order import weak_order as weak_order

@@ -1,15 +1,18 @@
 """What the SG-MCMC kernels share."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from stochgrad.core import (
     Position,
     Posterior,
     PRNGKey,
     Shared,
+    StepSize,
     tree_dot,
     tree_size,
 )
@@ -56,25 +59,9 @@ def noise_ratio(gradient, previous, count, step_size, diffusion) -> Float[Array,
     return jnp.where(count > 0, step_size.astype(variance.dtype) * variance / 2, jnp.nan)
 
 
-def is_number(value: PyTree) -> bool:
-    """Whether a hyper-parameter is one number or array, and not a tree of them."""
-    return jax.tree.structure(value) == jax.tree.structure(0.0)
-
-
-def spread(name: str, value, position: Position) -> PyTree:
-    """A number or an array for each leaf of the position, from a number or a tree of its structure.
-
-    Raises:
-        ValueError: the tree has another structure.
-    """
-    if not is_number(value):
-        if jax.tree.structure(value) != jax.tree.structure(position):
-            raise ValueError(
-                f"{name} must be a number or have the position's structure, "
-                f"{jax.tree.structure(position)}, got {jax.tree.structure(value)}."
-            )
-        return value
-    return jax.tree.map(lambda _: value, position)
+def setting(value: StepSize) -> Any:
+    """A number or a schedule as a result's attributes show it."""
+    return value if callable(value) else float(value)
 
 
 def describe(posterior: Posterior | None) -> tuple[tuple[str, int | str], ...]:

@@ -1,10 +1,10 @@
 """Stochastic gradient Hamiltonian Monte Carlo: underdamped Langevin dynamics."""
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from stochgrad.core import (
@@ -21,17 +21,18 @@ from stochgrad.core import (
     tree_size,
 )
 from stochgrad.gradients import as_gradient
-from stochgrad.integrators import INTEGRATORS, Coefficients, scaled
+from stochgrad.integrators import Coefficients, Integrator, integrator_of, scaled
 from stochgrad.sgmcmc._common import (
     describe,
     gradient_key,
     gradient_norm,
-    is_number,
     noise_ratio,
-    spread,
+    setting,
     step_counter,
     successor,
 )
+from stochgrad.sgmcmc._frame import Frame, frames, is_number
+from stochgrad.sgmcmc._noise_variance import effective_temperature, following_variance
 
 
 class SGHMCState(NamedTuple):
@@ -43,6 +44,8 @@ class SGHMCState(NamedTuple):
         gradient: The last gradient estimate.
         gradient_state: The gradient's own state.
         count: Number of steps taken.
+        noise_variance: Running estimate of the gradient noise's variance, or None where the kernel
+            keeps none.
     """
 
     position: Position
@@ -50,6 +53,7 @@ class SGHMCState(NamedTuple):
     gradient: Position
     gradient_state: Any
     count: Shared
+    noise_variance: Position | None = None
 
 
 class SGHMCInfo(NamedTuple):
@@ -76,15 +80,19 @@ def sghmc(
     friction: float | PyTree,
     *,
     mass: float | PyTree = 1.0,
-    noise_estimate: float = 0.0,
-    temperature: float = 1.0,
+    noise_estimate: float | PyTree | Literal["online"] = 0.0,
+    temperature: StepSize = 1.0,
     integrator: str = "SGHMC",
     noise: Noise = "normal",
 ) -> Kernel:
-    r"""Stochastic gradient Hamiltonian Monte Carlo (Chen, Fox & Guestrin, ICML 2014, Algorithm 2).
+    r"""Stochastic gradient Hamiltonian Monte Carlo, by any of a family of integrators.
 
-    Underdamped Langevin dynamics, $dq = M^{-1}p\,dt$ and
-    $dp = \nabla\log\pi\,dt - CM^{-1}p\,dt + \sqrt{2CT}\,dW$, by the semi-implicit scheme
+    Underdamped Langevin dynamics,
+
+    $$dq = M^{-1}p\,dt, \qquad
+      dp = \nabla\log\pi\,dt - CM^{-1}p\,dt + \sqrt{2(CT - \hat B)}\,dW,$$
+
+    in steps of h. The default integrator is Algorithm 2 of Chen, Fox & Guestrin (ICML 2014),
 
     $$q' = q + h M^{-1} p, \qquad
       p' = p + h \hat g(q') - h C M^{-1} p + \sqrt{2(CT - \hat B)h}\, \xi,$$
@@ -94,27 +102,43 @@ def sghmc(
     $\eta = h^2/M$ and $\alpha = hC/M$.
 
     Gradient noise of variance V adds a diffusion of $hV/2$: with independent minibatches variances
-    come out a factor $1 + hV/2C$ too large, which ``noise_ratio`` in the results estimates and
-    ``noise_estimate`` takes back.
+    come out a factor $1 + hV/2C$ too large whatever the integrator, which ``noise_ratio`` in the
+    results estimates and ``noise_estimate`` takes back. With reshuffled or symmetric minibatches
+    the error is of second order in h, and so is that of a second-order integrator.
 
     Args:
         target: A posterior, or a gradient.
         step_size: h, a positive number or an optax-style schedule ``step -> float``.
-        friction: C, a number, or a tree of the position's structure with a number or an array for
-            each leaf (a diagonal).
-        mass: M, likewise. Inverse posterior variances make all directions equally fast; a friction
-            of ``rate * mass`` then damps them all at that rate.
-        noise_estimate: $\hat B$, the diffusion $hV/2$ that gradient noise is believed to add.
-        temperature: T; the draws follow $\pi^{1/T}$.
-        integrator: ``"SGHMC"``, the scheme above, or ``"EM"``, explicit Euler-Maruyama, of first
-            order and unstable for $h \ge C/k$; it is what several libraries call SGHMC.
+        friction: C, a number, a tree of the position's structure with a number or an array for each
+            leaf (a diagonal), or a (d, d) matrix over the ravelled position of d numbers.
+        mass: M, likewise. Inverse posterior variances (or the inverse covariance) make all
+            directions equally fast; a friction of ``rate * mass`` then damps them all at that rate.
+        noise_estimate: $\hat B$, the diffusion $hV/2$ that the gradient noise of independent
+            minibatches adds, likewise; or ``"online"``: a diagonal estimated as the chain runs,
+            from differences of successive gradients.
+        temperature: T, a number or a schedule; the draws follow $\pi^{1/T}$. At zero, the dynamics
+            is gradient descent with momentum.
+        integrator: A name or a splitting.
+
+            - ``"SGHMC"``: as above. Second order for positions, first for momenta.
+            - ``"EM"``: explicit Euler-Maruyama, of first order and unstable for $h \ge C/k$; it is
+              what several libraries call SGHMC.
+            - ``"LEAPFROG"``: the same kick between two half drifts.
+            - ``"SSI"``: the symmetric splitting of Chen, Ding & Carin (NeurIPS 2015).
+            - ``"LT"``: Verlet, then exact friction and noise; the same as ``"BABO"``.
+            - a word over A (drift), B (kick), O (exact friction and noise) and U (A and O at once):
+              ``"OBABO"``, ``"BAOAB"``, ``"ABOBA"``, ``"OABAO"``, ``"UBU"``, ``"BUB"`` and others;
+              a letter that occurs n times advances by h/n. Palindromes are of second order.
+            - ``"MT3"``: third order, three gradients a step.
         noise: ``"normal"``, or ``"discrete"``: four-point variables with five moments right, a
-            fraction of the cost where the noise is most of a step (10,000 parameters and more).
+            fraction of the cost where the noise is most of a step (10,000 parameters and more); or
+            a function ``(key, tree) -> tree``.
 
     Raises:
-        ValueError: a number is not positive; ``friction * step_size / mass`` is 2 or more, beyond
-            which no scheme is stable; ``noise_estimate`` exceeds ``friction * temperature``; the
-            integrator or the noise is unknown.
+        ValueError: a number is not positive; the friction alone makes the scheme unstable
+            (``friction * step_size / mass`` of 2 or more where the friction is Euler's);
+            ``noise_estimate`` exceeds ``friction * temperature``; the integrator or the noise is
+            unknown; matrices are not symmetric, or cannot be made diagonal together.
         TypeError: the target is neither a posterior nor a gradient.
 
     Example:
@@ -122,90 +146,143 @@ def sghmc(
         >>> target = stochgrad.posterior(
         ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(10), order="full"
         ... )
-        >>> kernel = stochgrad.sghmc(target, step_size=0.05, friction=2.0)
+        >>> kernel = stochgrad.sghmc(target, step_size=0.05, friction=2.0, integrator="BAOAB")
         >>> kernel.method, dict(kernel.settings)["friction"]
         ('SGHMC', 2.0)
     """
     gradient = as_gradient(target)
     schedule, first = as_schedule(step_size)
+    heat, first_heat = as_schedule(temperature, "temperature", zero=True)
     for name, value in (("friction", friction), ("mass", mass)):
-        jax.tree.map(lambda leaf, name=name: check_number(name, jnp.min(jnp.asarray(leaf))), value)
-    temperature = check_number("temperature", temperature)
-    noise_estimate = check_number("noise_estimate", noise_estimate, zero=True)
-    draw_noise = noise_like(noise)
-    if integrator not in INTEGRATORS:
-        raise ValueError(f"integrator must be one of {list(INTEGRATORS)}, got {integrator!r}.")
-    advance = INTEGRATORS[integrator]
-    least = temperature * min(float(jnp.min(jnp.asarray(c))) for c in jax.tree.leaves(friction))
-    if noise_estimate > least:
+        check_positive(name, value)
+    online = isinstance(noise_estimate, str)
+    if online and noise_estimate != "online":
         raise ValueError(
-            "noise_estimate must not exceed friction * temperature, got "
-            f"{noise_estimate:g} > {least:g}: gradient noise alone heats the chain more than that; "
-            "take more friction or a smaller step_size."
+            f"noise_estimate must be a number, a tree or 'online', got {noise_estimate!r}."
         )
-    if is_number(friction) and is_number(mass):
-        _check_damping(first, friction, mass)
+    known_noise = 0.0 if online else noise_estimate
+    check_positive("noise_estimate", known_noise, zero=True)
+    draw_noise = noise_like(noise)
+    scheme = integrator_of(integrator)
+    frame_of = frames(mass, friction, known_noise)
+    fixed_heat = None if callable(temperature) else first_heat
+
+    def check(mass, friction, noise):
+        _check_stable(scheme, first, fixed_heat, mass, friction, noise)
+
+    if all(is_number(x) and np.ndim(x) < 2 for x in (mass, friction, known_noise)):
+        check(mass, friction, known_noise)
+
+    def coefficients(count, frame: Frame, variance: Position | None) -> Coefficients:
+        h, heat_now = schedule(count), heat(count)
+        if callable(step_size):
+            h = jnp.asarray(h, float)
+        noise = frame.noise
+        if variance is not None:
+            noise = jax.tree.map(lambda v: jnp.asarray(h, v.dtype) * v / 2, variance)
+        cooled = jax.tree.map(
+            lambda c, b: effective_temperature(heat_now, c, b), frame.friction, noise
+        )
+        return Coefficients(h, frame.mass, frame.friction, cooled)
 
     def init(position: Position, rng_key) -> SGHMCState:
         momentum_key, key = jax.random.split(rng_key)
-        xi = noise_like("normal")(momentum_key, position)
-        masses, frictions = spread("mass", mass, position), spread("friction", friction, position)
-        jax.tree.map(partial(_check_damping, first), frictions, masses)
-        momentum = scaled(jax.tree.map(lambda m: jnp.sqrt(m * temperature), masses), xi)
-        zeros = jax.tree.map(jnp.zeros_like, position)
-        return SGHMCState(position, momentum, zeros, gradient.init(key, position), step_counter())
+        frame = frame_of(position)
+        check(frame.mass, frame.friction, frame.noise)
+        inside = frame.enter(position)
+        xi = noise_like("normal")(momentum_key, inside)
+        roots = jax.tree.map(lambda m: np.sqrt(m * first_heat), frame.mass)
+        momentum = frame.leave_dual(scaled(roots, xi))
+        g = jax.tree.map(jnp.zeros_like, position)
+        if scheme.keeps_gradient:
+            key, next_key = jax.random.split(key)
+            gradient_state = gradient.init(key, position)
+            score, gradient_state = gradient.next(next_key, position, gradient_state)
+            g = score(position)[1]
+        else:
+            gradient_state = gradient.init(key, position)
+        variance = jax.tree.map(jnp.zeros_like, inside) if online else None
+        return SGHMCState(position, momentum, g, gradient_state, step_counter(), variance)
 
     def step(rng_key, state: SGHMCState) -> tuple[SGHMCState, SGHMCInfo]:
         count = state.count.value
-        h = jnp.asarray(schedule(count), float)
-        masses = spread("mass", mass, state.position)
-        frictions = spread("friction", friction, state.position)
-        diffusion = jax.tree.map(lambda c: c * temperature, frictions)
-
-        def velocity(p):
-            return jax.tree.map(lambda m, p: p / jnp.asarray(m, p.dtype), masses, p)
+        frame = frame_of(state.position)
+        inside, previous = frame.enter(state.position), frame.enter_dual(state.gradient)
+        c = coefficients(count, frame, state.noise_variance)
 
         def draw(i):
             key = rng_key if i == 0 else jax.random.fold_in(rng_key, i)
-            return draw_noise(key, state.position)
+            return draw_noise(key, inside)
 
-        score, gradient_state = gradient.next(
+        estimate, gradient_state = gradient.next(
             gradient_key(rng_key), state.position, state.gradient_state
         )
-        noise_scale = jax.tree.map(lambda d: jnp.sqrt(2 * (d - noise_estimate) * h), diffusion)
-        coefficients = Coefficients(h, frictions, noise_scale, velocity)
-        end = advance(state.position, state.momentum, score, draw, coefficients)
-        size = tree_size(state.position)
+
+        def score(position):
+            value, g = estimate(frame.leave(position))
+            return value, frame.enter_dual(g)
+
+        end = scheme.step(inside, frame.enter_dual(state.momentum), previous, score, draw, c)
+        h = jnp.asarray(c.step_size, float)
+        diffusion = jax.tree.map(lambda c: c * heat(count), frame.friction)
         info = SGHMCInfo(
             step_size=h,
             log_density=end.value,
             gradient_norm=gradient_norm(end.gradient),
-            noise_ratio=noise_ratio(end.gradient, state.gradient, count, h, diffusion),
-            kinetic_temperature=tree_dot(end.momentum, velocity(end.momentum)) / size,
+            noise_ratio=noise_ratio(end.gradient, previous, count, h, diffusion),
+            kinetic_temperature=tree_dot(end.momentum, c.velocity(end.momentum))
+            / tree_size(inside),
         )
+        variance = state.noise_variance
+        if variance is not None:
+            variance = following_variance(variance, end.gradient, previous, count)
         state = SGHMCState(
-            end.position, end.momentum, end.gradient, gradient_state, successor(state.count)
+            frame.leave(end.position),
+            frame.leave_dual(end.momentum),
+            frame.leave_dual(end.gradient),
+            gradient_state,
+            successor(state.count),
+            variance,
         )
         return state, info
 
     settings = (
-        ("step_size", first if not callable(step_size) else step_size),
+        ("step_size", setting(step_size)),
         ("friction", friction),
         ("mass", mass),
         ("noise_estimate", noise_estimate),
-        ("temperature", temperature),
+        ("temperature", setting(temperature)),
         ("integrator", integrator),
         ("noise", noise),
     )
     return Kernel(init, step, "SGHMC", settings + describe(gradient.posterior), gradient.posterior)
 
 
-def _check_damping(step_size: float, friction, mass) -> None:
-    """Raise unless the friction alone is stable: h C / M below 2."""
-    with jax.ensure_compile_time_eval():
-        largest = float(jnp.max(jnp.asarray(friction) / jnp.asarray(mass)))
-    if step_size * largest >= 2:
-        raise ValueError(
-            "friction * step_size / mass must be below 2 for the step to be stable, got "
-            f"{step_size * largest:g} with step_size {step_size:g}."
-        )
+def check_positive(name: str, value: PyTree, *, zero: bool = False) -> None:
+    """Raise unless all numbers of a hyper-parameter are positive (of a matrix, its diagonal)."""
+    for leaf in jax.tree.leaves(value):
+        array = np.asarray(leaf)
+        if array.dtype.kind not in "fiu" or array.size == 0:
+            check_number(name, leaf, zero=zero)
+        square = array.ndim == 2 and array.shape[0] == array.shape[1]
+        check_number(name, np.min(np.diag(array) if square else array), zero=zero)
+
+
+def _check_stable(scheme: Integrator, step_size, heat, mass, friction, noise) -> None:
+    """Raise unless friction and noise estimate leave the scheme stable, whatever the target."""
+    leaves = [jax.tree.leaves(tree) for tree in (mass, friction, noise)]
+    for m, c, b in zip(*leaves, strict=True):
+        m, c, b = (np.asarray(x, np.float64) for x in (m, c, b))
+        damping = step_size * np.max(c / m)
+        if damping >= scheme.damping_limit:
+            raise ValueError(
+                f"friction * step_size / mass must be below {scheme.damping_limit:g} for the step "
+                f"to be stable, got {damping:g} with step_size {step_size:g}; an integrator with "
+                "exact friction, such as 'BAOAB', has no such limit."
+            )
+        if heat is not None and np.any(b > c * heat):
+            raise ValueError(
+                "noise_estimate must not exceed friction * temperature, got "
+                f"{np.max(b):g} > {np.min(c * heat):g}: gradient noise alone heats the chain more "
+                "than that; take more friction or a smaller step_size."
+            )

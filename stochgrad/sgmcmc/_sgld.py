@@ -14,7 +14,6 @@ from stochgrad.core import (
     StepSize,
     Target,
     as_schedule,
-    check_number,
     noise_like,
 )
 from stochgrad.gradients import as_gradient
@@ -24,7 +23,7 @@ from stochgrad.sgmcmc._common import (
     gradient_key,
     gradient_norm,
     noise_ratio,
-    spread,
+    setting,
     step_counter,
     successor,
 )
@@ -66,7 +65,7 @@ def sgld(
     target: Target,
     step_size: StepSize,
     *,
-    temperature: float = 1.0,
+    temperature: StepSize = 1.0,
     noise: Noise = "normal",
 ) -> Kernel:
     r"""Stochastic gradient Langevin dynamics (Welling & Teh, ICML 2011).
@@ -87,9 +86,11 @@ def sgld(
     Args:
         target: A posterior, or a gradient.
         step_size: h, a positive number or an optax-style schedule ``step -> float``.
-        temperature: T; the draws follow $\pi^{1/T}$.
+        temperature: T, a number or a schedule; the draws follow $\pi^{1/T}$. At zero, a step is
+            one of gradient descent.
         noise: ``"normal"``, or ``"discrete"``: four-point variables with five moments right, a
-            fraction of the cost where the noise is most of a step (10,000 parameters and more).
+            fraction of the cost where the noise is most of a step (10,000 parameters and more); or
+            a function ``(key, tree) -> tree``.
 
     Raises:
         ValueError: the step size or the temperature is not positive, the noise unknown.
@@ -107,8 +108,8 @@ def sgld(
         10.0
     """
     gradient = as_gradient(target)
-    schedule, first = as_schedule(step_size)
-    temperature = check_number("temperature", temperature)
+    schedule, _ = as_schedule(step_size)
+    heat, _ = as_schedule(temperature, "temperature", zero=True)
     draw_noise = noise_like(noise)
 
     def init(position: Position, rng_key) -> SGLDState:
@@ -124,20 +125,19 @@ def sgld(
         value, g = score(state.position)
         position = axpy(h, g, state.position)
         xi = draw_noise(rng_key, position)
-        position = axpy(jnp.sqrt(2 * h * temperature), xi, position)
+        hot = jnp.asarray(heat(count), float)
+        position = axpy(jnp.sqrt(2 * h * hot), xi, position)
         info = SGLDInfo(
             step_size=h,
             log_density=value,
             gradient_norm=gradient_norm(g),
-            noise_ratio=noise_ratio(
-                g, state.gradient, count, h, spread("temperature", temperature, g)
-            ),
+            noise_ratio=noise_ratio(g, state.gradient, count, h, jax.tree.map(lambda _: hot, g)),
         )
         return SGLDState(position, g, gradient_state, successor(state.count)), info
 
     settings = (
-        ("step_size", first if not callable(step_size) else step_size),
-        ("temperature", temperature),
+        ("step_size", setting(step_size)),
+        ("temperature", setting(temperature)),
         ("noise", noise),
     )
     return Kernel(init, step, "SGLD", settings + describe(gradient.posterior), gradient.posterior)
