@@ -15,10 +15,20 @@ from stochgrad.core import Posterior as Posterior
 from stochgrad.core import posterior as posterior
 from stochgrad.core import sample as sample
 from stochgrad.gradients import control_variate as control_variate
+from stochgrad.gradients import saga as saga
+from stochgrad.gradients import svrg as svrg
 from stochgrad.kernels import ascend as ascend
+from stochgrad.sgmcmc import Center as Center
+from stochgrad.sgmcmc import StepSizeReport as StepSizeReport
+from stochgrad.sgmcmc import cyclical as cyclical
 from stochgrad.sgmcmc import find_center as find_center
+from stochgrad.sgmcmc import find_mass as find_mass
+from stochgrad.sgmcmc import find_step_size as find_step_size
+from stochgrad.sgmcmc import psgld as psgld
+from stochgrad.sgmcmc import replica_exchange as replica_exchange
 from stochgrad.sgmcmc import sghmc as sghmc
 from stochgrad.sgmcmc import sgld as sgld
+from stochgrad.sgmcmc import sgnht as sgnht
 
 if TYPE_CHECKING:
     from stochgrad import diagnostics as diagnostics

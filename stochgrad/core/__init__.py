@@ -25,6 +25,7 @@ from stochgrad.core._orders import ORDERS as ORDERS
 from stochgrad.core._orders import permuted as permuted
 from stochgrad.core._posterior import posterior as posterior
 from stochgrad.core._protocols import Batches as Batches
+from stochgrad.core._protocols import Blocks as Blocks
 from stochgrad.core._protocols import Gradient as Gradient
 from stochgrad.core._protocols import Kernel as Kernel
 from stochgrad.core._protocols import Position as Position
@@ -35,6 +36,7 @@ from stochgrad.core._protocols import Target as Target
 from stochgrad.core._trees import Shared as Shared
 from stochgrad.core._trees import share_first as share_first
 from stochgrad.core._trees import shared_axes as shared_axes
+from stochgrad.core._trees import tree_bytes as tree_bytes
 from stochgrad.core._trees import tree_dot as tree_dot
 from stochgrad.core._trees import tree_size as tree_size
 from stochgrad.core._warnings import DivergenceWarning as DivergenceWarning

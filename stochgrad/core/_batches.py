@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt32
 from stochgrad.core._checks import data_rows
 from stochgrad.core._noise import key_words
 from stochgrad.core._orders import ORDERS, permuted
-from stochgrad.core._protocols import Batches, PRNGKey
+from stochgrad.core._protocols import Batches, Blocks, PRNGKey
 from stochgrad.core._trees import Shared
 
 Order: TypeAlias = Literal["iid", "reshuffled", "symmetric", "full"]
@@ -75,7 +75,7 @@ class Partition(NamedTuple):
                 return jnp.take(leaf, self.order, axis=axis)
             return jnp.asarray(np.take(np.asarray(leaf), self.order, axis=axis))
 
-    def fetch(self, laid_out: Array, block: Int[Array, ""], axis: int = 0) -> Array:
+    def fetch(self, laid_out: Any, block: Any, axis: int = 0) -> Array:
         """One block of an array that ``lay_out`` made."""
         return lax.dynamic_slice_in_dim(laid_out, block * self.batch_size, self.batch_size, axis)
 
@@ -87,11 +87,37 @@ def row_batches(
     check_order(order, layout)
     full: Any = Rows(None, np.arange(size, dtype=np.int32), np.float32(1))  # pyright: ignore
     if order == "full" or batch_size == size:
-        batches = Batches(lambda key: None, lambda state: (full, state), full, size, size)
-        return batches, None
-    partition = Partition.random(size, batch_size) if layout == "blocks" else None
-    advance = partial(_next_rows, ORDERS[order], size, batch_size, partition)
-    return Batches(_init, advance, full, size, batch_size, order), partition
+        return _whole(full, size), None
+    num_batches = -(-size // batch_size)
+    visit = partial(_visit, ORDERS[order], num_batches)
+
+    def weight(block):
+        if size % batch_size == 0:
+            return jnp.float32(num_batches)
+        place = block * batch_size + lax.iota(np.int32, batch_size)
+        return jnp.where(place < size, jnp.float32(num_batches), jnp.float32(0))
+
+    if layout == "blocks":
+        partition = Partition.random(size, batch_size)
+
+        def at(block):
+            return Rows(block, partition.fetch(partition.order, block), weight(block))
+
+        def next_block(state):
+            block, _, following = visit(state)
+            return block, following
+
+        blocks = Blocks(num_batches, next_block, at)
+        return _numbered(full, size, batch_size, order, blocks), partition
+
+    def next_rows(state):
+        block, permutation, following = visit(state)
+        place = block * batch_size + lax.iota(np.int32, batch_size)
+        inside = jnp.minimum(place, size - 1)
+        index = permuted(state.words.value, permutation, inside, size, stream=1)
+        return Rows(None, index, weight(block)), following
+
+    return Batches(_init, next_rows, full, size, batch_size, order), None
 
 
 def data_batches(
@@ -111,7 +137,7 @@ def data_batches(
     with jax.ensure_compile_time_eval():
         full = Batch(jax.tree.map(jnp.asarray, data), jnp.float32(1))
     if rows.batch_size == size:
-        return rows._replace(next=lambda state: (full, state), full=full)
+        return _whole(full, size)
     data = full.data
     if partition is not None:
         data = jax.tree.map(partition.lay_out, data)
@@ -119,14 +145,20 @@ def data_batches(
             weight = (np.arange(len(partition.order)) < size).astype(np.float32)
             full = Batch(data, jnp.asarray(weight) if len(weight) > size else jnp.float32(1))
 
-    def fetch(leaf, chosen):
-        if partition is not None:
-            return partition.fetch(leaf, chosen.block)
-        return leaf.at[chosen.index].get(mode="promise_in_bounds")
+    if partition is not None:
+        numbered = rows.blocks
+        assert numbered is not None  # a partition comes with them
+
+        def at(block):
+            parts = jax.tree.map(lambda leaf: partition.fetch(leaf, block), data)
+            return Batch(parts, numbered.at(block).weight)
+
+        return _numbered(full, size, batch_size, order, numbered._replace(at=at))
 
     def next_batch(state):
         chosen, state = rows.next(state)
-        return Batch(jax.tree.map(lambda leaf: fetch(leaf, chosen), data), chosen.weight), state
+        parts = jax.tree.map(lambda leaf: leaf.at[chosen.index].get(mode="promise_in_bounds"), data)
+        return Batch(parts, chosen.weight), state
 
     return rows._replace(next=next_batch, full=full)
 
@@ -161,20 +193,26 @@ def _init(key: PRNGKey) -> BatchState:
     return BatchState(Shared(key_words(key), optional=True), Shared(jnp.zeros((), jnp.uint32)))
 
 
-def _next_rows(order, size, batch_size, partition, state: BatchState) -> tuple[Rows, BatchState]:
+def _visit(order, num_batches: int, state: BatchState):
+    """Number of the minibatch that comes next, the permutation it is of, and the state after it."""
     words: UInt32[Array, 2] = state.words.value
     count: UInt32[Array, ""] = state.count.value
-    num_batches = -(-size // batch_size)
     visit = order(count, num_batches)
     block = permuted(words, visit.permutation, visit.slot, num_batches)
-    place = block * batch_size + lax.iota(np.int32, batch_size)
-    if partition is not None:
-        index = partition.fetch(partition.order, block)
-    else:
-        inside = jnp.minimum(place, size - 1)
-        index = permuted(words, visit.permutation, inside, size, stream=1)
-    weight = jnp.float32(num_batches)
-    if size % batch_size:
-        weight = jnp.where(place < size, weight, jnp.float32(0))
-    following = state._replace(count=Shared(count + np.uint32(1)))
-    return Rows(None if partition is None else block, index, weight), following
+    return block, visit.permutation, state._replace(count=Shared(count + np.uint32(1)))
+
+
+def _numbered(full: Any, size: int, batch_size: int, order: Order, blocks: Blocks) -> Batches:
+    """A stream of numbered minibatches."""
+
+    def next(state):
+        block, following = blocks.next(state)
+        return blocks.at(block), following
+
+    return Batches(_init, next, full, size, batch_size, order, blocks)
+
+
+def _whole(full: Any, size: int) -> Batches:
+    """A stream of one minibatch, the whole data."""
+    blocks = Blocks(1, lambda state: (np.int32(0), state), lambda block: full)
+    return Batches(lambda key: None, lambda state: (full, state), full, size, size, "full", blocks)

@@ -56,7 +56,8 @@ def sample(
         init: Where the chains start: one position for all, one with a leading axis of
             ``num_chains`` for each, or a function ``key -> position``. May be left out where the
             kernel's posterior knows (a numpyro model); each chain then starts somewhere else. A
-            vector as long as there are chains is one position, if it fits the model as such.
+            vector as long as there are chains is one position, if it fits the model as such. What
+            has a ``position``, as the centre that ``stochgrad.find_center`` found, stands for it.
         num_samples: Draws to keep, per chain.
         num_warmup: Draws to discard before them, per chain.
         thin: Steps per draw.
@@ -203,6 +204,7 @@ def _starting_points(key, kernel, init, num_chains):
         if initial is None:
             raise ValueError("init is needed: this kernel's target does not know where to start.")
         init = initial
+    init = getattr(init, "position", init)
     if callable(init):
         points = [init(k) for k in jax.random.split(key, num_chains)]
         points = [_as_arrays(p) for p in points]

@@ -15,6 +15,20 @@ Score: TypeAlias = Callable[[Position], tuple[Scalar, Position]]
 """``score(position) -> (value, gradient)``: an estimate of a log density and of its gradient."""
 
 
+class Blocks(NamedTuple):
+    """The minibatches of a stream whose minibatches are always the same few.
+
+    Attributes:
+        count: How many there are, K.
+        next: ``batch_state -> (block, batch_state)``, the number of the minibatch that comes next.
+        at: ``block -> batch``.
+    """
+
+    count: int
+    next: Callable[[Any], tuple[Any, Any]]
+    at: Callable[[Any], Any]
+
+
 class Batches(NamedTuple):
     """A stream of minibatches in some order.
 
@@ -29,6 +43,8 @@ class Batches(NamedTuple):
         size: Number of rows of the data, N.
         batch_size: Rows of one minibatch, B.
         order: Name of the order.
+        blocks: Its minibatches by number, or None where they are never the same (layout ``"rows"``,
+            several subsampled plates).
     """
 
     init: Callable[[PRNGKey], Any]
@@ -37,6 +53,7 @@ class Batches(NamedTuple):
     size: int
     batch_size: int
     order: str = "full"
+    blocks: Blocks | None = None
 
 
 class Posterior(NamedTuple):

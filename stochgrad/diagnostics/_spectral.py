@@ -14,7 +14,7 @@ _NODES = {"q": 160, "p": 28}
 _NOISE_NODES = {1: 8, 2: 6, 3: 5, 4: 4}
 
 
-def spectral_moments(opened: OpenStep, log_density: Callable) -> np.ndarray:
+def spectral_moments(opened: OpenStep, log_density: Callable) -> tuple[float, float]:
     r"""Variance of the position and second moment of the momentum under a chain's stationary law.
 
     The transition operator $(Pf)(q, p) = E f(\Phi(q, p, \xi))$ of the step $\Phi$ is projected on
@@ -48,8 +48,8 @@ def spectral_moments(opened: OpenStep, log_density: Callable) -> np.ndarray:
 
     def ahead(point):
         """Expectation of every basis function after one step from a point."""
-        z = opened.start(point[:1], point[1:])
-        after = jax.vmap(lambda noise: opened.step(z, noise))(jnp.asarray(xi))
+        z = opened.start(point[:1], point[1:], 0)
+        after = jax.vmap(lambda noise: opened.step(z, noise, 0))(jnp.asarray(xi))
         later_p = after[:, opened.momentum[0]] if opened.momentum is not None else after[:, 0] * 0
         values = basis_q(after[:, opened.position[0]]) * weight_xi[:, None]
         return values.T @ basis_p(later_p)
@@ -71,7 +71,7 @@ def spectral_moments(opened: OpenStep, log_density: Callable) -> np.ndarray:
     x, y = np.asarray(points).T
     mean = expect(x)
     momentum = expect(y**2) if opened.momentum is not None else np.nan
-    return np.array([expect((x - mean) ** 2), momentum])
+    return expect((x - mean) ** 2), momentum
 
 
 def _line(log_density: Callable):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Scalar
 
 from stochgrad.core import ORDERS
 from stochgrad.diagnostics._spectral import spectral_moments
-from stochgrad.kernels import Affine, KernelFactory, OpenStep, affine_step, open_step
+from stochgrad.kernels import Affine, KernelFactory, OpenStep, affine_steps, open_step
 
 _MOST_BATCHES = 5
 
@@ -22,7 +22,8 @@ class Problem(NamedTuple):
     $$\log\pi(q) = \frac1K \sum_{j=1}^K \log\pi_j(q).$$
 
     Attributes:
-        log_density: ``(position, j) -> scalar`` with a position of shape (d,) and j from 0 to K-1.
+        log_density: ``(position, j) -> scalar`` with a position of shape (d,) and a traced integer
+            j from 0 to K-1.
             Quadratic in the position; or, for K = 1 and d = 1, any density on the line that falls
             off faster than an exponential.
         dimension: d.
@@ -30,7 +31,7 @@ class Problem(NamedTuple):
         order: Name of the batch order; for K = 1, none matters.
     """
 
-    log_density: Callable[[Float[Array, " d"], int], Scalar]
+    log_density: Callable[[Float[Array, " d"], Any], Scalar]
     dimension: int = 1
     num_batches: int = 1
     order: str = "full"
@@ -41,8 +42,9 @@ class WeakOrder(NamedTuple):
 
     Attributes:
         step_sizes: h, shape (steps,).
-        position_error: Relative error of the position's second moments about the true mean.
-        momentum_error: Relative error of the momentum's; NaN for a kernel that has none.
+        position_error: Relative error (Frobenius norm) of the position's second moments about the
+            true mean.
+        momentum_error: Likewise of the momentum's; NaN for a kernel that has none.
         position_order: Slope of log error against log h, over the smallest two steps.
         momentum_order: Likewise.
     """
@@ -67,12 +69,14 @@ def minibatch_gaussian(order: str) -> Problem:
     In two dimensions, with Hessians that do not commute, and mean and precision that are those of
     the average.
     """
-    shears = np.array([[[1.5, 0.5], [0.5, 0.5]], [[0.5, -0.6], [-0.6, 1.5]], [[1.0, 0.1], [0.1, 1]]])
+    shears = np.array(
+        [[[1.5, 0.5], [0.5, 0.5]], [[0.5, -0.6], [-0.6, 1.5]], [[1.0, 0.1], [0.1, 1]]]
+    )
     places = np.array([[1.0, -0.5], [-0.5, 1.0], [0.2, 0.1]])
 
     def log_density(q, j):
-        away = q - places[j]
-        return -0.5 * away @ shears[j] @ away
+        away = q - jnp.asarray(places)[j]
+        return -0.5 * away @ jnp.asarray(shears)[j] @ away
 
     return Problem(log_density, 2, 3, order)
 
@@ -128,58 +132,66 @@ def weak_order(
     with jax.enable_x64(True):
         if time is None:
             truth = _true_moments(problem)
-            errors = [_stationary(kernel_factory, problem, h) / truth - 1 for h in sizes]
-        else:
             errors = [
-                _at_time(kernel_factory, problem, h, time)
-                - _at_time(kernel_factory, problem, h / 2, time)
+                [
+                    _distance(a, b)
+                    for a, b in zip(_stationary(kernel_factory, problem, h), truth, strict=True)
+                ]
                 for h in sizes
             ]
-    both = np.abs(np.array(errors))
+        else:
+            moments = [
+                [_at_time(kernel_factory, problem, step, time) for step in (h, h / 2)]
+                for h in sizes
+            ]
+            errors = [[_distance(a, b) for a, b in zip(*pair, strict=True)] for pair in moments]
+    both = np.array(errors)
     with np.errstate(divide="ignore", invalid="ignore"):
         slopes = np.log(both[-2] / both[-1]) / np.log(sizes[-2] / sizes[-1])
     return WeakOrder(sizes, both[:, 0], both[:, 1], float(slopes[0]), float(slopes[1]))
 
 
-def _true_moments(problem: Problem) -> np.ndarray:
-    """Trace of the position's covariance, and of the momentum's at unit mass."""
+def _distance(moments: Any, truth: Any) -> float:
+    """Relative distance of two matrices in the Frobenius norm."""
+    return float(np.linalg.norm(moments - truth) / np.linalg.norm(truth))
+
+
+def _true_moments(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """The covariance of the position, and the momentum's at unit mass."""
     if problem.dimension == 1 and problem.num_batches == 1:
         q = np.linspace(-12, 12, 200_001)
         log_p = np.asarray(jax.vmap(lambda x: problem.log_density(x[None], 0))(jnp.asarray(q)))
         p = np.exp(log_p - log_p.max())
         p /= p.sum()
-        return np.array([p @ (q - p @ q) ** 2, 1.0])
-    return np.array([np.trace(np.linalg.inv(_precision(problem)[0])), float(problem.dimension)])
+        return np.full((1, 1), p @ (q - p @ q) ** 2), np.eye(1)
+    return np.linalg.inv(_precision(problem)[0]), np.eye(problem.dimension)
 
 
 def _precision(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Precision and mean of a quadratic problem."""
     zero = jnp.zeros(problem.dimension)
     batches = range(problem.num_batches)
-    hessian = sum(np.asarray(jax.hessian(problem.log_density)(zero, j)) for j in batches)
-    slope = sum(np.asarray(jax.grad(problem.log_density)(zero, j)) for j in batches)
-    return -hessian / problem.num_batches, np.linalg.solve(-hessian, slope)
+    hessian = np.mean([jax.hessian(problem.log_density)(zero, j) for j in batches], axis=0)
+    slope = np.mean([jax.grad(problem.log_density)(zero, j) for j in batches], axis=0)
+    return -hessian, np.linalg.solve(-hessian, slope)
 
 
-def _opened(factory, problem: Problem, h: float) -> tuple[list[OpenStep], list[Affine | None]]:
+def _opened(factory, problem: Problem, h: float) -> tuple[OpenStep, list[Affine] | None]:
     example = jnp.zeros(problem.dimension)
-    steps = [
-        open_step(factory, h, lambda q, j=j: problem.log_density(q, j), example)
-        for j in range(problem.num_batches)
-    ]
-    return steps, [affine_step(step, example) for step in steps]
+    opened = open_step(factory, h, problem.log_density, example)
+    return opened, affine_steps(opened, example, problem.num_batches)
 
 
-def _stationary(factory, problem: Problem, h: float) -> np.ndarray:
-    steps, maps = _opened(factory, problem, h)
-    if any(m is None for m in maps):
+def _stationary(factory, problem: Problem, h: float) -> tuple[Any, Any]:
+    opened, maps = _opened(factory, problem, h)
+    if maps is None:
         if problem.dimension > 1 or problem.num_batches > 1:
             raise ValueError(
                 "weak_order needs a step that is affine in the state, or one batch in one "
                 "dimension: this kernel's step on this problem is neither."
             )
-        return spectral_moments(steps[0], lambda q: problem.log_density(q[None], 0))
-    operators = [_second_moment_operator(m) for m in maps]  # pyright: ignore[reportArgumentType]
+        return spectral_moments(opened, lambda q: problem.log_density(q[None], 0))
+    operators = [_second_moment_operator(m) for m in maps]
     size = operators[0].shape[0]
     orders = _visits(problem)
     epoch = sum(_product([operators[j] for j in visits]) for visits in orders) / len(orders)
@@ -196,24 +208,24 @@ def _stationary(factory, problem: Problem, h: float) -> np.ndarray:
             moments = operators[j] @ moments
             total += moments
     total /= len(orders) * len(orders[0])
-    return _traces(total, steps[0], _precision(problem)[1])
+    return _moments(total, opened, _precision(problem)[1])
 
 
-def _at_time(factory, problem: Problem, h: float, time: float) -> np.ndarray:
-    steps, maps = _opened(factory, problem, h)
+def _at_time(factory, problem: Problem, h: float, time: float) -> tuple[Any, Any]:
+    opened, maps = _opened(factory, problem, h)
     count = round(time / h)
-    if any(m is None for m in maps) or abs(count * h - time) > 1e-9 * time:
+    if maps is None or abs(count * h - time) > 1e-9 * time:
         raise ValueError("time must be a multiple of each step size, and the step affine.")
-    z = np.asarray(steps[0].start(jnp.ones(problem.dimension), jnp.zeros(problem.dimension)))
+    z = np.asarray(opened.start(jnp.ones(problem.dimension), jnp.zeros(problem.dimension), 0))
     z = np.append(z, 1.0)
-    operators = [_second_moment_operator(m) for m in maps]  # pyright: ignore[reportArgumentType]
+    operators = [_second_moment_operator(m) for m in maps]
     orders = _visits(problem)
     epoch = sum(_product([operators[j] for j in visits]) for visits in orders) / len(orders)
     epochs, rest = divmod(count, len(orders[0]))
     if rest:
         raise ValueError("time must be a whole number of epochs.")
     moments = np.linalg.matrix_power(epoch, epochs) @ np.kron(z, z)
-    return _traces(moments, steps[0], np.zeros(problem.dimension))
+    return _moments(moments, opened, np.zeros(problem.dimension))
 
 
 def _visits(problem: Problem) -> list[list[int]]:
@@ -252,14 +264,12 @@ def _product(operators: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
-def _traces(moments: np.ndarray, step: OpenStep, mean: np.ndarray) -> np.ndarray:
-    """Second moments of position about ``mean`` and of momentum about zero, summed."""
-    square = moments.reshape(*(round(np.sqrt(moments.size)),) * 2)
-
-    def about(places: Any, mean: np.ndarray) -> float:
-        if places is None:
-            return np.nan
-        second, first = np.diag(square)[places], square[places, -1]
-        return float(np.sum(second - 2 * mean * first + mean**2))
-
-    return np.array([about(step.position, mean), about(step.momentum, np.zeros(1))])
+def _moments(second: np.ndarray, step: OpenStep, mean: np.ndarray) -> tuple[Any, Any]:
+    """Second moments of the position about ``mean`` and of the momentum about zero."""
+    square = second.reshape(*(round(np.sqrt(second.size)),) * 2)
+    q = step.position
+    cross = np.outer(square[q, -1], mean)
+    position = square[np.ix_(q, q)] - cross - cross.T + np.outer(mean, mean)
+    if step.momentum is None:
+        return position, np.full((len(q), len(q)), np.nan)
+    return position, square[np.ix_(step.momentum, step.momentum)]

@@ -1,12 +1,15 @@
 """Minibatch gradients centred at a fixed point."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from stochgrad.core import Gradient, Position, Posterior, compiled
+from stochgrad.gradients._centred import centred
 
 
-def control_variate(posterior: Posterior, center: Position) -> Gradient:
+def control_variate(posterior: Posterior, center: Any) -> Gradient:
     r"""The minibatch gradient with the noise it has at a fixed point taken out.
 
     $$\hat g(\theta) = \hat g_b(\theta) - \hat g_b(\theta_0) + \nabla\log\pi(\theta_0),$$
@@ -19,30 +22,28 @@ def control_variate(posterior: Posterior, center: Position) -> Gradient:
 
     Args:
         posterior: A posterior and its stream of minibatches.
-        center: $\theta_0$, a position near the mode; see ``stochgrad.find_center``.
+        center: $\theta_0$, a position near the mode, or what ``stochgrad.find_center`` found.
 
     Raises:
-        TypeError: ``posterior`` is not a posterior.
+        TypeError: ``posterior`` is not a posterior, or there is no centre.
     """
     if not isinstance(posterior, Posterior):
         raise TypeError(f"control_variate needs a Posterior, got {type(posterior).__name__}.")
+    if center is None:
+        raise TypeError(
+            "control_variate needs a center: stochgrad.find_center(posterior, key) finds one; "
+            "stochgrad.svrg and stochgrad.saga do without."
+        )
     batches = posterior.batches
     value_and_gradient = jax.value_and_grad(posterior.log_density)
-    center = jax.tree.map(jnp.asarray, center)
-    value_there, gradient_there = compiled(lambda c: value_and_gradient(c, batches.full))(center)
+    anchor: Position = jax.tree.map(jnp.asarray, getattr(center, "position", center))
+    whole = compiled(lambda c: value_and_gradient(c, batches.full))(anchor)
 
     def init(key, position):
         return batches.init(key)
 
     def next(key, position, state):
         batch, state = batches.next(state)
-
-        def score(position):
-            value, g = value_and_gradient(position, batch)
-            value_center, g_center = value_and_gradient(center, batch)
-            centred = jax.tree.map(lambda g, c, full: g - c + full, g, g_center, gradient_there)
-            return value - value_center + value_there, centred
-
-        return score, state
+        return centred(value_and_gradient, batch, anchor, whole), state
 
     return Gradient(init, next, posterior)

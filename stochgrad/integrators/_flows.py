@@ -4,7 +4,7 @@ r"""The exact flows that splitting schemes are made of.
 | --- | --- | --- |
 | A | $q \leftarrow q + t M^{-1} p$ | drift |
 | B | $p \leftarrow p + t\, \hat g(q)$ | kick |
-| O | $p \leftarrow e^{-\gamma t} p + \sqrt{M\Theta(1 - e^{-2\gamma t})}\, \xi$ | friction and noise |
+| O | $p \leftarrow e^{-\gamma t} p + \sqrt{M\Theta(1 - e^{-2\gamma t})}\, \xi$ | friction, noise |
 | U | A and O at once, $(q, p)$ jointly normal | |
 
 with $\gamma = C/M$. The covariances of U, and of the integrals of the same noise that a third-order

@@ -47,7 +47,7 @@ class Coefficients(NamedTuple):
 
     def velocity(self, momentum: Position) -> Position:
         """$M^{-1}p$."""
-        return jax.tree.map(lambda m, p: p / jnp.asarray(m, p.dtype), self.mass, momentum)
+        return velocity(self.mass, momentum)
 
 
 class Stage(NamedTuple):
@@ -78,6 +78,11 @@ class Integrator(NamedTuple):
     keeps_gradient: bool = False
     damping_limit: float = math.inf
     symmetric: bool = False
+
+
+def velocity(mass: PyTree, momentum: Position) -> Position:
+    """$M^{-1}p$ with a number or an array for each leaf."""
+    return jax.tree.map(lambda m, p: p / jnp.asarray(m, p.dtype), mass, momentum)
 
 
 def axpy(a: Any, x: Position, y: Position) -> Position:

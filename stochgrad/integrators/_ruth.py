@@ -1,5 +1,7 @@
 """A scheme of weak order three for additive noise."""
 
+from typing import Any
+
 from stochgrad.integrators._flows import noise_factor, phi1
 from stochgrad.integrators._protocol import Coefficients, Integrator, Stage, add, axpy, scaled
 
@@ -23,7 +25,7 @@ def _step(position, momentum, gradient, score, noise, c: Coefficients) -> Stage:
         return add(*(scaled(entry(column), xi[column]) for column in range(row + 1)))
 
     mean_shift = integral(2)
-    value = None
+    value: Any = None
     for kick, drift in _RUTH:
         value, gradient = score(add(position, mean_shift))
         keep = c.each(lambda m, f, t, xp: xp.exp(-f / m * kick * h))

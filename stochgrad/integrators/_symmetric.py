@@ -16,7 +16,7 @@ def _step(position, momentum, gradient, score, noise, c: Coefficients) -> Stage:
 
 
 symmetric_splitting = Integrator(_step, symmetric=True)
-r"""SSI (Chen, Ding & Carin, NeurIPS 2015): half a drift, half the friction, kick with noise, and back.
+r"""SSI (Chen, Ding & Carin, NeurIPS 2015): drift, friction, kick with noise, and back.
 
 $$q \leftarrow q + \tfrac h2 M^{-1}p, \quad
   p \leftarrow e^{-Ch/2M}\left[e^{-Ch/2M} p + h\hat g(q) + \sqrt{2C\Theta h}\,\xi\right], \quad

@@ -1,5 +1,9 @@
 """Bridges to other libraries, each imported on first use."""
 
+from stochgrad.interop._numpyro_kernels import PSGLD as PSGLD
 from stochgrad.interop._numpyro_kernels import SGHMC as SGHMC
 from stochgrad.interop._numpyro_kernels import SGLD as SGLD
+from stochgrad.interop._numpyro_kernels import SGNHT as SGNHT
+from stochgrad.interop._numpyro_kernels import Cyclical as Cyclical
+from stochgrad.interop._numpyro_kernels import ReplicaExchange as ReplicaExchange
 from stochgrad.interop._numpyro_model import from_numpyro as from_numpyro

@@ -1,7 +1,7 @@
 """SG-MCMC kernels for ``numpyro.infer.MCMC``."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,14 @@ from stochgrad.core import (
     Order,
     Posterior,
     StepSize,
+    Target,
     check_count,
     share_first,
     shared_axes,
 )
 from stochgrad.interop._numpyro_model import from_numpyro
-from stochgrad.sgmcmc import sghmc, sgld
+from stochgrad.interop._tuning import GradientName, Tuning, as_named_gradient, tune
+from stochgrad.sgmcmc import cyclical, psgld, replica_exchange, sghmc, sgld, sgnht
 
 
 class SGState(NamedTuple):
@@ -33,6 +35,8 @@ class SGState(NamedTuple):
         step_size: h.
         gradient_norm: Euclidean norm of the gradient estimate.
         noise_ratio: Gradient noise over injected noise; see ``stochgrad.sghmc``.
+        info: All that the kernel reports of its last step; ``extra_fields`` may name any of it, as
+            ``"info.kinetic_temperature"``.
         rng_key: The chain's key.
         kernel_state: The state of the kernel underneath.
     """
@@ -42,6 +46,7 @@ class SGState(NamedTuple):
     step_size: jax.Array
     gradient_norm: jax.Array
     noise_ratio: jax.Array
+    info: Any
     rng_key: jax.Array
     kernel_state: Any
 
@@ -54,8 +59,9 @@ class _SGKernel(MCMCKernel):
     def __init__(
         self,
         model: Callable,
-        make: Callable[[Posterior], Kernel],
+        make: "_Make",
         *,
+        gradient: GradientName = "minibatch",
         batch_size: int | Mapping[str, int] | None = None,
         order: Order = "reshuffled",
         layout: Layout = "blocks",
@@ -66,11 +72,17 @@ class _SGKernel(MCMCKernel):
             raise TypeError(f"model must be a numpyro model, got {type(model).__name__}.")
         self._model = model
         self._make = make
+        if gradient not in get_args(GradientName):
+            raise ValueError(
+                f"gradient must be one of {list(get_args(GradientName))}, got {gradient!r}."
+            )
+        self._gradient: GradientName = gradient
+        self.tuning: Tuning | None = None
         self._options = {"batch_size": batch_size, "order": order, "layout": layout}
         self._num_steps = check_count("num_steps", num_steps)
         self._share_batches = share_batches
         self._sample_fn: Callable | None = None
-        self._bound: tuple[Any, Kernel] | None = None
+        self._bound: tuple[Any, Kernel, Callable] | None = None
 
     @property
     def model(self) -> Callable:
@@ -81,16 +93,20 @@ class _SGKernel(MCMCKernel):
         return ("z",)
 
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs) -> SGState:
-        kernel = self._kernel(model_args, model_kwargs)
+        kernel, start = self._kernel(model_args, model_kwargs)
         self._sample_fn = kernel.step
+
+        def unknown(shape):
+            fill = jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0
+            return jnp.full(shape.shape, fill, shape.dtype)
 
         def one(key, position):
             position_key, init_key, run_key = jax.random.split(key, 3)
             if position is None:
-                position = kernel.posterior.initial(position_key)  # pyright: ignore
+                position = start(position_key)
             state = kernel.init(position, init_key)
-            unknown = jnp.full((), jnp.nan)
-            return SGState(position, unknown, unknown, unknown, unknown, run_key, state)
+            info = jax.tree.map(unknown, jax.eval_shape(kernel.step, run_key, state)[1])
+            return _state(state, info, run_key)
 
         if is_prng_key(rng_key):
             return one(rng_key, init_params)
@@ -98,7 +114,7 @@ class _SGKernel(MCMCKernel):
         return share_first(states, self._share_batches)
 
     def sample(self, state: SGState, model_args, model_kwargs) -> SGState:
-        step = self._kernel(model_args, model_kwargs).step
+        step = self._kernel(model_args, model_kwargs)[0].step
 
         def one(state: SGState) -> SGState:
             def body(carry, key):
@@ -109,15 +125,7 @@ class _SGKernel(MCMCKernel):
             keys = jax.random.split(run_key, self._num_steps)
             inner, infos = lax.scan(body, state.kernel_state, keys)
             info = jax.tree.map(lambda values: values[-1], infos)
-            return SGState(
-                inner.position,
-                -info.log_density,
-                info.step_size,
-                info.gradient_norm,
-                info.noise_ratio,
-                rng_key,
-                inner,
-            )
+            return _state(inner, info, rng_key)
 
         if is_prng_key(state.rng_key):
             return one(state)
@@ -125,22 +133,40 @@ class _SGKernel(MCMCKernel):
         return jax.vmap(one, in_axes=(axes,), out_axes=axes)(state)
 
     def postprocess_fn(self, model_args, model_kwargs) -> Callable:
-        return self._kernel(model_args, model_kwargs).posterior.constrain  # pyright: ignore
+        return self._kernel(model_args, model_kwargs)[0].posterior.constrain  # pyright: ignore
 
     def get_diagnostics_str(self, state: SGState) -> str:
         return f"step size {state.step_size:.2e}, |gradient| {state.gradient_norm:.2e}"
 
-    def _kernel(self, model_args, model_kwargs) -> Kernel:
-        """The kernel for these arguments, made once for each set of them."""
+    def _kernel(self, model_args, model_kwargs) -> tuple[Kernel, Callable]:
+        """The kernel for these arguments and where it starts, made once for each set of them."""
         given = (model_args, model_kwargs or {})
         identity = tuple(id(leaf) for leaf in jax.tree.leaves(given))
         if self._bound is None or self._bound[0][0] != identity:
-            posterior = from_numpyro(self._model, *given[0], **self._options, **given[1])
-            self._bound = ((identity, given), self._make(posterior))  # given: to keep the ids
-        return self._bound[1]
+            with jax.ensure_compile_time_eval():  # numpyro may be tracing
+                posterior = from_numpyro(self._model, *given[0], **self._options, **given[1])
+                self.tuning = self._make.tune(posterior, self._gradient)
+                target = as_named_gradient(self._gradient, posterior, self.tuning.center)
+                kernel = self._make(target, self.tuning)
+            start = self.tuning.start(posterior)
+            self._bound = ((identity, given), kernel, start)  # given: to keep the ids
+        return self._bound[1:]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bound": None, "_sample_fn": None}
+
+
+def _state(inner: Any, info: Any, rng_key: jax.Array) -> SGState:
+    return SGState(
+        inner.position,
+        -info.log_density,
+        info.step_size,
+        info.gradient_norm,
+        info.noise_ratio,
+        info,
+        rng_key,
+        inner,
+    )
 
 
 class _Make:
@@ -150,10 +176,65 @@ class _Make:
         self.factory = factory
         self.settings = settings
 
-    def __call__(self, posterior: Posterior) -> Kernel:
-        return self.factory(posterior, **self.settings)
+    def tune(self, posterior: Posterior, gradient: GradientName) -> Tuning:
+        """What has to be found before the kernel can be made."""
+        return tune(posterior, gradient)
+
+    def __call__(self, target: Target, tuning: Tuning) -> Kernel:
+        return self.factory(target, **self.settings)
 
 
+class _MakeTuned(_Make):
+    """One whose step size, and friction and mass if it has them, may be left to be found."""
+
+    def tune(self, posterior: Posterior, gradient: GradientName) -> Tuning:
+        return tune(posterior, gradient, **self.settings)
+
+    def __call__(self, target: Target, tuning: Tuning) -> Kernel:
+        return self.factory(target, **{**self.settings, **tuning.settings})
+
+
+class _MakeOver(_Make):
+    """A kernel over a kernel: ``outer(factory, target, ...)``."""
+
+    def __init__(self, outer: Callable[..., Kernel], factory: Callable[..., Kernel], **settings):
+        super().__init__(factory, **settings)
+        self.outer = outer
+
+    def __call__(self, target: Target, tuning: Tuning) -> Kernel:
+        return self.outer(self.factory, target, **self.settings)
+
+
+_OPTIONS = """
+
+    Args:
+        model: A numpyro model with a subsampled plate.
+        {settings}
+        **options: ``gradient``, one of ``"minibatch"`` (the default), ``"control_variate"`` (whose
+            centre is found first), ``"svrg"`` and ``"saga"``; ``batch_size``, ``order`` and
+            ``layout`` as in ``stochgrad.from_numpyro``; ``num_steps``, steps of the kernel per
+            iteration of ``MCMC``, 1 by default; ``share_batches`` as in ``stochgrad.sample``, with
+            ``chain_method="vectorized"``.
+
+    Raises:
+        ValueError: as the functions it stands for do, when ``MCMC`` runs.
+"""
+
+
+def _documented(settings: str) -> Callable[[type], type]:
+    """Add to a class what the arguments of all kernels have in common."""
+
+    def add(cls: type) -> type:
+        cls.__doc__ = (cls.__doc__ or "").rstrip() + _OPTIONS.format(settings=settings)
+        return cls
+
+    return add
+
+
+@_documented(
+    "step_size: As in ``stochgrad.sgld``; left out, ``stochgrad.find_step_size`` finds it.\n"
+    "        temperature, noise: As in ``stochgrad.sgld``."
+)
 class SGLD(_SGKernel):
     """``stochgrad.sgld`` as a kernel for ``numpyro.infer.MCMC``.
 
@@ -161,60 +242,50 @@ class SGLD(_SGKernel):
     all chain methods. With ``progress_bar=False`` numpyro runs the loop as one program, several
     times faster; ``extra_fields`` may name ``potential_energy``, ``step_size``, ``gradient_norm``
     and ``noise_ratio``.
-
-    Args:
-        model: A numpyro model with a subsampled plate.
-        step_size, temperature, noise: As in ``stochgrad.sgld``.
-        **options: ``batch_size``, ``order`` and ``layout`` as in ``stochgrad.from_numpyro``;
-            ``num_steps``, steps of the kernel per iteration of ``MCMC``, 1 by default;
-            ``share_batches`` as in ``stochgrad.sample``, with ``chain_method="vectorized"``.
-
-    Raises:
-        ValueError: as ``stochgrad.sgld`` and ``stochgrad.from_numpyro`` do, when ``MCMC`` runs.
     """
 
     def __init__(
         self,
         model: Callable,
-        step_size: StepSize,
+        step_size: StepSize | None = None,
         *,
-        temperature: float = 1.0,
+        temperature: StepSize = 1.0,
         noise: Noise = "normal",
         **options: Any,
     ):
-        make = _Make(sgld, step_size=step_size, temperature=temperature, noise=noise)
+        make = _MakeTuned(sgld, step_size=step_size, temperature=temperature, noise=noise)
         super().__init__(model, make, **options)
 
 
+@_documented(
+    "step_size, friction, mass: As in ``stochgrad.sghmc``; left out, they are found.\n"
+    "        noise_estimate, temperature, integrator, noise: As in ``stochgrad.sghmc``; what is a\n"
+    "            tree is a dict by site name."
+)
 class SGHMC(_SGKernel):
     """``stochgrad.sghmc`` as a kernel for ``numpyro.infer.MCMC``.
 
-    Args:
-        model: A numpyro model with a subsampled plate.
-        step_size, friction, mass, noise_estimate, temperature, integrator, noise: As in
-            ``stochgrad.sghmc``; a mass that is a tree is a dict by site name.
-        **options: ``batch_size``, ``order`` and ``layout`` as in ``stochgrad.from_numpyro``;
-            ``num_steps``, steps of the kernel per iteration of ``MCMC``, 1 by default;
-            ``share_batches`` as in ``stochgrad.sample``, with ``chain_method="vectorized"``.
-
-    Raises:
-        ValueError: as ``stochgrad.sghmc`` and ``stochgrad.from_numpyro`` do, when ``MCMC`` runs.
+    ``MCMC(SGHMC(model, integrator="BAOAB", order="symmetric", gradient="control_variate"), ...)``
+    is all that a model needs: what is left out is found before the first step. The mode by
+    ``stochgrad.find_center``, a diagonal mass by ``stochgrad.find_mass``, friction in proportion
+    (damping at the rate 1 in units of the mass), the step by ``stochgrad.find_step_size``; the
+    chains then start around the mode. ``kernel.tuning`` tells what was found.
     """
 
     def __init__(
         self,
         model: Callable,
-        step_size: StepSize,
-        friction: float,
+        step_size: StepSize | None = None,
+        friction: Any = None,
         *,
-        mass: Any = 1.0,
-        noise_estimate: float = 0.0,
-        temperature: float = 1.0,
+        mass: Any = None,
+        noise_estimate: Any = 0.0,
+        temperature: StepSize = 1.0,
         integrator: str = "SGHMC",
         noise: Noise = "normal",
         **options: Any,
     ):
-        make = _Make(
+        make = _MakeTuned(
             sghmc,
             step_size=step_size,
             friction=friction,
@@ -223,5 +294,134 @@ class SGHMC(_SGKernel):
             temperature=temperature,
             integrator=integrator,
             noise=noise,
+        )
+        super().__init__(model, make, **options)
+
+
+@_documented("step_size, **settings: As in ``stochgrad.psgld``.")
+class PSGLD(_SGKernel):
+    """``stochgrad.psgld`` as a kernel for ``numpyro.infer.MCMC``."""
+
+    def __init__(
+        self,
+        model: Callable,
+        step_size: StepSize,
+        *,
+        decay: float = 0.99,
+        regularizer: float = 1e-5,
+        correction: bool = True,
+        adapt_steps: int | None = None,
+        temperature: StepSize = 1.0,
+        noise: Noise = "normal",
+        **options: Any,
+    ):
+        make = _Make(
+            psgld,
+            step_size=step_size,
+            decay=decay,
+            regularizer=regularizer,
+            correction=correction,
+            adapt_steps=adapt_steps,
+            temperature=temperature,
+            noise=noise,
+        )
+        super().__init__(model, make, **options)
+
+
+@_documented("step_size, diffusion, **settings: As in ``stochgrad.sgnht``.")
+class SGNHT(_SGKernel):
+    """``stochgrad.sgnht`` as a kernel for ``numpyro.infer.MCMC``."""
+
+    def __init__(
+        self,
+        model: Callable,
+        step_size: StepSize,
+        diffusion: float,
+        *,
+        per_coordinate: bool = False,
+        thermal_mass: float = 1.0,
+        mass: Any = 1.0,
+        temperature: StepSize = 1.0,
+        noise: Noise = "normal",
+        **options: Any,
+    ):
+        make = _Make(
+            sgnht,
+            step_size=step_size,
+            diffusion=diffusion,
+            per_coordinate=per_coordinate,
+            thermal_mass=thermal_mass,
+            mass=mass,
+            temperature=temperature,
+            noise=noise,
+        )
+        super().__init__(model, make, **options)
+
+
+@_documented(
+    "kernel_factory: As in ``stochgrad.cyclical``: ``stochgrad.sgld``, or\n"
+    "            ``functools.partial(stochgrad.sghmc, friction=10.0)``.\n"
+    "        step_size, steps_per_cycle, exploration, temperature, exploration_temperature: As in\n"
+    "            ``stochgrad.cyclical``, in steps of the kernel."
+)
+class Cyclical(_SGKernel):
+    """``stochgrad.cyclical`` as a kernel for ``numpyro.infer.MCMC``.
+
+    ``extra_fields=("info.sampling",)`` marks the draws of the sampling stages.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        kernel_factory: Callable[..., Kernel],
+        step_size: float,
+        *,
+        steps_per_cycle: int,
+        exploration: float = 0.8,
+        temperature: float = 1.0,
+        exploration_temperature: float = 0.0,
+        **options: Any,
+    ):
+        make = _MakeOver(
+            cyclical,
+            kernel_factory,
+            step_size=step_size,
+            steps_per_cycle=steps_per_cycle,
+            exploration=exploration,
+            temperature=temperature,
+            exploration_temperature=exploration_temperature,
+        )
+        super().__init__(model, make, **options)
+
+
+@_documented(
+    "kernel_factory: As in ``stochgrad.replica_exchange``.\n"
+    "        step_size, temperatures, swap_every, energy_batches: As in\n"
+    "            ``stochgrad.replica_exchange``."
+)
+class ReplicaExchange(_SGKernel):
+    """``stochgrad.replica_exchange`` as a kernel for ``numpyro.infer.MCMC``.
+
+    ``extra_fields=("info.swap_probability",)`` tells how often replicas trade places.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        kernel_factory: Callable[..., Kernel],
+        step_size: float | Sequence[float],
+        *,
+        temperatures: Sequence[float],
+        swap_every: int = 10,
+        energy_batches: int = 8,
+        **options: Any,
+    ):
+        make = _MakeOver(
+            replica_exchange,
+            kernel_factory,
+            step_size=step_size,
+            temperatures=temperatures,
+            swap_every=swap_every,
+            energy_batches=energy_batches,
         )
         super().__init__(model, make, **options)

@@ -15,6 +15,7 @@ from numpyro.infer.util import log_density as numpyro_log_density
 
 from stochgrad.core import (
     Batches,
+    Blocks,
     Layout,
     Order,
     Partition,
@@ -319,8 +320,18 @@ def _together(streams: Mapping[str, Batches]) -> Batches:
     full = {name: stream.full for name, stream in streams.items()}
     main = max(streams.values(), key=lambda stream: stream.size, default=None)
     if main is None:
-        return Batches(init, next, full, 0, 0)
-    return main._replace(init=init, next=next, full=full)
+        one = Blocks(1, lambda state: (np.int32(0), state), lambda block: full)
+        return Batches(init, next, full, 0, 0, blocks=one)
+    together = main._replace(init=init, next=next, full=full, blocks=None)
+    if len(streams) > 1 or main.blocks is None:
+        return together
+    (name,), (count, next_in, at) = streams, main.blocks
+
+    def next_block(state):
+        block, following = next_in(state[name])
+        return block, {name: following}
+
+    return together._replace(blocks=Blocks(count, next_block, lambda block: {name: at(block)}))
 
 
 def _lay_out(log_density: Callable, initial: Callable, batches: Batches) -> None:

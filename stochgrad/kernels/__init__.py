@@ -3,7 +3,7 @@
 from stochgrad.kernels._affine import Affine as Affine
 from stochgrad.kernels._affine import KernelFactory as KernelFactory
 from stochgrad.kernels._affine import OpenStep as OpenStep
-from stochgrad.kernels._affine import affine_step as affine_step
+from stochgrad.kernels._affine import affine_steps as affine_steps
 from stochgrad.kernels._affine import open_step as open_step
 from stochgrad.kernels._ascend import AscendInfo as AscendInfo
 from stochgrad.kernels._ascend import AscendState as AscendState

@@ -11,23 +11,23 @@ from jax.flatten_util import ravel_pytree
 from stochgrad.core import Gradient, Kernel, Position
 
 KernelFactory = Callable[..., Kernel]
-"""``(gradient, step_size, noise=...) -> Kernel``, such as ``functools.partial(sghmc, friction=1.0)``."""
+"""``(gradient, step_size, noise=...) -> Kernel``: ``functools.partial(sghmc, friction=1.0)``."""
 
 
 class OpenStep(NamedTuple):
     """One step with all that moves it in view.
 
     Attributes:
-        start: ``(position, momentum) -> z``, the floating-point part of a state as one vector;
-            ``momentum`` is not used by a kernel that has none.
-        step: ``(z, noise) -> z``, with ``noise`` of shape (size of the noise,).
+        start: ``(position, momentum, batch) -> z``, the floating-point part of a state as one
+            vector; ``momentum`` is not used by a kernel that has none.
+        step: ``(z, noise, batch) -> z``, with ``noise`` of shape (size of the noise,).
         noise_size: How many unit-variance numbers a step draws.
         position: Places of the position in z.
         momentum: Places of the momentum in z, or None.
     """
 
-    start: Callable[[Any, Any], Any]
-    step: Callable[[Any, Any], Any]
+    start: Callable[[Any, Any, Any], Any]
+    step: Callable[[Any, Any, Any], Any]
     noise_size: int
     position: np.ndarray
     momentum: np.ndarray | None
@@ -44,17 +44,17 @@ class Affine(NamedTuple):
 def open_step(
     factory: KernelFactory,
     step_size: float,
-    log_density: Callable[[Position], Any],
+    log_density: Callable[[Position, Any], Any],
     position: Position,
 ) -> OpenStep:
-    """Take the shipped step function apart by handing it its noise and its gradient."""
+    """Take the shipped step function apart by handing it its noise and its minibatch."""
     key = jax.random.key(0)
-    gradient = Gradient(
-        lambda key, position: (), lambda key, position, state: (jax.value_and_grad(log_density), ())
-    )
 
-    def kernel_with(noise):
-        return factory(gradient, step_size, noise=noise)
+    def kernel_with(noise, batch):
+        def next(key, position, state):
+            return jax.value_and_grad(lambda q: log_density(q, batch)), state
+
+        return factory(Gradient(lambda key, position: (), next), step_size, noise=noise)
 
     sizes: list[int] = []
 
@@ -62,8 +62,8 @@ def open_step(
         sizes.append(ravel_pytree(tree)[0].size)
         return jax.tree.map(jnp.zeros_like, tree)
 
-    counting = kernel_with(count)
-    example = jax.jit(counting.init)(position, key)
+    counting = kernel_with(count, 0)
+    example = counting.init(position, key)
     jax.eval_shape(counting.step, key, example)
     total, ends = sum(sizes), np.cumsum(sizes)
     paths = jax.tree_util.tree_leaves_with_path(example)
@@ -82,20 +82,20 @@ def open_step(
             at += leaf.size if flag else 0
         return jax.tree.unflatten(structure, filled)
 
-    def start(position, momentum):
-        state = counting.init(position, key)
+    def start(position, momentum, batch):
+        state = kernel_with(count, batch).init(position, key)
         if hasattr(state, "momentum"):
             state = state._replace(momentum=momentum)
         return pack(state)
 
-    def step(z, noise):
+    def step(z, noise, batch):
         given = iter(np.split(np.arange(total), ends[:-1]))
 
         def hand_out(key, tree):
             flat, unravel = ravel_pytree(tree)
             return unravel(noise[next(given)].astype(flat.dtype))
 
-        state, _ = kernel_with(hand_out).step(key, unpack(z))
+        state, _ = kernel_with(hand_out, batch).step(key, unpack(z))
         return pack(state)
 
     def places(name):
@@ -111,15 +111,18 @@ def open_step(
     return OpenStep(start, step, total, where, places("momentum"))
 
 
-def affine_step(opened: OpenStep, position: Position) -> Affine | None:
-    """The matrices of a step by evaluating it, or None where it is not affine."""
-    z = opened.start(position, position)
+def affine_steps(opened: OpenStep, position: Position, batches: int) -> list[Affine] | None:
+    """The matrices of a step for each minibatch, by evaluation; None where it is not affine."""
+    z = opened.start(position, position, 0)
     xi = jnp.zeros(opened.noise_size, z.dtype)
-    jacobians = jax.jit(jax.jacfwd(opened.step, argnums=(0, 1)))
-    matrix, noise = jacobians(z, xi)
+    numbers = jnp.arange(batches)
+    step = jax.vmap(lambda z, xi, j: opened.step(z, xi, j), (None, None, 0))
+    jacobians = jax.jit(
+        lambda z, xi: (*jax.jacfwd(step, (0, 1))(z, xi, numbers), step(z, xi, numbers))
+    )
+    matrix, noise, offset = map(np.asarray, jacobians(jnp.zeros_like(z), xi))
     elsewhere = jacobians(z + 0.5 + 0.1 * jnp.arange(z.size, dtype=z.dtype), xi + 0.7)
-    for here, there in zip((matrix, noise), elsewhere, strict=True):
+    for here, there in zip((matrix, noise), elsewhere[:2], strict=True):
         if not np.allclose(here, there, rtol=1e-6, atol=1e-8):
             return None
-    offset = jax.jit(opened.step)(jnp.zeros_like(z), xi)
-    return Affine(*(np.asarray(x, np.float64) for x in (matrix, offset, noise)))
+    return [Affine(*parts) for parts in zip(matrix, offset, noise, strict=True)]

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from stochgrad.core import (
     Position,
@@ -13,6 +13,7 @@ from stochgrad.core import (
     PRNGKey,
     Shared,
     StepSize,
+    check_number,
     tree_dot,
     tree_size,
 )
@@ -57,6 +58,16 @@ def noise_ratio(gradient, previous, count, step_size, diffusion) -> Float[Array,
     weighted = jax.tree.map(lambda d, x: x / jnp.asarray(d, x.dtype), diffusion, difference)
     variance = tree_dot(difference, weighted) / (2 * tree_size(gradient))
     return jnp.where(count > 0, step_size.astype(variance.dtype) * variance / 2, jnp.nan)
+
+
+def check_positive(name: str, value: PyTree, *, zero: bool = False) -> None:
+    """Raise unless all numbers of a hyper-parameter are positive (of a matrix, its diagonal)."""
+    for leaf in jax.tree.leaves(value):
+        array = np.asarray(leaf)
+        if array.dtype.kind not in "fiu" or array.size == 0:
+            check_number(name, leaf, zero=zero)
+        square = array.ndim == 2 and array.shape[0] == array.shape[1]
+        check_number(name, np.min(np.diag(array) if square else array), zero=zero)
 
 
 def setting(value: StepSize) -> Any:

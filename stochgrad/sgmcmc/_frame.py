@@ -57,9 +57,8 @@ def frames(mass: PyTree, friction: PyTree, noise: PyTree) -> Callable[[Position]
 
 def _frame(position: Position, given: dict[str, PyTree]) -> Frame:
     if not any(_is_matrix(value, position) for value in given.values()):
-        own = [spread(name, value, position) for name, value in given.items()]
-        same = lambda x: x
-        return Frame(*own, same, same, same, same)
+        m, c, b = (spread(name, value, position) for name, value in given.items())
+        return Frame(m, c, b, *4 * (lambda x: x,))
     mass, friction, noise = (_matrix(name, value, position) for name, value in given.items())
     if np.linalg.eigvalsh(mass).min() <= 0:
         raise ValueError("mass must be a symmetric positive definite matrix.")
@@ -86,10 +85,10 @@ def _frame(position: Position, given: dict[str, PyTree]) -> Frame:
             return lambda x: matrix @ ravel_pytree(x)[0]
         return lambda x: unravel(matrix @ x)
 
-    diagonals = [np.diag(matrix) for matrix in inside]
     return Frame(
         1.0,
-        *diagonals,
+        np.diag(inside[0]),
+        np.diag(inside[1]),
         times(w.T @ mass, True),
         times(w, False),
         times(w.T, True),

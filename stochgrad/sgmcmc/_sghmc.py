@@ -15,7 +15,6 @@ from stochgrad.core import (
     StepSize,
     Target,
     as_schedule,
-    check_number,
     noise_like,
     tree_dot,
     tree_size,
@@ -23,6 +22,7 @@ from stochgrad.core import (
 from stochgrad.gradients import as_gradient
 from stochgrad.integrators import Coefficients, Integrator, integrator_of, scaled
 from stochgrad.sgmcmc._common import (
+    check_positive,
     describe,
     gradient_key,
     gradient_norm,
@@ -256,16 +256,6 @@ def sghmc(
         ("noise", noise),
     )
     return Kernel(init, step, "SGHMC", settings + describe(gradient.posterior), gradient.posterior)
-
-
-def check_positive(name: str, value: PyTree, *, zero: bool = False) -> None:
-    """Raise unless all numbers of a hyper-parameter are positive (of a matrix, its diagonal)."""
-    for leaf in jax.tree.leaves(value):
-        array = np.asarray(leaf)
-        if array.dtype.kind not in "fiu" or array.size == 0:
-            check_number(name, leaf, zero=zero)
-        square = array.ndim == 2 and array.shape[0] == array.shape[1]
-        check_number(name, np.min(np.diag(array) if square else array), zero=zero)
 
 
 def _check_stable(scheme: Integrator, step_size, heat, mass, friction, noise) -> None:

@@ -1,0 +1,323 @@
+"""How large a step may be: what the curvature allows, and what the bias asks for."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import PyTree
+
+from stochgrad.core import (
+    Position,
+    Posterior,
+    PRNGKey,
+    Target,
+    check_key,
+    check_number,
+    compiled,
+    noise_like,
+    tree_dot,
+    tree_size,
+)
+from stochgrad.gradients import as_gradient
+from stochgrad.integrators import Coefficients, integrator_of
+from stochgrad.sgmcmc._common import check_positive
+from stochgrad.sgmcmc._frame import frames
+
+_POWER_STEPS, _PROBES, _NOISE_BATCHES = 60, 30, 64
+_SHARE_OF_LIMIT = 1 / 3
+_EXACT_DIMENSION = 500
+_FLOOR = 1e-6
+
+
+class StepSizeReport(NamedTuple):
+    r"""A step size, and what it rests on.
+
+    Attributes:
+        step_size: The largest h with a predicted bias within what was asked, and at most a third of
+            the limit (on a Gaussian some schemes have no bias to limit them).
+        limit: From here on the scheme is unstable in the stiffest direction.
+        curvature: The largest eigenvalue of $M^{-1/2} H M^{-1/2}$, with minus the Hessian H.
+        integrator_bias: Relative error of the position's variance in the stiffest direction at
+            ``step_size``, without gradient noise.
+        noise_bias: What gradient noise adds to the relative variance at ``step_size``,
+            $hV/2CT$ on average over the coordinates (for SGLD, $hV/2T$). For independent
+            minibatches; for reshuffled and symmetric ones it is reduced by the share of an epoch in
+            the memory of the stiffest direction.
+    """
+
+    step_size: float
+    limit: float
+    curvature: float
+    integrator_bias: float
+    noise_bias: float
+
+
+def find_step_size(
+    target: Target,
+    key: PRNGKey,
+    position: Position,
+    *,
+    friction: float | PyTree | None = None,
+    mass: float | PyTree = 1.0,
+    integrator: str = "SGHMC",
+    bias: float = 0.02,
+    temperature: float = 1.0,
+) -> StepSizeReport:
+    r"""The stability limit of a scheme, and a step size for a given bias.
+
+    The largest curvature $\lambda$ comes from power iteration on Hessian-vector products of
+    successive minibatches. The scheme's own step on $U = \lambda q^2/2$, a linear map, then gives
+    the h at which its spectral radius exceeds one, and the stationary variance below it. The
+    variance V of minibatch gradients about one standard deviation away from ``position`` gives the
+    bias of gradient noise.
+
+    Args:
+        target: A posterior, or a gradient; what the kernel will be given, so that a control variate
+            is taken for what it is.
+        key: A typed PRNG key, for the minibatches.
+        position: Where to look: near the mode, as ``stochgrad.find_center`` finds it.
+        friction: C of ``stochgrad.sghmc``; None for ``stochgrad.sgld``.
+        mass: M of ``stochgrad.sghmc``.
+        integrator: That of ``stochgrad.sghmc``.
+        bias: The relative error of posterior variances to aim for.
+        temperature: T.
+
+    Raises:
+        ValueError: a number is out of range, the integrator is unknown, or the curvature is not
+            finite.
+        TypeError: the target is neither a posterior nor a gradient.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stochgrad
+        >>> target = stochgrad.posterior(
+        ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), order="full"
+        ... )
+        >>> found = stochgrad.find_step_size(
+        ...     target, jax.random.key(0), jnp.float32(1.0), friction=10.0, integrator="BAOAB"
+        ... )
+        >>> round(found.curvature), round(found.limit, 3)
+        (100, 0.2)
+    """
+    check_key(key)
+    bias = check_number("bias", bias)
+    temperature = check_number("temperature", temperature)
+    gradient = as_gradient(target)
+    position = jax.tree.map(jnp.asarray, getattr(position, "position", position))
+    for name, value in (("friction", friction), ("mass", mass)):
+        check_positive(name, value)
+    frame = frames(mass, 1.0 if friction is None else friction, 0.0)(position)
+
+    def measure(key, position):
+        inside = frame.enter(position)
+        keys = jax.random.split(key, _POWER_STEPS + _NOISE_BATCHES + 2)
+        state = gradient.init(keys[-1], position)
+
+        def scores(state, key):
+            score, state = gradient.next(key, position, state)
+            return lambda q: frame.enter_dual(score(frame.leave(q))[1]), state
+
+        def power(carry, key):
+            v, state = carry
+            score, state = scores(state, key)
+            root = jax.tree.map(lambda m, v: v / jnp.sqrt(m).astype(v.dtype), masses, v)
+            bent = jax.jvp(score, (inside,), (root,))[1]
+            bent = jax.tree.map(lambda m, b: b / jnp.sqrt(m).astype(b.dtype), masses, bent)
+            size = jnp.sqrt(tree_dot(bent, bent))
+            return (jax.tree.map(lambda b: b / jnp.maximum(size, 1e-30), bent), state), size
+
+        def gradients(state, key):
+            score, state = scores(state, key)
+            return state, score(typical)
+
+        v = jax.tree.map(jnp.ones_like, inside)
+        v = jax.tree.map(lambda x: x / jnp.sqrt(float(tree_size(inside))).astype(x.dtype), v)
+        xi = noise_like("discrete")(keys[-2], v)
+        signs = jax.tree.map(lambda x, s: jnp.where(s > 0, x, -x), v, xi)
+        (_, state), sizes = jax.lax.scan(power, (signs, state), keys[:_POWER_STEPS])
+        largest = jnp.mean(sizes[_POWER_STEPS // 2 :])
+
+        # where a draw may be: one standard deviation of each coordinate (given the others) away,
+        # since a control variate has no noise at its centre
+        def probe(state, key):
+            score, state = scores(state, key)
+            z = noise_like("discrete")(key, inside)
+            bent = jax.jvp(score, (inside,), (z,))[1]
+            return state, jax.tree.map(lambda z, b: -z * b, z, bent)
+
+        state, diagonals = jax.lax.scan(probe, state, keys[:_PROBES])
+        xi = noise_like("normal")(jax.random.fold_in(keys[-2], 1), inside)
+
+        def displace(x, xi, h, m):
+            floor = _FLOOR * (largest * jnp.max(m)).astype(x.dtype)
+            return x + xi / jnp.sqrt(jnp.maximum(jnp.abs(jnp.mean(h, axis=0)), floor))
+
+        typical = jax.tree.map(displace, inside, xi, diagonals, masses)
+        _, g = jax.lax.scan(gradients, state, keys[_POWER_STEPS:-2])
+        variance = jax.tree.map(lambda g: jnp.var(g, axis=0, ddof=1), g)
+        return largest, variance
+
+    masses = jax.tree.map(lambda m: jnp.asarray(m, float), frame.mass)
+    curvature, variance = compiled(measure)(key, position)
+    curvature = float(curvature)
+    if not np.isfinite(curvature) or curvature <= 0:
+        raise ValueError(
+            f"the curvature at position came out as {curvature:g}: find_step_size needs a finite "
+            "log density that is not flat."
+        )
+    drag = frame.friction if friction is not None else jax.tree.map(lambda _: 1.0, frame.mass)
+    excess = [
+        np.sum(np.asarray(v, np.float64) / np.asarray(c) / (2 * temperature))
+        for v, c in zip(jax.tree.leaves(variance), jax.tree.leaves(drag), strict=True)
+    ]
+    noise_slope = float(sum(excess)) / tree_size(position)
+    rates = [
+        np.asarray(c / np.asarray(m, np.float64))
+        for c, m in zip(jax.tree.leaves(drag), jax.tree.leaves(frame.mass), strict=True)
+    ]
+    extremes = {float(min(map(np.min, rates))), float(max(map(np.max, rates)))}
+    models = [
+        _Model(None if friction is None else integrator, rate, curvature) for rate in extremes
+    ]
+    limit = min(model.limit() for model in models)
+    batches = gradient.posterior.batches if gradient.posterior is not None else None
+    epoch = 0
+    if batches is not None and batches.order not in ("iid", "full"):
+        epoch = -(-batches.size // batches.batch_size)
+
+    def biases(h):
+        worst = max((model(h) for model in models), key=lambda found: abs(found[1]))
+        share = min(1.0, epoch * h / worst[2]) if epoch else 1.0
+        return worst[1], noise_slope * h * share
+
+    def acceptable(h):
+        return sum(map(abs, biases(h))) <= bias
+
+    h = _SHARE_OF_LIMIT * limit
+    if not acceptable(h):
+        h = _bisect(acceptable, 1e-9 * h, h)
+    return StepSizeReport(h, limit, curvature, *map(float, biases(h)))
+
+
+def find_mass(
+    posterior: Posterior, key: PRNGKey, position: Position, *, num_probes: int = 64
+) -> PyTree:
+    r"""A diagonal mass from the curvature: $M_{ii} = |H_{ii}|$ at a position, on all data.
+
+    With it all coordinates move at one pace, each in units of its own standard deviation (given the
+    others). Exact for up to 500 parameters, one Hessian-vector product each; beyond, the mean of
+    $z \odot Hz$ over random signs z.
+
+    Args:
+        posterior: A posterior.
+        key: A typed PRNG key, for the random signs.
+        position: Where to look: near the mode, as ``stochgrad.find_center`` finds it.
+        num_probes: Random signs beyond 500 parameters.
+
+    Returns:
+        A tree of the position's structure, each array of its leaf's shape, for ``mass`` of
+        ``stochgrad.sghmc``; ``jax.tree.map(lambda m: rate * m, mass)`` is a friction to go with it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stochgrad
+        >>> target = stochgrad.posterior(
+        ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), order="full"
+        ... )
+        >>> float(stochgrad.find_mass(target, jax.random.key(0), jnp.float32(1.0)))
+        100.0
+    """
+    check_key(key)
+    position = jax.tree.map(jnp.asarray, getattr(position, "position", position))
+    size = tree_size(position)
+
+    def diagonal(key, position):
+        score = jax.grad(lambda p: posterior.log_density(p, posterior.batches.full))
+        flat, unravel = ravel_pytree(position)
+
+        def bend(v):
+            bent = jax.jvp(score, (position,), (unravel(v),))[1]
+            return -v * ravel_pytree(bent)[0]
+
+        def unit(i):
+            return bend(jnp.zeros_like(flat).at[i].set(1))
+
+        def probe(key):
+            return bend(jax.random.rademacher(key, (size,), flat.dtype))
+
+        if size <= _EXACT_DIMENSION:
+            found = jnp.sum(jax.lax.map(unit, jnp.arange(size), batch_size=8), axis=0)
+        else:
+            found = jnp.mean(jax.lax.map(probe, jax.random.split(key, num_probes)), axis=0)
+        found = jnp.abs(found)
+        return unravel(jnp.maximum(found, _FLOOR * jnp.max(found)))
+
+    mass = compiled(diagonal)(key, position)
+    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(mass)):
+        raise ValueError("the curvature at position is not finite.")
+    return jax.tree.map(np.asarray, mass)
+
+
+class _Model:
+    """A scheme on a Gaussian of one dimension, unit mass, by evaluating its step."""
+
+    def __init__(self, integrator: str | None, friction: float, curvature: float):
+        self.scheme = None if integrator is None else integrator_of(integrator)
+        self.friction = friction
+        self.curvature = curvature
+
+    def maps(self, h: float) -> tuple[np.ndarray, np.ndarray]:
+        r"""A and N of $z' = Az + N\xi$ with z = (q, p, last gradient)."""
+        if self.scheme is None:
+            keep = 1 - h * self.curvature
+            return np.array([[keep]]), np.array([[np.sqrt(2 * h)]])
+        columns = 3 + 8  # one for each part of z, one for each noise that there may be
+        used = [0]
+
+        def unit(i):
+            return jnp.zeros(columns).at[i].set(1)
+
+        def noise(i):
+            used[0] = max(used[0], i + 1)
+            return unit(3 + i)
+
+        def score(q):
+            return jnp.zeros(()), -self.curvature * q
+
+        c = Coefficients(h, 1.0, self.friction, 1.0)
+        end = self.scheme.step(unit(0), unit(1), unit(2), score, noise, c)
+        rows = np.array([end.position, end.momentum, end.gradient], np.float64)
+        if not self.scheme.keeps_gradient:
+            rows = rows[:2]
+        n = len(rows)
+        return rows[:, :n], rows[:, 3 : 3 + used[0]]
+
+    def radius(self, h: float) -> float:
+        return float(np.max(np.abs(np.linalg.eigvals(self.maps(h)[0]))))
+
+    def limit(self) -> float:
+        """The smallest h at which a step is unstable."""
+        with jax.enable_x64(True):
+            h = 1e-3 / max(np.sqrt(self.curvature), self.curvature / self.friction, self.friction)
+            while self.radius(1.1 * h) < 1 and h < 1e12:
+                h *= 1.1
+            return _bisect(lambda h: self.radius(h) < 1, h, 1.1 * h)
+
+    def __call__(self, h: float) -> tuple[float, float, float]:
+        """Spectral radius, relative error of the variance of q, and memory in time."""
+        with jax.enable_x64(True):
+            a, n = self.maps(h)
+        size = len(a)
+        second = np.linalg.solve(np.eye(size * size) - np.kron(a, a), (n @ n.T).ravel())
+        radius = float(np.max(np.abs(np.linalg.eigvals(a))))
+        return radius, self.curvature * second[0] - 1, -h / np.log(max(radius, 1e-300))
+
+
+def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """The largest number for which ``holds`` is true, true at ``low`` and false at ``high``."""
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
