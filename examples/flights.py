@@ -106,12 +106,12 @@ def fit(key, rows, sizes, batch_size, num_samples, pilot_samples, thin=10):
     mass = jax.tree.map(lambda v: 1 / v, variance)
 
     def dispersed(key):
-        leaves, structure = jax.tree.flatten(center)
+        leaves, structure = jax.tree.flatten(center.position)
         keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
         return jax.tree.map(
             lambda k, c, v: c + 2 * np.sqrt(v) * jax.random.normal(k, c.shape),
             keys,
-            center,
+            center.position,
             variance,
         )
 

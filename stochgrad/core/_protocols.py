@@ -66,6 +66,7 @@ class Posterior(NamedTuple):
         initial: ``key -> position``, or None where only the user knows one.
         constrain: ``position -> dict`` of named arrays in the model's own space, or None where the
             position is what the user wants to see.
+        unconstrain: The way back, for the latent sites among the names; None likewise.
         dims: Names of the dimensions of the arrays that ``constrain`` returns.
         coords: Coordinates along those dimensions.
     """
@@ -74,6 +75,7 @@ class Posterior(NamedTuple):
     batches: Batches
     initial: Callable[[PRNGKey], Position] | None = None
     constrain: Callable[[Position], dict[str, Array]] | None = None
+    unconstrain: Callable[[Mapping[str, Array]], Position] | None = None
     dims: Mapping[str, tuple[str, ...]] = {}
     coords: Mapping[str, Any] = {}
 

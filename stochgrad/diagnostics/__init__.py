@@ -2,6 +2,10 @@
 
 from stochgrad.diagnostics._errors import mcse as mcse
 from stochgrad.diagnostics._errors import rhat as rhat
+from stochgrad.diagnostics._neighbours import knn_divergence as knn_divergence
+from stochgrad.diagnostics._richardson import Extrapolated as Extrapolated
+from stochgrad.diagnostics._richardson import richardson as richardson
+from stochgrad.diagnostics._stein import ksd as ksd
 from stochgrad.diagnostics._temperature import Temperatures as Temperatures
 from stochgrad.diagnostics._temperature import temperatures as temperatures
 from stochgrad.diagnostics._weak_order import Problem as Problem

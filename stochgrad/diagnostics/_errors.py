@@ -1,33 +1,37 @@
 """Errors of pooled means and convergence, right also for chains that share their minibatches."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from stochgrad.core import Draws
+from stochgrad.diagnostics._inputs import arrays_of
 
 
-def mcse(draws: Draws) -> PyTree:
+def mcse(draws: Any) -> PyTree:
     r"""Monte Carlo standard error of each posterior mean, pooled over chains.
 
     The chains' average at each draw, $\bar x_t = \frac1C\sum_c x_{ct}$, is a time series, whatever
     the chains have in common; with $\mathrm{ESS}$ its effective sample size,
 
-    $$\mathrm{mcse} = \sqrt{\operatorname{Var}_t \bar x_t / \mathrm{ESS}(\bar x)}.$$
+    $$\mathrm{mcse} = \sqrt{\operatorname{Var}_t \bar x_t / \mathrm{ESS}(\bar x)},$$
+
+    with ArviZ's effective sample size of the mean.
 
     The usual formula adds up the chains' own effective sample sizes, which takes them for
     independent. With ``share_batches=True`` they are not: their gradient noise is the same.
 
     Args:
-        draws: Draws of one or more chains, all finite.
+        draws: Draws of one or more chains, all finite, or an ArviZ object.
 
     Returns:
         Standard errors in the structure of ``draws.positions``, without the chain and draw axes.
     """
-    return jax.tree.map(error_of_mean, finite(draws).positions)
+    return jax.tree.map(error_of_mean, arrays_of(draws))
 
 
-def rhat(draws: Draws) -> PyTree:
+def rhat(draws: Any) -> PyTree:
     r"""Potential scale reduction, not fooled by noise that the chains have in common.
 
     The classical ratio $\sqrt{((n-1)W/n + B/n) / W}$ (Gelman & Rubin, Stat. Sci. 1992) with W, the
@@ -36,7 +40,7 @@ def rhat(draws: Draws) -> PyTree:
     chains are apart. For independent chains the two agree.
 
     Args:
-        draws: Draws of two or more chains, all finite.
+        draws: Draws of two or more chains, all finite, or an ArviZ object.
 
     Returns:
         Ratios in the structure of ``draws.positions``, without the chain and draw axes.
@@ -44,7 +48,8 @@ def rhat(draws: Draws) -> PyTree:
     Raises:
         ValueError: there is one chain only.
     """
-    if draws.num_chains < 2:
+    arrays = arrays_of(draws)
+    if len(jax.tree.leaves(arrays)[0]) < 2:
         raise ValueError("rhat compares chains: run with num_chains of 2 or more.")
 
     def one(x):
@@ -55,19 +60,16 @@ def rhat(draws: Draws) -> PyTree:
         between = n * x.mean(axis=1).var(axis=0, ddof=1)
         return np.sqrt((n - 1) / n + between / (n * within))
 
-    return jax.tree.map(one, finite(draws).positions)
+    return jax.tree.map(one, arrays)
 
 
 def error_of_mean(x: np.ndarray) -> np.ndarray:
     """Standard error of the mean of an array of shape (chain, draw, ...); see ``mcse``."""
-    from numpyro.diagnostics import effective_sample_size
+    import arviz
 
-    average = np.asarray(x, np.float64).mean(axis=0, keepdims=True)
-    return np.sqrt(average.var(axis=(0, 1)) / effective_sample_size(average))
-
-
-def finite(draws: Draws) -> Draws:
-    """The draws, if all of them are finite; a ValueError if not."""
-    if not draws.finite.all():
-        raise ValueError("some draws are not finite: take draws.finite_chains() first.")
-    return draws
+    average = np.asarray(x, np.float64).mean(axis=0)
+    ess = [
+        np.asarray(arviz.ess(series[None], method="mean"))
+        for series in average.reshape(len(average), -1).T
+    ]
+    return np.sqrt(average.var(axis=0) / np.reshape(ess, average.shape[1:]))

@@ -1,18 +1,19 @@
 """Temperatures: what a run's temperature came out as, two ways."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stochgrad.core import Draws, PRNGKey, Target, check_key, compiled, tree_dot
-from stochgrad.diagnostics._errors import error_of_mean, finite
+from stochgrad.diagnostics._errors import error_of_mean
+from stochgrad.diagnostics._inputs import positions_of
 from stochgrad.gradients import as_gradient
 
 
 class Temperatures(NamedTuple):
-    r"""Temperatures with their Monte Carlo standard errors.
+    r"""Temperatures with their Monte Carlo standard errors: numbers, or arrays over chains.
 
     Attributes:
         kinetic: Mean of $p^T M^{-1} p / d$; NaN for a kernel without momentum.
@@ -21,13 +22,15 @@ class Temperatures(NamedTuple):
         configurational_error: Its standard error.
     """
 
-    kinetic: float
-    kinetic_error: float
-    configurational: float
-    configurational_error: float
+    kinetic: Any
+    kinetic_error: Any
+    configurational: Any
+    configurational_error: Any
 
 
-def temperatures(draws: Draws, target: Target, key: PRNGKey) -> Temperatures:
+def temperatures(
+    draws: Any, target: Target, key: PRNGKey, *, per_chain: bool = False
+) -> Temperatures:
     r"""Kinetic and configurational temperature of a run.
 
     Both equal the kernel's ``temperature`` in a faithful run:
@@ -41,18 +44,18 @@ def temperatures(draws: Draws, target: Target, key: PRNGKey) -> Temperatures:
     draws are taken afresh, from minibatches that the chains have not seen.
 
     Args:
-        draws: Draws of positions (not of a ``collect`` of yours), all finite.
+        draws: Draws of positions (not of a ``collect`` of yours), all finite, or an ArviZ object.
         target: The posterior or the gradient that was sampled.
         key: A typed PRNG key, for the minibatches.
+        per_chain: Whether to give each chain's own: one that is hotter than the others has not
+            settled, or has left for where the step is too large.
 
     Raises:
         ValueError: the draws were collected by a function of the caller's, or are not finite.
     """
     check_key(key)
-    if draws.collected:
-        raise ValueError("temperatures needs draws of positions, not those of a collect function.")
-    finite(draws)
     gradient = as_gradient(target)
+    positions = positions_of(draws, gradient.posterior)
 
     def at(x):
         key, position, centered = x
@@ -60,18 +63,33 @@ def temperatures(draws: Draws, target: Target, key: PRNGKey) -> Temperatures:
         score, _ = gradient.next(next_key, position, gradient.init(state_key, position))
         return -tree_dot(centered, score(position)[1])
 
-    flat = jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:])), draws.positions)
+    chains, length = jax.tree.leaves(positions)[0].shape[:2]
+    flat = jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:])), positions)
     centered = jax.tree.map(lambda x: x - x.mean(axis=0, keepdims=True), flat)
     dimension = sum(leaf[0].size for leaf in jax.tree.leaves(flat))
-    keys = jax.random.split(key, draws.num_chains * draws.num_draws)
+    keys = jax.random.split(key, chains * length)
     virial = compiled(lambda *x: jax.lax.map(at, x, batch_size=64))(keys, flat, centered)
-    virial = np.asarray(virial).reshape(draws.num_chains, draws.num_draws) / dimension
-    kinetic = draws.stats.get("kinetic_temperature")
-    return Temperatures(
-        *((np.nan, np.nan) if kinetic is None else _mean_and_error(kinetic)),
-        *_mean_and_error(virial),
-    )
+    virial = np.asarray(virial).reshape(chains, length) / dimension
+    kinetic = _kinetic(draws)
+    if kinetic is None:
+        kinetic = np.full_like(virial, np.nan)
+    if not per_chain:
+        return Temperatures(*_mean_and_error(kinetic), *_mean_and_error(virial))
+    each = [
+        np.array([_mean_and_error(chain[None]) for chain in values]).T
+        for values in (kinetic, virial)
+    ]
+    return Temperatures(*each[0], *each[1])
+
+
+def _kinetic(draws: Any) -> np.ndarray | None:
+    if isinstance(draws, Draws):
+        return draws.stats.get("kinetic_temperature")
+    stats = draws["sample_stats"]
+    return np.asarray(stats["kinetic_temperature"]) if "kinetic_temperature" in stats else None
 
 
 def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    if not np.isfinite(values).all():
+        return np.nan, np.nan
     return float(values.mean()), float(error_of_mean(values))

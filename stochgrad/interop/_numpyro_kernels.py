@@ -18,6 +18,7 @@ from stochgrad.core import (
     StepSize,
     Target,
     check_count,
+    compiled,
     share_first,
     shared_axes,
 )
@@ -109,8 +110,8 @@ class _SGKernel(MCMCKernel):
             return _state(state, info, run_key)
 
         if is_prng_key(rng_key):
-            return one(rng_key, init_params)
-        states = jax.vmap(one)(rng_key, init_params)
+            return compiled(one)(rng_key, init_params)
+        states = compiled(jax.vmap(one))(rng_key, init_params)
         return share_first(states, self._share_batches)
 
     def sample(self, state: SGState, model_args, model_kwargs) -> SGState:

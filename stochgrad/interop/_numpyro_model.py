@@ -10,7 +10,7 @@ import numpyro
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.distributions.transforms import IdentityTransform
-from numpyro.infer.util import constrain_fn
+from numpyro.infer.util import constrain_fn, unconstrain_fn
 from numpyro.infer.util import log_density as numpyro_log_density
 
 from stochgrad.core import (
@@ -124,9 +124,13 @@ def from_numpyro(
         values = constrain_fn(given, args, kwargs, position, return_deterministic=True)
         return {name: value for name, value in values.items() if name in found.dims}
 
+    def unconstrain(values):
+        latent = {name: values[name] for name in found.shapes}
+        return unconstrain_fn(give_rows(model, template), args, kwargs, latent)
+
     _lay_out(log_density, initial, batches)
     laid_out.open = False
-    return Posterior(log_density, batches, initial, constrain, dims=found.dims)
+    return Posterior(log_density, batches, initial, constrain, unconstrain, found.dims)
 
 
 class _Plate(NamedTuple):

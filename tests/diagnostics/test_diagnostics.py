@@ -121,6 +121,6 @@ def test_what_cannot_be_diagnosed_is_refused(key):
     odd = stochgrad.sample(
         key, kernel, init=jnp.zeros(2), num_samples=5, collect=lambda s: s.position
     )
-    with pytest.raises(ValueError, match="temperatures needs draws of positions"):
+    with pytest.raises(ValueError, match="draws of positions are needed"):
         temperatures(odd, target, key)
     assert np.isnan(temperatures(one, target, key).kinetic)

@@ -94,9 +94,13 @@ def test_find_center_finds_the_mode():
     target = logistic()
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
         center = stochgrad.find_center(target, jax.random.key(0), init=jnp.zeros(3))
-    slope = full(target, jnp.asarray(center))[1]
-    curvature = -jax.hessian(target.log_density)(jnp.asarray(center), target.batches.full)
+    mode = jnp.asarray(center.position)
+    value, slope = full(target, mode)
+    curvature = -jax.hessian(target.log_density)(mode, target.batches.full)
     off = np.linalg.solve(curvature, slope)  # how far the mode is
+    np.testing.assert_allclose(center.log_density, value, rtol=1e-5)
+    np.testing.assert_allclose(center.gradient_norm, np.linalg.norm(slope), rtol=1e-3)
+    np.testing.assert_allclose(center.distance, np.sqrt(slope @ off), rtol=1e-2)
     assert np.all(np.abs(off) < 0.2 * np.sqrt(np.diag(np.linalg.inv(curvature))))
 
 
