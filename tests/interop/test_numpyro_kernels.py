@@ -1,12 +1,13 @@
 """numpyro's own front door."""
 
 import pickle
+from functools import partial
 
 import arviz as az
 import jax
 import numpy as np
 import pytest
-from numpyro.infer import MCMC
+from numpyro.infer import MCMC, NUTS
 
 import stochgrad
 from tests.conftest import Z
@@ -44,6 +45,62 @@ def test_mcmc_runs_and_resumes(kernel, chain_method, capsys):
     mcmc.post_warmup_state = mcmc.last_state
     mcmc.run(jax.random.key(1), m.X, y=m.Y)
     assert not np.array_equal(samples["w"], mcmc.get_samples(group_by_chain=True)["w"])
+
+
+FOUND = {
+    "SGLD": lambda: stochgrad.numpyro.SGLD(m.regression, gradient="control_variate"),
+    "SGHMC UBU saga": lambda: stochgrad.numpyro.SGHMC(
+        m.regression, 2e-3, 30.0, integrator="UBU", gradient="saga"
+    ),
+    "PSGLD": lambda: stochgrad.numpyro.PSGLD(m.regression, 1e-5, gradient="svrg"),
+    "SGNHT": lambda: stochgrad.numpyro.SGNHT(m.regression, 1e-3, 10.0, thermal_mass=0.01),
+    "Cyclical": lambda: stochgrad.numpyro.Cyclical(
+        m.regression, partial(stochgrad.sghmc, friction=30.0), 2e-3, steps_per_cycle=50
+    ),
+    "ReplicaExchange": lambda: stochgrad.numpyro.ReplicaExchange(
+        m.regression, stochgrad.sgld, 1e-4, temperatures=(1.0, 2.0)
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FOUND))
+def test_every_kernel_has_its_numpyro_form(name):
+    mcmc = run(FOUND[name]())
+    samples = mcmc.get_samples(group_by_chain=True)
+    assert samples["w"].shape == (2, 100, 2)
+    assert np.all(np.isfinite(samples["w"]))
+    assert np.all(samples["sigma"] > 0)
+
+
+@pytest.mark.slow
+def test_a_model_alone_is_enough():
+    """Centre, mass, friction and step size are found; the posterior is NUTS's."""
+    kernel = stochgrad.numpyro.SGHMC(
+        m.regression, integrator="BAOAB", order="symmetric", gradient="control_variate"
+    )
+    mcmc = run(kernel, num_warmup=100, num_samples=6000, thinning=2)
+    assert kernel.tuning.center.distance < 1
+    assert kernel.tuning.step_size.step_size < kernel.tuning.step_size.limit / 2
+    nuts = MCMC(NUTS(m.regression), num_warmup=500, num_samples=4000, progress_bar=False)
+    nuts.run(jax.random.key(1), m.X, y=m.Y, b=len(m.X))
+    ours, theirs = mcmc.get_samples(group_by_chain=True), nuts.get_samples(group_by_chain=True)
+    bias = 0.05  # in standard deviations: what the step was found for, and noise far from the mode
+    for name in ("w", "sigma"):
+        (a, ea), (b, eb) = mean_and_error(ours[name]), mean_and_error(theirs[name])
+        sd = np.asarray(theirs[name]).std(axis=(0, 1))
+        assert np.all(np.abs(a - b) < Z * np.hypot(ea, eb) + bias * sd)
+        (a, ea), (b, eb) = (mean_and_error((np.asarray(x[name]) - b) ** 2) for x in (ours, theirs))
+        assert np.all(np.abs(a - b) < Z * np.hypot(ea, eb) + 2 * bias * sd**2)
+
+
+def test_all_that_a_kernel_reports_can_be_asked_for():
+    kernel = FOUND["Cyclical"]()
+    mcmc = MCMC(kernel, num_warmup=0, num_samples=100, progress_bar=False)
+    mcmc.run(jax.random.key(0), m.X, y=m.Y, extra_fields=("info.sampling", "info.cycle"))
+    fields = mcmc.get_extra_fields()
+    np.testing.assert_array_equal(fields["info.sampling"], np.arange(100) % 50 >= 40)
+    np.testing.assert_array_equal(fields["info.cycle"], np.arange(100) // 50)
 
 
 def test_the_progress_bar_changes_nothing(monkeypatch):
@@ -93,5 +150,7 @@ def test_bad_kernels_are_refused():
         stochgrad.numpyro.SGLD(3, step_size=0.1)
     with pytest.raises(ValueError, match="num_steps must be an integer of at least 1"):
         stochgrad.numpyro.SGLD(m.regression, step_size=0.1, num_steps=0)
+    with pytest.raises(ValueError, match="gradient must be one of"):
+        stochgrad.numpyro.SGHMC(m.regression, 0.1, 1.0, gradient="exact")
     with pytest.raises(ValueError, match="step_size must be a positive number"):
         run(stochgrad.numpyro.SGLD(m.regression, step_size=-1.0))

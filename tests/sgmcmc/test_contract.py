@@ -1,5 +1,7 @@
 """What every kernel must do, whatever its dynamics."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,36 @@ KERNELS = {
     "sghmc EM": lambda target: stochgrad.sghmc(target, 0.02, 5.0, integrator="EM"),
     "sghmc cold": lambda target: stochgrad.sghmc(
         target, 0.05, 2.0, mass=2.0, noise_estimate=0.1, temperature=0.5
+    ),
+    "sghmc BAOAB": lambda target: stochgrad.sghmc(target, 0.05, 2.0, integrator="BAOAB"),
+    "sghmc UBU": lambda target: stochgrad.sghmc(
+        target, 0.05, 2.0, integrator="UBU", noise_estimate="online"
+    ),
+    "sghmc MT3": lambda target: stochgrad.sghmc(
+        target, optax.linear_schedule(0.05, 0.02, 20), 2.0, integrator="MT3"
+    ),
+    "sghmc dense": lambda target: stochgrad.sghmc(
+        target, 0.05, 2.0, mass=np.eye(6) + 0.3, integrator="SSI"
+    ),
+    "psgld": lambda target: stochgrad.psgld(target, 0.01, regularizer=0.1),
+    "sgnht": lambda target: stochgrad.sgnht(target, 0.05, 1.0),
+    "sgnht each": lambda target: stochgrad.sgnht(
+        target, optax.linear_schedule(0.05, 0.02, 20), 1.0, per_coordinate=True, mass=2.0
+    ),
+    "cyclical": lambda target: stochgrad.cyclical(
+        partial(stochgrad.sghmc, friction=2.0, integrator="OBABO"),
+        target,
+        0.05,
+        steps_per_cycle=8,
+        exploration=0.5,
+    ),
+    "replica exchange": lambda target: stochgrad.replica_exchange(
+        partial(stochgrad.sghmc, friction=2.0, integrator="BAOAB"),
+        target,
+        0.05,
+        temperatures=(1.0, 2.0, 4.0),
+        swap_every=3,
+        energy_batches=2,
     ),
     "ascend": lambda target: stochgrad.ascend(target, optax.adam(0.01)),
 }
@@ -53,6 +85,15 @@ VARIANTS = (
     "sgld schedule",
     "sghmc EM",
     "sghmc cold",
+    "sghmc BAOAB",
+    "sghmc UBU",
+    "sghmc MT3",
+    "sghmc dense",
+    "sgnht each",
+    "psgld",
+    "sgnht",
+    "cyclical",
+    "replica exchange",
 )  # of a kernel that is there as well
 
 
@@ -62,7 +103,7 @@ VARIANTS = (
     ]
 )
 def make(request):
-    if request.param in ("sgld schedule", "ascend"):  # optax promotes
+    if request.param in ("sgld schedule", "ascend", "sghmc MT3", "sgnht each"):  # optax promotes
         with jax.numpy_dtype_promotion("standard"):
             yield KERNELS[request.param]
     else:
@@ -172,3 +213,19 @@ def test_no_tracer_leaks(make):
         kernel = make(tree_target())
         state = jax.jit(kernel.init)(position(), jax.random.key(0))
         jax.jit(kernel.step)(jax.random.key(1), state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("factory", "order"), [("svrg", "symmetric"), ("saga", "iid")])
+def test_every_kernel_runs_on_gradients_with_a_memory(make, factory, order, key):
+    """Chains together, with shared minibatches and with their own, and chunked to the bit."""
+    kernel = make(getattr(stochgrad, factory)(tree_target(order=order)))
+    run = lambda **options: stochgrad.sample(
+        key, kernel, init=position(), num_samples=9, num_warmup=1, num_chains=2, **options
+    )
+    own, pieces, shared = run(), run(chunk_size=4), run(share_batches=True)
+    assert_trees_equal(own.positions, pieces.positions)
+    assert own.finite.all()
+    assert shared.finite.all()
+    describe = lambda tree: [(x.shape[2:], x.dtype) for x in jax.tree.leaves(tree)]
+    assert describe(own.positions) == [(x.shape, x.dtype) for x in jax.tree.leaves(position())]
