@@ -80,39 +80,31 @@ def position(dtype=jnp.float32):
     return {"a": jnp.ones(3, dtype), "b": (jnp.zeros((2, 1), dtype), jnp.array(0.5, dtype))}
 
 
-VARIANTS = (
-    "sgld discrete",
-    "sgld schedule",
-    "sghmc EM",
-    "sghmc cold",
-    "sghmc BAOAB",
-    "sghmc UBU",
-    "sghmc MT3",
-    "sghmc dense",
-    "sgnht each",
-    "psgld",
-    "sgnht",
-    "cyclical",
-    "replica exchange",
-)  # of a kernel that is there as well
+BASIC = ("sgld", "sghmc", "ascend")
+"""Kernels that go through every test; the others, slow, through those that take ``any_make``."""
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in KERNELS
-    ]
-)
-def make(request):
-    if request.param in ("sgld schedule", "ascend", "sghmc MT3", "sgnht each"):  # optax promotes
-        with jax.numpy_dtype_promotion("standard"):
+def kernel_fixture(names):
+    params = [pytest.param(name, marks=() if name in BASIC else pytest.mark.slow) for name in names]
+
+    @pytest.fixture(params=params)
+    def fixture(request):
+        if request.param in (
+            "sgld schedule",
+            "ascend",
+            "sghmc MT3",
+            "sgnht each",
+        ):  # optax promotes
+            with jax.numpy_dtype_promotion("standard"):
+                yield KERNELS[request.param]
+        else:
             yield KERNELS[request.param]
-    else:
-        yield KERNELS[request.param]
+
+    return fixture
 
 
-@pytest.fixture(params=list(GRADIENTS))
-def gradient(request):
-    return GRADIENTS[request.param]
+make = kernel_fixture(BASIC)
+any_make = kernel_fixture(KERNELS)
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -123,28 +115,41 @@ def assert_trees_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_structure_shapes_and_types_come_out_as_they_went_in(make, gradient, key):
-    kernel = make(gradient(tree_target()))
-    state = kernel.init(position(), key)
-    after, info = jax.jit(kernel.step)(key, state)
+def test_structure_and_types_come_out_as_they_went_in(any_make):
+    """Under a check that no key is used twice."""
+    kernel = any_make(tree_target())
+    with jax.debug_key_reuse(True):
+        state = jax.jit(kernel.init)(position(), jax.random.key(0))
+        step = jax.jit(kernel.step)
+        after, info = step(jax.random.key(1), state)
+        step(jax.random.key(2), after)
     describe = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
     assert describe(after) == describe(state)
     assert all(jnp.shape(x) == () for x in info)
 
 
-def test_double_precision_is_kept(make):
-    with jax.enable_x64(True):
-        kernel = make(tree_target())
-        state = kernel.init(position(jnp.float64), jax.random.key(0))
-        after, _ = jax.jit(kernel.step)(jax.random.key(1), state)
-        assert {x.dtype for x in jax.tree.leaves(after.position)} == {jnp.dtype("float64")}
-
-
-def test_jit_equals_eager(make, gradient, key):
-    kernel = make(gradient(tree_target()))
+def test_jit_equals_eager(make, key):
+    kernel = make(tree_target())
     state = kernel.init(position(), key)
     eager, compiled = kernel.step(key, state)[0], jax.jit(kernel.step)(key, state)[0]
     assert_trees_close(eager.position, compiled.position, rtol=1e-5, atol=1e-6)
+
+
+def test_a_control_variate_fits_every_kernel(make, key):
+    kernel = make(GRADIENTS["control variate"](tree_target()))
+    with jax.debug_key_reuse(True):
+        state = jax.jit(kernel.init)(position(), jax.random.key(0))
+        after, _ = jax.jit(kernel.step)(jax.random.key(1), state)
+    describe = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    assert describe(after) == describe(state)
+
+
+def test_double_precision_is_kept(any_make):
+    with jax.enable_x64(True):
+        kernel = any_make(tree_target())
+        state = kernel.init(position(jnp.float64), jax.random.key(0))
+        after, _ = jax.eval_shape(kernel.step, jax.random.key(1), state)
+        assert {x.dtype for x in jax.tree.leaves(after.position)} == {jnp.dtype("float64")}
 
 
 @pytest.mark.parametrize("order", ["reshuffled", "full"])
@@ -191,14 +196,6 @@ def test_a_second_run_compiles_nothing(make, key, caplog):
     assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
 
 
-def test_no_key_is_used_twice(make, gradient):
-    kernel = make(gradient(tree_target()))
-    with jax.debug_key_reuse(True):
-        state = jax.jit(kernel.init)(position(), jax.random.key(0))
-        for i in range(2):
-            state, _ = jax.jit(kernel.step)(jax.random.key(i + 1), state)
-
-
 def test_the_callers_arrays_survive(make, key):
     start = position()
     stochgrad.sample(key, make(tree_target()), init=start, num_samples=3)
@@ -216,16 +213,24 @@ def test_no_tracer_leaks(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("factory", "order"), [("svrg", "symmetric"), ("saga", "iid")])
-def test_every_kernel_runs_on_gradients_with_a_memory(make, factory, order, key):
-    """Chains together, with shared minibatches and with their own, and chunked to the bit."""
-    kernel = make(getattr(stochgrad, factory)(tree_target(order=order)))
+def test_gradients_with_a_memory_fit_every_kernel(any_make, key, request):
+    """With two chains, chunked and whole to the bit; kernels take turns at the combinations."""
+    turn = list(KERNELS).index(request.node.callspec.params["any_make"])
+    factory, order = [("svrg", "symmetric"), ("saga", "iid"), ("saga", "reshuffled")][turn % 3]
+    kernel = any_make(getattr(stochgrad, factory)(tree_target(order=order)))
     run = lambda **options: stochgrad.sample(
-        key, kernel, init=position(), num_samples=9, num_warmup=1, num_chains=2, **options
+        key,
+        kernel,
+        init=position(),
+        num_samples=9,
+        num_warmup=1,
+        num_chains=2,
+        share_batches=factory == "svrg",
+        **options,
     )
-    own, pieces, shared = run(), run(chunk_size=4), run(share_batches=True)
-    assert_trees_equal(own.positions, pieces.positions)
-    assert own.finite.all()
-    assert shared.finite.all()
-    describe = lambda tree: [(x.shape[2:], x.dtype) for x in jax.tree.leaves(tree)]
-    assert describe(own.positions) == [(x.shape, x.dtype) for x in jax.tree.leaves(position())]
+    whole, pieces = run(), run(chunk_size=4)
+    assert_trees_equal(whole.positions, pieces.positions)
+    assert_trees_equal(whole.stats, pieces.stats)
+    assert whole.finite.all()
+    describe = lambda tree, skip: [(x.shape[skip:], x.dtype) for x in jax.tree.leaves(tree)]
+    assert describe(whole.positions, 2) == describe(position(), 0)
