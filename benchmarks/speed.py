@@ -171,7 +171,7 @@ def work_a(rounds):
     return measure(contenders, steps, rounds)
 
 
-def work_b(rounds):
+def perceptron():
     x = RNG.normal(size=(20_000, 784)).astype(np.float32)
     y = RNG.integers(0, 10, 20_000).astype(np.int32)
 
@@ -190,6 +190,11 @@ def work_b(rounds):
         "w2": jnp.asarray(0.1 * RNG.normal(size=(100, 10)), jnp.float32),
         "b2": jnp.zeros(10),
     }
+    return (x, y), log_prior, log_likelihood, init
+
+
+def work_b(rounds):
+    (x, y), log_prior, log_likelihood, init = perceptron()
     target = stochgrad.posterior(log_prior, log_likelihood, (x, y), batch_size=256)
     batch, _ = target.batches.next(target.batches.init(jax.random.key(0)))
     contenders, steps = {}, {}

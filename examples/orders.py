@@ -20,6 +20,7 @@ from stochgrad.diagnostics import double_well, gaussian, minibatch_gaussian, wea
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 INTEGRATORS = ["EM", "SGHMC", "LEAPFROG", "SSI", "LT", "OBABO", "BAOAB", "ABOBA", "OABAO", "UBU"]
 INTEGRATORS += ["BUB", "MT3"]
@@ -103,9 +104,12 @@ def picture(well, finite, swept, path):
         )
     axes[2].set_title("Minibatches: their order decides, not the integrator")
     for axis in axes[1:]:
+        axis.set_xticks(next(iter(swept.values())).step_sizes)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.legend(frameon=False, fontsize=9, loc="lower right")
     for axis in axes:
         axis.set_xlabel("step size h")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("relative error of the position's second moments")
     figure.tight_layout()

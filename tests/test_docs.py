@@ -51,15 +51,23 @@ def test_every_link_between_pages_leads_somewhere():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_guide_runs(monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", ["guide", "samplers", "orders"])
+def test_the_pages_run(page, monkeypatch, tmp_path):
     import matplotlib
 
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         space = {}
         for block in blocks:
-            exec(compile(block, "guide", "exec"), space)
-    assert space["draws"].finite.all()
-    assert space["data"].posterior["scale"].min() >= 0
+            exec(compile(block, page, "exec"), space)
+    if page == "guide":
+        assert space["draws"].finite.all()
+        assert space["data"].posterior["scale"].min() >= 0
+    if page == "samplers":
+        assert 0 < len(space["snapshots"].positions[0]) < 1000
+        assert space["center"].distance < 1
+    if page == "orders":
+        assert abs(space["found"].position_order - 2) < 0.1
+        assert abs(space["second"].value * 2001 - 1).max() < 0.2

@@ -44,7 +44,7 @@ def knn_divergence(draws: Any, reference: Any, *, k: int = 5) -> float:
         >>> abs(knn_divergence(one, two)) < 0.1
         True
     """
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     k = check_count("k", k)
     x, y = flattened(arrays_of(draws)), flattened(arrays_of(reference))
@@ -54,8 +54,8 @@ def knn_divergence(draws: Any, reference: Any, *, k: int = 5) -> float:
         raise ValueError(f"k must be below the number of draws, {min(len(x), len(y))}, got {k}.")
     scale = np.maximum(y.std(axis=0), np.finfo(y.dtype).tiny)
     x, y = ((a - y.mean(axis=0)) / scale for a in (x, y))
-    own = cKDTree(x).query(x, k + 1)[0][:, -1]
-    other = np.reshape(cKDTree(y).query(x, k)[0], (len(x), -1))[:, -1]
+    own = KDTree(x).query(x, k + 1)[0][:, -1]
+    other = np.reshape(KDTree(y).query(x, k)[0], (len(x), -1))[:, -1]
     apart = (own > 0) & (other > 0)
     if not apart.any():
         raise ValueError("every draw repeats another: there are no distances to go by.")

@@ -1,6 +1,8 @@
 """SG-MCMC kernels for ``numpyro.infer.MCMC``."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -25,6 +27,8 @@ from stochgrad.core import (
 from stochgrad.interop._numpyro_model import from_numpyro
 from stochgrad.interop._tuning import GradientName, Tuning, as_named_gradient, tune
 from stochgrad.sgmcmc import cyclical, psgld, replica_exchange, sghmc, sgld, sgnht
+
+_BASE = ("gradient", "batch_size", "order", "layout", "num_steps", "share_batches")
 
 
 class SGState(NamedTuple):
@@ -174,6 +178,7 @@ class _Make:
     """A kernel factory with its hyper-parameters, in a form that can be pickled."""
 
     def __init__(self, factory: Callable[..., Kernel], **settings: Any):
+        signature(factory).bind_partial(**settings)  # a wrong name is told now, not in a run
         self.factory = factory
         self.settings = settings
 
@@ -199,7 +204,8 @@ class _MakeOver(_Make):
     """A kernel over a kernel: ``outer(factory, target, ...)``."""
 
     def __init__(self, outer: Callable[..., Kernel], factory: Callable[..., Kernel], **settings):
-        super().__init__(factory, **settings)
+        signature(outer).bind_partial(**settings)
+        self.factory, self.settings = factory, settings
         self.outer = outer
 
     def __call__(self, target: Target, tuning: Tuning) -> Kernel:
@@ -299,73 +305,37 @@ class SGHMC(_SGKernel):
         super().__init__(model, make, **options)
 
 
+class _Split(_SGKernel):
+    """One whose keyword arguments are the factory's and the base's in one."""
+
+    def __init__(self, model: Callable, make: Callable[..., _Make], settings: dict[str, Any]):
+        options = {name: settings.pop(name) for name in _BASE if name in settings}
+        super().__init__(model, make(**settings), **options)
+
+
 @_documented("step_size, **settings: As in ``stochgrad.psgld``.")
-class PSGLD(_SGKernel):
+class PSGLD(_Split):
     """``stochgrad.psgld`` as a kernel for ``numpyro.infer.MCMC``."""
 
-    def __init__(
-        self,
-        model: Callable,
-        step_size: StepSize,
-        *,
-        decay: float = 0.99,
-        regularizer: float = 1e-5,
-        correction: bool = True,
-        adapt_steps: int | None = None,
-        temperature: StepSize = 1.0,
-        noise: Noise = "normal",
-        **options: Any,
-    ):
-        make = _Make(
-            psgld,
-            step_size=step_size,
-            decay=decay,
-            regularizer=regularizer,
-            correction=correction,
-            adapt_steps=adapt_steps,
-            temperature=temperature,
-            noise=noise,
-        )
-        super().__init__(model, make, **options)
+    def __init__(self, model: Callable, step_size: StepSize, **settings: Any):
+        super().__init__(model, partial(_Make, psgld, step_size=step_size), settings)
 
 
 @_documented("step_size, diffusion, **settings: As in ``stochgrad.sgnht``.")
-class SGNHT(_SGKernel):
+class SGNHT(_Split):
     """``stochgrad.sgnht`` as a kernel for ``numpyro.infer.MCMC``."""
 
-    def __init__(
-        self,
-        model: Callable,
-        step_size: StepSize,
-        diffusion: float,
-        *,
-        per_coordinate: bool = False,
-        thermal_mass: float = 1.0,
-        mass: Any = 1.0,
-        temperature: StepSize = 1.0,
-        noise: Noise = "normal",
-        **options: Any,
-    ):
-        make = _Make(
-            sgnht,
-            step_size=step_size,
-            diffusion=diffusion,
-            per_coordinate=per_coordinate,
-            thermal_mass=thermal_mass,
-            mass=mass,
-            temperature=temperature,
-            noise=noise,
-        )
-        super().__init__(model, make, **options)
+    def __init__(self, model: Callable, step_size: StepSize, diffusion: float, **settings: Any):
+        make = partial(_Make, sgnht, step_size=step_size, diffusion=diffusion)
+        super().__init__(model, make, settings)
 
 
 @_documented(
     "kernel_factory: As in ``stochgrad.cyclical``: ``stochgrad.sgld``, or\n"
     "            ``functools.partial(stochgrad.sghmc, friction=10.0)``.\n"
-    "        step_size, steps_per_cycle, exploration, temperature, exploration_temperature: As in\n"
-    "            ``stochgrad.cyclical``, in steps of the kernel."
+    "        step_size, **settings: As in ``stochgrad.cyclical``, in steps of the kernel."
 )
-class Cyclical(_SGKernel):
+class Cyclical(_Split):
     """``stochgrad.cyclical`` as a kernel for ``numpyro.infer.MCMC``.
 
     ``extra_fields=("info.sampling",)`` marks the draws of the sampling stages.
@@ -376,31 +346,17 @@ class Cyclical(_SGKernel):
         model: Callable,
         kernel_factory: Callable[..., Kernel],
         step_size: float,
-        *,
-        steps_per_cycle: int,
-        exploration: float = 0.8,
-        temperature: float = 1.0,
-        exploration_temperature: float = 0.0,
-        **options: Any,
+        **settings: Any,
     ):
-        make = _MakeOver(
-            cyclical,
-            kernel_factory,
-            step_size=step_size,
-            steps_per_cycle=steps_per_cycle,
-            exploration=exploration,
-            temperature=temperature,
-            exploration_temperature=exploration_temperature,
-        )
-        super().__init__(model, make, **options)
+        make = partial(_MakeOver, cyclical, kernel_factory, step_size=step_size)
+        super().__init__(model, make, settings)
 
 
 @_documented(
     "kernel_factory: As in ``stochgrad.replica_exchange``.\n"
-    "        step_size, temperatures, swap_every, energy_batches: As in\n"
-    "            ``stochgrad.replica_exchange``."
+    "        step_size, **settings: As in ``stochgrad.replica_exchange``."
 )
-class ReplicaExchange(_SGKernel):
+class ReplicaExchange(_Split):
     """``stochgrad.replica_exchange`` as a kernel for ``numpyro.infer.MCMC``.
 
     ``extra_fields=("info.swap_probability",)`` tells how often replicas trade places.
@@ -411,18 +367,7 @@ class ReplicaExchange(_SGKernel):
         model: Callable,
         kernel_factory: Callable[..., Kernel],
         step_size: float | Sequence[float],
-        *,
-        temperatures: Sequence[float],
-        swap_every: int = 10,
-        energy_batches: int = 8,
-        **options: Any,
+        **settings: Any,
     ):
-        make = _MakeOver(
-            replica_exchange,
-            kernel_factory,
-            step_size=step_size,
-            temperatures=temperatures,
-            swap_every=swap_every,
-            energy_batches=energy_batches,
-        )
-        super().__init__(model, make, **options)
+        make = partial(_MakeOver, replica_exchange, kernel_factory, step_size=step_size)
+        super().__init__(model, make, settings)

@@ -150,6 +150,8 @@ def test_bad_kernels_are_refused():
         stochgrad.numpyro.SGLD(3, step_size=0.1)
     with pytest.raises(ValueError, match="num_steps must be an integer of at least 1"):
         stochgrad.numpyro.SGLD(m.regression, step_size=0.1, num_steps=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'decai'"):
+        stochgrad.numpyro.PSGLD(m.regression, 0.1, decai=0.9)
     with pytest.raises(ValueError, match="gradient must be one of"):
         stochgrad.numpyro.SGHMC(m.regression, 0.1, 1.0, gradient="exact")
     with pytest.raises(ValueError, match="step_size must be a positive number"):
