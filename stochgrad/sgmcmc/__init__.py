@@ -2,6 +2,7 @@
 
 from stochgrad.sgmcmc._center import Center as Center
 from stochgrad.sgmcmc._center import find_center as find_center
+from stochgrad.sgmcmc._curvature import find_mass as find_mass
 from stochgrad.sgmcmc._cyclical import CyclicalInfo as CyclicalInfo
 from stochgrad.sgmcmc._cyclical import CyclicalState as CyclicalState
 from stochgrad.sgmcmc._cyclical import cyclical as cyclical
@@ -20,5 +21,4 @@ from stochgrad.sgmcmc._sgnht import SGNHTInfo as SGNHTInfo
 from stochgrad.sgmcmc._sgnht import SGNHTState as SGNHTState
 from stochgrad.sgmcmc._sgnht import sgnht as sgnht
 from stochgrad.sgmcmc._step_size import StepSizeReport as StepSizeReport
-from stochgrad.sgmcmc._step_size import find_mass as find_mass
 from stochgrad.sgmcmc._step_size import find_step_size as find_step_size

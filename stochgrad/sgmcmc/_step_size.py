@@ -6,30 +6,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
 from stochgrad.core import (
     Position,
-    Posterior,
     PRNGKey,
     Target,
     check_key,
     check_number,
-    compiled,
-    noise_like,
-    tree_dot,
     tree_size,
 )
 from stochgrad.gradients import as_gradient
 from stochgrad.integrators import Coefficients, integrator_of
 from stochgrad.sgmcmc._common import check_positive
+from stochgrad.sgmcmc._curvature import curvature_and_noise
 from stochgrad.sgmcmc._frame import frames
 
-_POWER_STEPS, _PROBES, _NOISE_BATCHES = 60, 30, 64
 _SHARE_OF_LIMIT = 1 / 3
-_EXACT_DIMENSION = 500
-_FLOOR = 1e-6
 
 
 class StepSizeReport(NamedTuple):
@@ -69,10 +62,11 @@ def find_step_size(
     r"""The stability limit of a scheme, and a step size for a given bias.
 
     The largest curvature $\lambda$ comes from power iteration on Hessian-vector products of
-    successive minibatches. The scheme's own step on $U = \lambda q^2/2$, a linear map, then gives
-    the h at which its spectral radius exceeds one, and the stationary variance below it. The
-    variance V of minibatch gradients about one standard deviation away from ``position`` gives the
-    bias of gradient noise.
+    successive minibatches, at ``position`` and a few points around it. The scheme's own step on
+    $U = \lambda q^2/2$, a linear map, then gives the h at which its spectral radius exceeds one,
+    and the stationary variance below it. The variance V of minibatch gradients at those points
+    gives the bias of gradient noise. What lies further out is not seen: where the curvature grows
+    without bound (the neck of a funnel) a chain may still diverge.
 
     Args:
         target: A posterior, or a gradient; what the kernel will be given, so that a control variate
@@ -110,63 +104,7 @@ def find_step_size(
         check_positive(name, value)
     frame = frames(mass, 1.0 if friction is None else friction, 0.0)(position)
 
-    def measure(key, position):
-        inside = frame.enter(position)
-        keys = jax.random.split(key, _POWER_STEPS + _NOISE_BATCHES + 2)
-        state = gradient.init(keys[-1], position)
-
-        def scores(state, key):
-            score, state = gradient.next(key, position, state)
-            return lambda q: frame.enter_dual(score(frame.leave(q))[1]), state
-
-        def power(carry, key):
-            v, state = carry
-            score, state = scores(state, key)
-            root = jax.tree.map(lambda m, v: v / jnp.sqrt(m).astype(v.dtype), masses, v)
-            bent = jax.jvp(score, (inside,), (root,))[1]
-            bent = jax.tree.map(lambda m, b: b / jnp.sqrt(m).astype(b.dtype), masses, bent)
-            size = jnp.sqrt(tree_dot(bent, bent))
-            return (jax.tree.map(lambda b: b / jnp.maximum(size, 1e-30), bent), state), size
-
-        def gradients(state, key):
-            score, state = scores(state, key)
-            return state, score(typical)
-
-        v = jax.tree.map(jnp.ones_like, inside)
-        v = jax.tree.map(lambda x: x / jnp.sqrt(float(tree_size(inside))).astype(x.dtype), v)
-        xi = noise_like("discrete")(keys[-2], v)
-        signs = jax.tree.map(lambda x, s: jnp.where(s > 0, x, -x), v, xi)
-        (_, state), sizes = jax.lax.scan(power, (signs, state), keys[:_POWER_STEPS])
-        largest = jnp.mean(sizes[_POWER_STEPS // 2 :])
-
-        # where a draw may be: one standard deviation of each coordinate (given the others) away,
-        # since a control variate has no noise at its centre
-        def probe(state, key):
-            score, state = scores(state, key)
-            z = noise_like("discrete")(key, inside)
-            bent = jax.jvp(score, (inside,), (z,))[1]
-            return state, jax.tree.map(lambda z, b: -z * b, z, bent)
-
-        state, diagonals = jax.lax.scan(probe, state, keys[:_PROBES])
-        xi = noise_like("normal")(jax.random.fold_in(keys[-2], 1), inside)
-
-        def displace(x, xi, h, m):
-            floor = _FLOOR * (largest * jnp.max(m)).astype(x.dtype)
-            return x + xi / jnp.sqrt(jnp.maximum(jnp.abs(jnp.mean(h, axis=0)), floor))
-
-        typical = jax.tree.map(displace, inside, xi, diagonals, masses)
-        _, g = jax.lax.scan(gradients, state, keys[_POWER_STEPS:-2])
-        variance = jax.tree.map(lambda g: jnp.var(g, axis=0, ddof=1), g)
-        return largest, variance
-
-    masses = jax.tree.map(lambda m: jnp.asarray(m, float), frame.mass)
-    curvature, variance = compiled(measure)(key, position)
-    curvature = float(curvature)
-    if not np.isfinite(curvature) or curvature <= 0:
-        raise ValueError(
-            f"the curvature at position came out as {curvature:g}: find_step_size needs a finite "
-            "log density that is not flat."
-        )
+    curvature, variance = curvature_and_noise(gradient, frame, key, position)
     drag = frame.friction if friction is not None else jax.tree.map(lambda _: 1.0, frame.mass)
     excess = [
         np.sum(np.asarray(v, np.float64) / np.asarray(c) / (2 * temperature))
@@ -199,64 +137,6 @@ def find_step_size(
     if not acceptable(h):
         h = _bisect(acceptable, 1e-9 * h, h)
     return StepSizeReport(h, limit, curvature, *map(float, biases(h)))
-
-
-def find_mass(
-    posterior: Posterior, key: PRNGKey, position: Position, *, num_probes: int = 64
-) -> PyTree:
-    r"""A diagonal mass from the curvature: $M_{ii} = |H_{ii}|$ at a position, on all data.
-
-    With it all coordinates move at one pace, each in units of its own standard deviation (given the
-    others). Exact for up to 500 parameters, one Hessian-vector product each; beyond, the mean of
-    $z \odot Hz$ over random signs z.
-
-    Args:
-        posterior: A posterior.
-        key: A typed PRNG key, for the random signs.
-        position: Where to look: near the mode, as ``stochgrad.find_center`` finds it.
-        num_probes: Random signs beyond 500 parameters.
-
-    Returns:
-        A tree of the position's structure, each array of its leaf's shape, for ``mass`` of
-        ``stochgrad.sghmc``; ``jax.tree.map(lambda m: rate * m, mass)`` is a friction to go with it.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, stochgrad
-        >>> target = stochgrad.posterior(
-        ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), order="full"
-        ... )
-        >>> float(stochgrad.find_mass(target, jax.random.key(0), jnp.float32(1.0)))
-        100.0
-    """
-    check_key(key)
-    position = jax.tree.map(jnp.asarray, getattr(position, "position", position))
-    size = tree_size(position)
-
-    def diagonal(key, position):
-        score = jax.grad(lambda p: posterior.log_density(p, posterior.batches.full))
-        flat, unravel = ravel_pytree(position)
-
-        def bend(v):
-            bent = jax.jvp(score, (position,), (unravel(v),))[1]
-            return -v * ravel_pytree(bent)[0]
-
-        def unit(i):
-            return bend(jnp.zeros_like(flat).at[i].set(1))
-
-        def probe(key):
-            return bend(jax.random.rademacher(key, (size,), flat.dtype))
-
-        if size <= _EXACT_DIMENSION:
-            found = jnp.sum(jax.lax.map(unit, jnp.arange(size), batch_size=8), axis=0)
-        else:
-            found = jnp.mean(jax.lax.map(probe, jax.random.split(key, num_probes)), axis=0)
-        found = jnp.abs(found)
-        return unravel(jnp.maximum(found, _FLOOR * jnp.max(found)))
-
-    mass = compiled(diagonal)(key, position)
-    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(mass)):
-        raise ValueError("the curvature at position is not finite.")
-    return jax.tree.map(np.asarray, mass)
 
 
 class _Model:
@@ -299,10 +179,10 @@ class _Model:
     def limit(self) -> float:
         """The smallest h at which a step is unstable."""
         with jax.enable_x64(True):
-            h = 1e-3 / max(np.sqrt(self.curvature), self.curvature / self.friction, self.friction)
-            while self.radius(1.1 * h) < 1 and h < 1e12:
-                h *= 1.1
-            return _bisect(lambda h: self.radius(h) < 1, h, 1.1 * h)
+            h = 1e-2 / max(np.sqrt(self.curvature), self.curvature / self.friction, self.friction)
+            while self.radius(1.3 * h) < 1 and h < 1e12:
+                h *= 1.3
+            return _bisect(lambda h: self.radius(h) < 1, h, 1.3 * h)
 
     def __call__(self, h: float) -> tuple[float, float, float]:
         """Spectral radius, relative error of the variance of q, and memory in time."""
@@ -316,7 +196,7 @@ class _Model:
 
 def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
     """The largest number for which ``holds`` is true, true at ``low`` and false at ``high``."""
-    for _ in range(40):
+    for _ in range(24):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
