@@ -133,7 +133,8 @@ def find_mass(
     r"""A diagonal mass from the curvature: $M_{ii} = |H_{ii}|$ at a position, on all data.
 
     With it all coordinates move at one pace, each in units of its own standard deviation (given the
-    others). Exact for up to 500 parameters, one Hessian-vector product each; beyond, the mean of
+    others). In a hierarchical model with little data for a group the mode may lie in the neck of a
+    funnel, where the curvature is not that of the bulk: take the variances of a pilot run then. Exact for up to 500 parameters, one Hessian-vector product each; beyond, the mean of
     $z \odot Hz$ over random signs z.
 
     Args:

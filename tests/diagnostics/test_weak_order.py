@@ -48,12 +48,11 @@ def test_a_noisy_chain_gets_its_temperature(key):
     np.testing.assert_allclose(found.position_error, 0.5, rtol=1e-9)
 
 
-ORDERS = {"SGHMC": 2, "BAOAB": 2, "LT": 2, "MT3": 3}
-MORE = {"LEAPFROG": 2, "SSI": 2, "OBABO": 2, "ABOBA": 2, "OABAO": 2, "UBU": 2, "BUB": 2}
+ORDERS = {"SGHMC": 2, "LEAPFROG": 2, "BAOAB": 2, "LT": 2, "UBU": 2, "MT3": 3}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("integrator", "order"), [*ORDERS.items(), *MORE.items()])
+@pytest.mark.parametrize(("integrator", "order"), list(ORDERS.items()))
 def test_orders_on_a_double_well(integrator, order):
     """A Gaussian hides the order of some schemes; a double well hides none."""
     found = weak_order(sghmc(integrator), double_well, [0.05, 0.025])
@@ -76,7 +75,7 @@ def test_orders_at_a_finite_time(integrator, order):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("integrator", ["BAOAB", "UBU", "LT", "SGHMC", "MT3"])
+@pytest.mark.parametrize("integrator", ["BAOAB", "SGHMC", "MT3"])
 @pytest.mark.parametrize(("order", "slope"), [("iid", 1), ("reshuffled", 2), ("symmetric", 2)])
 def test_the_order_of_the_minibatches_decides(integrator, order, slope):
     """Independent minibatches: first order, third-order schemes included; swept ones: second."""

@@ -133,8 +133,8 @@ def test_the_table_of_saga_holds_the_last_gradients_and_their_mean():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["reshuffled", "symmetric", "iid"])
-def test_saga_keeps_the_temperature_under_every_order(order):
+@pytest.mark.parametrize("order", ["reshuffled", "symmetric"])
+def test_saga_is_right_under_sweeps(order):
     """Rows of uneven curvature, epochs about as long as the chain's memory. Were the table renewed
     in the order of the visits, swept chains would have variances of 0.77 and 0.83."""
     rng = np.random.default_rng(0)

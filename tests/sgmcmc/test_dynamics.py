@@ -126,7 +126,7 @@ def test_sgnht_is_of_second_order_without_gradient_noise():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("integrator", ["SGHMC", "BAOAB", "UBU", "MT3"])
+@pytest.mark.parametrize("integrator", ["BAOAB", "UBU"])
 def test_online_noise_estimates_take_the_gradient_noise_back(integrator):
     h, c, sd = 0.1, 2.0, 4.0
     gradient = noisy_gradient(gaussian(1.0), sd)
