@@ -60,7 +60,7 @@ gaussian = Problem(lambda q, j: -0.5 * jnp.sum(q**2))
 """A standard normal, full gradient."""
 
 double_well = Problem(lambda q, j: -0.5 * jnp.sum((q**2 - 1) ** 2))
-r"""$U = \\tfrac12 (q^2 - 1)^2$, full gradient."""
+r"""$U = \tfrac12 (q^2 - 1)^2$, full gradient."""
 
 
 def minibatch_gaussian(order: str) -> Problem:

@@ -313,7 +313,7 @@ class _Split(_SGKernel):
         super().__init__(model, make(**settings), **options)
 
 
-@_documented("step_size, **settings: As in ``stochgrad.psgld``.")
+@_documented("step_size, settings: As in ``stochgrad.psgld``.")
 class PSGLD(_Split):
     """``stochgrad.psgld`` as a kernel for ``numpyro.infer.MCMC``."""
 
@@ -321,7 +321,7 @@ class PSGLD(_Split):
         super().__init__(model, partial(_Make, psgld, step_size=step_size), settings)
 
 
-@_documented("step_size, diffusion, **settings: As in ``stochgrad.sgnht``.")
+@_documented("step_size, diffusion, settings: As in ``stochgrad.sgnht``.")
 class SGNHT(_Split):
     """``stochgrad.sgnht`` as a kernel for ``numpyro.infer.MCMC``."""
 
@@ -333,7 +333,7 @@ class SGNHT(_Split):
 @_documented(
     "kernel_factory: As in ``stochgrad.cyclical``: ``stochgrad.sgld``, or\n"
     "            ``functools.partial(stochgrad.sghmc, friction=10.0)``.\n"
-    "        step_size, **settings: As in ``stochgrad.cyclical``, in steps of the kernel."
+    "        step_size, settings: As in ``stochgrad.cyclical``, in steps of the kernel."
 )
 class Cyclical(_Split):
     """``stochgrad.cyclical`` as a kernel for ``numpyro.infer.MCMC``.
@@ -354,7 +354,7 @@ class Cyclical(_Split):
 
 @_documented(
     "kernel_factory: As in ``stochgrad.replica_exchange``.\n"
-    "        step_size, **settings: As in ``stochgrad.replica_exchange``."
+    "        step_size, settings: As in ``stochgrad.replica_exchange``."
 )
 class ReplicaExchange(_Split):
     """``stochgrad.replica_exchange`` as a kernel for ``numpyro.infer.MCMC``.

@@ -33,8 +33,8 @@ class Center(NamedTuple):
             few steps of conjugate gradients. In d dimensions draws lie at a distance of about
             $\sqrt d$, so that a centre well within that is as good as the mode. NaN where the log
             density is not concave.
-        improvement: What the last half of the search added to the minibatch log density, on
-            average; large, the search was too short.
+        improvement: By how much the minibatch log density rose over the steps that were averaged;
+            clearly above zero, the search was too short.
     """
 
     position: Position
@@ -84,19 +84,19 @@ def find_center(
     rate = check_number("learning_rate", learning_rate)
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(rate, num_steps))
-    tail, half = num_steps // 10, num_steps // 2
+    tail = num_steps // 10
     path = sample(
         key,
         ascend(posterior, optimizer),
         init=init,
-        num_samples=num_steps - half,
-        num_warmup=half,
+        num_samples=tail,
+        num_warmup=num_steps - tail,
         progress=False,
     )
-    if path.num_draws < num_steps - half or not path.finite.all():
+    if path.num_draws < tail or not path.finite.all():
         raise ValueError("find_center left the finite numbers: try a smaller learning_rate.")
     position = jax.tree.map(
-        lambda x: np.mean(x[0, -tail:], axis=0, dtype=np.float64).astype(x.dtype), path.positions
+        lambda x: np.mean(x[0], axis=0, dtype=np.float64).astype(x.dtype), path.positions
     )
     values = path.stats["log_density"][0]
     value, norm, decrement = map(float, compiled(_report(posterior))(position))
@@ -105,7 +105,7 @@ def find_center(
         value,
         norm,
         decrement**0.5 if decrement >= 0 else float("nan"),
-        float(values[-tail:].mean() - values[:tail].mean()),
+        float(values[tail // 2 :].mean() - values[: tail // 2].mean()) if tail > 1 else 0.0,
     )
 
 
