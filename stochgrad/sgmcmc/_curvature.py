@@ -134,7 +134,8 @@ def find_mass(
 
     With it all coordinates move at one pace, each in units of its own standard deviation (given the
     others). In a hierarchical model with little data for a group the mode may lie in the neck of a
-    funnel, where the curvature is not that of the bulk: take the variances of a pilot run then. Exact for up to 500 parameters, one Hessian-vector product each; beyond, the mean of
+    funnel, where the curvature is not that of the bulk: take the variances of a pilot run then.
+    Exact for up to 500 parameters, one Hessian-vector product each; beyond, the mean of
     $z \odot Hz$ over random signs z.
 
     Args:
