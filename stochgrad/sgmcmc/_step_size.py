@@ -136,7 +136,7 @@ def find_step_size(
     h = _SHARE_OF_LIMIT * limit
     if not acceptable(h):
         h = _bisect(acceptable, 1e-9 * h, h)
-    return StepSizeReport(h, limit, curvature, *map(float, biases(h)))
+    return StepSizeReport(float(h), float(limit), curvature, *map(float, biases(h)))
 
 
 class _Model:
