@@ -21,11 +21,11 @@ def work(name, rounds):
     if name == "small":
         data, prior, likelihood, _ = logistic()
         target = stochgrad.posterior(prior, likelihood, data, batch_size=500)
-        init, h, count = jnp.zeros(50), 1e-3, 4000
+        init, h, count = jnp.zeros(50), 1e-3, 1500
     else:
         data, prior, likelihood, init = perceptron()
         target = stochgrad.posterior(prior, likelihood, data, batch_size=256)
-        h, count = 1e-4, 100
+        h, count = 1e-4, 30
     contenders = {
         (noise, scheme): sampler(
             stochgrad.sghmc(target, h, 10.0, integrator=scheme, noise=noise), init, 1
@@ -54,7 +54,7 @@ def table(title, figures):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("docs/schemes.md"))
     options = parser.parse_args()
     lines = [
