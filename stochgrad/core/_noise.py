@@ -1,4 +1,4 @@
-r"""Unit-variance noise for a whole position in one draw.
+r"""Unit-variance noise for a whole position in one draw, and several draws under one key.
 
 The bits are those of ``jax.random.bits``, Threefry-2x32 with twenty rounds on a counter (Salmon,
 Moraes, Dror & Shaw, SC 2011), and ``normal`` equals ``jax.random.normal`` to the bit. On CPU jax
@@ -33,6 +33,11 @@ def key_words(key: PRNGKey) -> UInt32[Array, "2"]:
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
+def numbered(key: PRNGKey, draw: int) -> PRNGKey:
+    """The key of a draw: the key itself for the first."""
+    return key if draw == 0 else jax.random.fold_in(key, draw)
+
+
 def threefry(words: UInt32[Array, "2"], high: Array, low: Array) -> tuple[Array, Array]:
     """Threefry-2x32-20 of the counters ``(high, low)`` under the key ``words``."""
     schedule = (words[0], words[1], words[0] ^ words[1] ^ _PARITY)
@@ -46,24 +51,26 @@ def threefry(words: UInt32[Array, "2"], high: Array, low: Array) -> tuple[Array,
     return x, y
 
 
-def _counter_words(key: PRNGKey, size: int) -> tuple[Array, Array]:
-    counter = lax.iota(np.uint32, size)
-    return threefry(key_words(key), jnp.zeros_like(counter), counter)
+def normal(key: PRNGKey, size: int, dtype=jnp.float32, draw: int = 0) -> Float[Array, " size"]:
+    """Standard normal variables; draw 0 is ``jax.random.normal(key, (size,), dtype)`` to the bit.
 
-
-def normal(key: PRNGKey, size: int, dtype=jnp.float32) -> Float[Array, " size"]:
-    """Standard normal variables: ``jax.random.normal(key, (size,), dtype)``, to the bit."""
+    A draw's number is the high word of the counter. A hash has two words and a variable in single
+    precision takes one, so draws 2n and 2n + 1 share their hashes.
+    """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.float64):
-        return normal(key, size, jnp.float32).astype(dtype)
+        return normal(key, size, jnp.float32, draw).astype(dtype)
     if jax.random.key_impl(key) != "threefry2x32":
-        return jax.random.normal(key, (size,), dtype)
-    high, low = _counter_words(key, size)
-    if dtype == jnp.float64:
+        return jax.random.normal(numbered(key, draw), (size,), dtype)
+    double = dtype == jnp.float64
+    low = lax.iota(np.uint32, size)
+    high, low = threefry(key_words(key), jnp.full_like(low, draw if double else draw // 2), low)
+    if double:
         bits = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64)
         mantissa = (bits >> np.uint64(12)) | np.float64(1).view(np.uint64)
     else:
-        mantissa = ((high ^ low) >> np.uint32(9)) | np.float32(1).view(np.uint32)
+        word = high if draw % 2 else high ^ low
+        mantissa = (word >> np.uint32(9)) | np.float32(1).view(np.uint32)
     one, least = dtype.type(1), np.nextafter(dtype.type(-1), dtype.type(0))
     unit = lax.bitcast_convert_type(mantissa, dtype) - one
     uniform = lax.max(least, unit * (one - least) + least)
@@ -81,7 +88,7 @@ def mix(word: Array) -> Array:
     return word ^ (word >> np.uint32(16))
 
 
-def discrete(key: PRNGKey, size: int, dtype=jnp.float32) -> Float[Array, " size"]:
+def discrete(key: PRNGKey, size: int, dtype=jnp.float32, draw: int = 0) -> Float[Array, " size"]:
     r"""Four-point variables with the first five moments of a standard normal.
 
     $$P(\xi = \pm\sqrt{a}) = \tfrac{7}{16}, \quad P(\xi = \pm\sqrt{8 - 7a}) = \tfrac1{16},
@@ -89,37 +96,41 @@ def discrete(key: PRNGKey, size: int, dtype=jnp.float32) -> Float[Array, " size"
 
     so that $E\xi^2 = 1$ and $E\xi^4 = 3$ exactly: what a scheme of weak order two needs of its
     noise. A variable takes four bits of a keyed hash of its number, a quarter of what a normal
-    variable costs.
+    variable costs; eight draws share a hash.
     """
     dtype = jnp.dtype(dtype)
     words = key_words(key)
-    bits = mix(mix(lax.iota(np.uint32, size) ^ words[0]) + words[1])
+    group, place = divmod(draw, 8)
+    bits = mix(mix(lax.iota(np.uint32, size) ^ words[0]) + (words[1] + np.uint32(group)))
     large, small = dtype.type(np.sqrt(_LARGE)), dtype.type(np.sqrt(_SMALL))
-    magnitude = jnp.where((bits >> np.uint32(29)) == 0, large, small)
-    return jnp.where((bits & np.uint32(1)) == 0, magnitude, -magnitude)
+    is_large = (bits >> np.uint32(29 - 3 * place)) & np.uint32(7) == 0
+    magnitude = jnp.where(is_large, large, small)
+    return jnp.where(bits & np.uint32(1 << place) == 0, magnitude, -magnitude)
 
 
 _GENERATORS: dict[str, Callable[..., Array]] = {"normal": normal, "discrete": discrete}
 
 
-def noise_like(kind: Noise) -> Callable[[PRNGKey, PyTree], PyTree]:
-    """A function ``(key, tree) -> tree`` of unit-variance noise, one draw for all leaves.
+def noise_like(kind: Noise) -> Callable[..., PyTree]:
+    """A function ``(key, tree, draw=0) -> tree`` of unit-variance noise, one draw for all leaves.
+
+    Draws of other numbers under one key are independent.
 
     Raises:
         ValueError: ``kind`` is not one of ``"normal"`` and ``"discrete"``.
     """
     if callable(kind):
-        return kind
+        return lambda key, tree, draw=0: kind(numbered(key, draw), tree)
     if kind not in _GENERATORS:
         raise ValueError(f"noise must be one of {list(get_args(NoiseName))}, got {kind!r}.")
     return partial(_noise_like, _GENERATORS[kind])
 
 
-def _noise_like(generator, key, tree):
+def _noise_like(generator, key, tree, draw=0):
     leaves, structure = jax.tree.flatten(tree)
     sizes = [leaf.size for leaf in leaves]
     double = any(leaf.dtype == jnp.float64 for leaf in leaves)
-    flat = generator(key, sum(sizes), jnp.float64 if double else jnp.float32)
+    flat = generator(key, sum(sizes), jnp.float64 if double else jnp.float32, draw)
     ends = np.cumsum(sizes)
     noise = [
         flat[end - leaf.size : end].reshape(leaf.shape).astype(leaf.dtype)

@@ -55,6 +55,11 @@ class Batches(NamedTuple):
     order: str = "full"
     blocks: Blocks | None = None
 
+    @property
+    def epoch(self) -> int:
+        """Minibatches in an epoch, rounded up; one where there are no data."""
+        return max(-(-self.size // max(self.batch_size, 1)), 1)
+
 
 class Posterior(NamedTuple):
     """What a numpyro model or a plain density becomes.

@@ -50,8 +50,7 @@ def svrg(posterior: Posterior, *, period: int | None = None) -> Gradient:
     if not isinstance(posterior, Posterior):
         raise TypeError(f"svrg needs a Posterior, got {type(posterior).__name__}.")
     batches = posterior.batches
-    epoch = -(-batches.size // batches.batch_size) if batches.size else 1
-    period = epoch if period is None else check_count("period", period)
+    period = batches.epoch if period is None else check_count("period", period)
     value_and_gradient = jax.value_and_grad(posterior.log_density)
 
     def anchored(position: Position):

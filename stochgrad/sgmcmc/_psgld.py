@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from stochgrad.core import (
     Kernel,
@@ -123,13 +124,21 @@ def psgld(
         score, gradient_state = gradient.next(
             gradient_key(rng_key), state.position, state.gradient_state
         )
-        if correction:
-            signs = _signs(jax.random.fold_in(rng_key, 1), state.position)
-            (value, g), (_, bent) = jax.jvp(score, (state.position,), (signs,))
-            curvature = jax.tree.map(jnp.multiply, signs, bent)
+
+        def with_curvature(position):
+            signs = _signs(rng_key, position)
+            (value, g), (_, bent) = jax.jvp(score, (position,), (signs,))
+            return value, g, jax.tree.map(jnp.multiply, signs, bent)
+
+        def without(position):
+            value, g = score(position)
+            return value, g, jax.tree.map(jnp.zeros_like, g)
+
+        if correction and adapt_steps is not None:
+            found = lax.cond(adapting, with_curvature, without, state.position)
         else:
-            value, g = score(state.position)
-            curvature = g  # not used
+            found = (with_curvature if correction else without)(state.position)
+        value, g, curvature = found
 
         def follow(v, g):
             # the first gradient stands for all before it, else early steps would be huge
@@ -144,7 +153,7 @@ def psgld(
                 return metric * g
             root = jnp.maximum(jnp.sqrt(v), jnp.finfo(v.dtype).tiny)
             gamma = -(1 - decay) * metric**2 * (g / rows) * (c / rows) / root
-            return metric * g + hot.astype(g.dtype) * jnp.where(adapting, gamma, 0)
+            return metric * g + hot.astype(g.dtype) * gamma
 
         def move(x, drift, metric, xi):
             scale = jnp.sqrt(2 * (h * hot).astype(x.dtype) * metric)
@@ -177,6 +186,6 @@ def psgld(
 
 
 def _signs(key, position: Position) -> Position:
-    """Independent random signs."""
-    xi = noise_like("discrete")(key, position)
+    """Random signs, independent of the noise of the same key."""
+    xi = noise_like("discrete")(key, position, 1)
     return jax.tree.map(lambda x: jnp.where(x > 0, 1, -1).astype(x.dtype), xi)

@@ -211,8 +211,7 @@ def sghmc(
         c = coefficients(count, frame, state.noise_variance)
 
         def draw(i):
-            key = rng_key if i == 0 else jax.random.fold_in(rng_key, i)
-            return draw_noise(key, inside)
+            return draw_noise(rng_key, inside, i)
 
         estimate, gradient_state = gradient.next(
             gradient_key(rng_key), state.position, state.gradient_state

@@ -123,7 +123,7 @@ def find_step_size(
     batches = gradient.posterior.batches if gradient.posterior is not None else None
     epoch = 0
     if batches is not None and batches.order not in ("iid", "full"):
-        epoch = -(-batches.size // batches.batch_size)
+        epoch = batches.epoch
 
     def biases(h):
         worst = max((model(h) for model in models), key=lambda found: abs(found[1]))

@@ -71,6 +71,23 @@ def test_discrete_numbers_of_one_draw_and_of_two_keys_are_uncorrelated():
 
 
 @pytest.mark.parametrize("kind", ["normal", "discrete"])
+def test_draws_of_one_key_are_independent(kind):
+    """Products and products of squares: two draws of one hash must not share its bits."""
+    n = 100_000
+    draw = noise_like(kind)
+    key, like = jax.random.key(3), jnp.zeros(n)
+    draws = [np.asarray(draw(key, like, i), np.float64) for i in range(10)]
+    for x in draws:
+        assert abs(np.mean(x)) < Z / np.sqrt(n)
+        assert abs(np.mean(x**2 - 1)) < Z * np.sqrt(2 / n)
+        assert abs(np.mean(x**4) - 3) < Z * np.sqrt(np.var(x**4) / n)
+    for a, b in itertools.combinations(draws, 2):
+        assert abs(np.mean(a * b)) < Z / np.sqrt(n)
+        assert abs(np.mean((a**2 - 1) * (b**2 - 1))) < Z * 2 / np.sqrt(n)
+    np.testing.assert_array_equal(draws[0], draw(key, like))
+
+
+@pytest.mark.parametrize("kind", ["normal", "discrete"])
 def test_noise_like_fills_every_leaf_from_one_draw(kind):
     tree = {"a": jnp.zeros((3, 4)), "b": (jnp.zeros(()), jnp.zeros(5, jnp.bfloat16))}
     noise = noise_like(kind)(jax.random.key(0), tree)
