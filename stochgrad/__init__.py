@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 from stochgrad import gradients as gradients
 from stochgrad.core import Batches as Batches
+from stochgrad.core import CheckpointWarning as CheckpointWarning
 from stochgrad.core import DivergenceWarning as DivergenceWarning
 from stochgrad.core import Draws as Draws
 from stochgrad.core import Gradient as Gradient
 from stochgrad.core import GradientNoiseWarning as GradientNoiseWarning
 from stochgrad.core import InterruptWarning as InterruptWarning
 from stochgrad.core import Kernel as Kernel
+from stochgrad.core import Online as Online
 from stochgrad.core import Posterior as Posterior
+from stochgrad.core import Store as Store
 from stochgrad.core import posterior as posterior
 from stochgrad.core import sample as sample
 from stochgrad.gradients import control_variate as control_variate
@@ -24,15 +27,18 @@ from stochgrad.sgmcmc import cyclical as cyclical
 from stochgrad.sgmcmc import find_center as find_center
 from stochgrad.sgmcmc import find_mass as find_mass
 from stochgrad.sgmcmc import find_step_size as find_step_size
+from stochgrad.sgmcmc import moments as moments
 from stochgrad.sgmcmc import psgld as psgld
 from stochgrad.sgmcmc import replica_exchange as replica_exchange
 from stochgrad.sgmcmc import sghmc as sghmc
 from stochgrad.sgmcmc import sgld as sgld
 from stochgrad.sgmcmc import sgnht as sgnht
+from stochgrad.sgmcmc import swag as swag
 
 if TYPE_CHECKING:
     from stochgrad import diagnostics as diagnostics
     from stochgrad import numpyro as numpyro
+    from stochgrad.interop import ParquetColumns as ParquetColumns
     from stochgrad.interop import from_numpyro as from_numpyro
 
 __version__ = "0.1.0"
@@ -40,8 +46,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Import what needs numpyro or ArviZ on first use, so that importing stochgrad stays cheap."""
-    if name == "from_numpyro":
-        return import_module("stochgrad.interop").from_numpyro
+    if name in ("from_numpyro", "ParquetColumns"):
+        return getattr(import_module("stochgrad.interop"), name)
     if name in ("diagnostics", "numpyro"):
         return import_module(f"stochgrad.{name}")
     raise AttributeError(f"module 'stochgrad' has no attribute {name!r}")

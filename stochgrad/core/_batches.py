@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 from stochgrad.core._checks import data_rows
+from stochgrad.core._hosts import place
 from stochgrad.core._noise import key_words
 from stochgrad.core._orders import ORDERS, permuted
 from stochgrad.core._protocols import Batches, Blocks, PRNGKey
+from stochgrad.core._stream import Source, Stream
 from stochgrad.core._trees import Shared
 
-Order: TypeAlias = Literal["iid", "reshuffled", "symmetric", "full"]
+Order: TypeAlias = Literal["iid", "reshuffled", "symmetric", "full", "streamed"]
 Layout: TypeAlias = Literal["blocks", "rows"]
 
 _PARTITION_SEED = 20130101
@@ -35,11 +38,13 @@ class Rows(NamedTuple):
         block: Number of the block, or None where the rows do not lie side by side.
         index: Numbers of the rows in the data as they came; padding repeats rows of weight zero.
         weight: What each row counts for: the number of minibatches in an epoch, zero for padding.
+        resident: The super-block of streamed arrays that ``block`` is a slice of.
     """
 
     block: Int[Array, ""] | None
     index: Int[Array, " batch"]
     weight: Float[Array, ""] | Float[Array, " batch"]
+    resident: PyTree = None
 
 
 class Batch(NamedTuple):
@@ -56,40 +61,64 @@ class Partition(NamedTuple):
         order: Row numbers in the order of the blocks, padded at the end to whole blocks.
         size: Number of rows.
         batch_size: Rows of a block.
+        mesh: Devices to spread the rows of each block over, along the mesh's axis ``"data"``.
     """
 
     order: np.ndarray
     size: int
     batch_size: int
+    mesh: Mesh | None = None
 
     @classmethod
-    def random(cls, size: int, batch_size: int) -> "Partition":
+    def random(cls, size: int, batch_size: int, mesh: Mesh | None = None) -> "Partition":
         """Split ``range(size)`` at random, the same way each time."""
         order = np.random.default_rng(_PARTITION_SEED).permutation(size).astype(np.int32)
-        return cls(np.resize(order, -(-size // batch_size) * batch_size), size, batch_size)
+        return cls(np.resize(order, -(-size // batch_size) * batch_size), size, batch_size, mesh)
 
     def lay_out(self, leaf: Any, axis: int = 0) -> Array:
-        """A copy of an array in which every block is a contiguous slice along ``axis``."""
+        """A copy of an array in which every block is a contiguous slice along ``axis``.
+
+        With a mesh the axis becomes two, of the blocks and of the rows in each.
+        """
         with jax.ensure_compile_time_eval():
+            if self.mesh is not None:
+                axis %= np.ndim(leaf)
+                rows = np.take(np.asarray(leaf), self.order, axis=axis)
+                shape = (*rows.shape[:axis], -1, self.batch_size, *rows.shape[axis + 1 :])
+                spec = PartitionSpec(*(None,) * (axis + 1), "data")
+                return place(rows.reshape(shape), NamedSharding(self.mesh, spec))
             if isinstance(leaf, jax.Array):
                 return jnp.take(leaf, self.order, axis=axis)
             return jnp.asarray(np.take(np.asarray(leaf), self.order, axis=axis))
 
     def fetch(self, laid_out: Any, block: Any, axis: int = 0) -> Array:
         """One block of an array that ``lay_out`` made."""
+        if self.mesh is not None:
+            where = axis if axis >= 0 else axis - 1
+            return lax.dynamic_index_in_dim(laid_out, block, where, keepdims=False)
         return lax.dynamic_slice_in_dim(laid_out, block * self.batch_size, self.batch_size, axis)
+
+    def rows(self, block: Any) -> Array:
+        """Numbers of a block's rows."""
+        order: Any = self.order
+        return lax.dynamic_slice_in_dim(order, block * self.batch_size, self.batch_size)
 
 
 def row_batches(
-    size: int, batch_size: int, order: Order = "reshuffled", layout: Layout = "blocks"
+    size: int,
+    batch_size: int,
+    order: Order = "reshuffled",
+    layout: Layout = "blocks",
+    mesh: Mesh | None = None,
 ) -> tuple[Batches, Partition | None]:
     """A stream of ``Rows``, and the partition that its blocks refer to."""
     check_order(order, layout)
     full: Any = Rows(None, np.arange(size, dtype=np.int32), np.float32(1))  # pyright: ignore
-    if order == "full" or batch_size == size:
+    if mesh is None and (order == "full" or batch_size == size):
         return _whole(full, size), None
+    check_mesh(mesh, batch_size, layout)
     num_batches = -(-size // batch_size)
-    visit = partial(_visit, ORDERS[order], num_batches)
+    visit = partial(_visit, ORDERS.get(order, ORDERS["reshuffled"]), num_batches)
 
     def weight(block):
         if size % batch_size == 0:
@@ -98,17 +127,17 @@ def row_batches(
         return jnp.where(place < size, jnp.float32(num_batches), jnp.float32(0))
 
     if layout == "blocks":
-        partition = Partition.random(size, batch_size)
+        partition = Partition.random(size, batch_size, mesh)
 
         def at(block):
-            return Rows(block, partition.fetch(partition.order, block), weight(block))
+            return Rows(block, partition.rows(block), weight(block))
 
         def next_block(state):
             block, _, following = visit(state)
             return block, following
 
         blocks = Blocks(num_batches, next_block, at)
-        return _numbered(full, size, batch_size, order, blocks), partition
+        return _numbered(full, size, batch_size, order, blocks, mesh), partition
 
     def next_rows(state):
         block, permutation, following = visit(state)
@@ -121,7 +150,11 @@ def row_batches(
 
 
 def data_batches(
-    data: PyTree, batch_size: int | None, order: Order = "reshuffled", layout: Layout = "blocks"
+    data: PyTree,
+    batch_size: int | None,
+    order: Order = "reshuffled",
+    layout: Layout = "blocks",
+    mesh: Mesh | None = None,
 ) -> Batches:
     """A stream of ``Batch`` over a pytree of arrays with one leading axis.
 
@@ -133,7 +166,11 @@ def data_batches(
     size = data_rows(data)
     check_order(order, layout)
     batch_size = check_batch_size(batch_size, size, order)
-    rows, partition = row_batches(size, batch_size, order, layout)
+    rows, partition = row_batches(size, batch_size, order, layout, mesh)
+    if mesh is not None:
+        assert partition is not None
+        data = jax.tree.map(partition.lay_out, data)
+        return _blocks_of(data, partition, rows, None)
     with jax.ensure_compile_time_eval():
         full = Batch(jax.tree.map(jnp.asarray, data), jnp.float32(1))
     if rows.batch_size == size:
@@ -146,14 +183,7 @@ def data_batches(
             full = Batch(data, jnp.asarray(weight) if len(weight) > size else jnp.float32(1))
 
     if partition is not None:
-        numbered = rows.blocks
-        assert numbered is not None  # a partition comes with them
-
-        def at(block):
-            parts = jax.tree.map(lambda leaf: partition.fetch(leaf, block), data)
-            return Batch(parts, numbered.at(block).weight)
-
-        return _numbered(full, size, batch_size, order, numbered._replace(at=at))
+        return _blocks_of(data, partition, rows, full)
 
     def next_batch(state):
         chosen, state = rows.next(state)
@@ -161,6 +191,70 @@ def data_batches(
         return Batch(parts, chosen.weight), state
 
     return rows._replace(next=next_batch, full=full)
+
+
+def streamed_batches(data: PyTree, batch_size: int | None, resident_bytes: int) -> Batches:
+    """A stream of ``Batch`` over a pytree of arrays that are not in memory.
+
+    Raises:
+        ValueError: the arrays have no common leading axis; the batch size is missing or does not
+            fit; a minibatch needs more than ``resident_bytes``.
+    """
+    size = data_rows(data, finite=False)
+    batch_size = check_batch_size(batch_size, size, "streamed")
+    leaves, structure = jax.tree_util.tree_flatten_with_path(data)
+    sources = [Source(leaf, 0, "data" + jax.tree_util.keystr(path)) for path, leaf in leaves]
+    rows = streamed_rows(jax.tree.unflatten(structure, sources), size, batch_size, resident_bytes)
+
+    def next(state):
+        chosen, state = rows.next(state)
+        fetch = partial(rows.stream.rows_of, chosen.block)
+        return Batch(jax.tree.map(fetch, chosen.resident), chosen.weight), state
+
+    return rows._replace(next=next)
+
+
+def _blocks_of(data: PyTree, partition: Partition, rows: Batches, full: Any) -> Batches:
+    """A stream of ``Batch`` over arrays that are laid out in blocks."""
+    numbered = rows.blocks
+    assert numbered is not None  # a partition comes with them
+
+    def at(block):
+        parts = jax.tree.map(lambda leaf: partition.fetch(leaf, block), data)
+        return Batch(parts, numbered.at(block).weight)
+
+    blocks = numbered._replace(at=at)
+    return _numbered(full, rows.size, rows.batch_size, rows.order, blocks, rows.mesh)
+
+
+def streamed_rows(sources: PyTree, size: int, batch_size: int, resident_bytes: int) -> Batches:
+    """A stream of ``Rows`` of arrays that are not in memory, given as a tree of ``Source``."""
+    stream = Stream(sources, size, batch_size, resident_bytes)
+
+    def next(state):
+        (slot, resident), state = stream.next(state)
+        rows = partial(stream.rows_of, slot)
+        return Rows(slot, rows(resident.index), rows(resident.weight), resident.data), state
+
+    return Batches(stream.init, next, None, size, batch_size, "streamed", stream=stream)
+
+
+def check_mesh(mesh: Mesh | None, batch_size: int, layout: str) -> None:
+    """Raise a ValueError unless minibatches can be spread over the mesh."""
+    if mesh is None:
+        return
+    if "data" not in mesh.axis_names or set(mesh.axis_names) - {"chain", "data"}:
+        raise ValueError(
+            "mesh must have an axis 'data', and may have an axis 'chain', got "
+            f"{list(mesh.axis_names)}."
+        )
+    if layout != "blocks":
+        raise ValueError(f"a mesh needs layout='blocks', got {layout!r}.")
+    if batch_size % mesh.shape["data"]:
+        raise ValueError(
+            f"batch_size must be a multiple of the {mesh.shape['data']} devices along 'data', got "
+            f"{batch_size}."
+        )
 
 
 def check_order(order: str, layout: str = "blocks") -> None:
@@ -202,14 +296,17 @@ def _visit(order, num_batches: int, state: BatchState):
     return block, visit.permutation, state._replace(count=Shared(count + np.uint32(1)))
 
 
-def _numbered(full: Any, size: int, batch_size: int, order: Order, blocks: Blocks) -> Batches:
+def _numbered(
+    full: Any, size: int, batch_size: int, order: str, blocks: Blocks, mesh: Mesh | None = None
+) -> Batches:
     """A stream of numbered minibatches."""
 
     def next(state):
         block, following = blocks.next(state)
         return blocks.at(block), following
 
-    return Batches(_init, next, full, size, batch_size, order, blocks)
+    full = full if mesh is None else None
+    return Batches(_init, next, full, size, batch_size, order, blocks, mesh=mesh)
 
 
 def _whole(full: Any, size: int) -> Batches:

@@ -62,8 +62,12 @@ def as_schedule(
     return value, check_number(f"{name} at step 0", value(0), zero=zero)
 
 
-def data_rows(data: PyTree) -> int:
-    """Number of rows of a pytree of arrays with one leading axis, all finite.
+def data_rows(data: PyTree, *, finite: bool = True) -> int:
+    """Number of rows of a pytree of arrays with one leading axis.
+
+    Args:
+        data: The arrays.
+        finite: Whether to look at their values.
 
     Raises:
         ValueError: there are no arrays, or no rows, the leading axes differ, or a leaf holds NaN
@@ -75,13 +79,14 @@ def data_rows(data: PyTree) -> int:
     sizes: dict[str, int] = {}
     for path, leaf in leaves:
         name = "data" + jax.tree_util.keystr(path)
-        if np.ndim(leaf) == 0:
+        shape = leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
+        if len(shape) == 0:
             raise ValueError(f"{name} must have a leading axis of rows, got a scalar.")
-        sizes[name] = np.shape(leaf)[0]
+        sizes[name] = shape[0]
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
         raise ValueError(f"all arrays of data must have the same number of rows, but {listed}.")
-    for path, leaf in leaves:
+    for path, leaf in leaves if finite else ():
         check_finite("data" + jax.tree_util.keystr(path), leaf)
     size = next(iter(sizes.values()))
     if size == 0:

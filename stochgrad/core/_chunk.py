@@ -1,6 +1,7 @@
 """The compiled part of the loop: scan over draws, scan over thinning, vmap over chains."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -13,10 +14,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
 from stochgrad.core._chains import best_in_turn, over_chains
+from stochgrad.core._hosts import place
+from stochgrad.core._protocols import Online
+from stochgrad.core._stream import Stream
 from stochgrad.core._trees import (
+    fill,
     is_shared,
     share_first,
     shared_axes,
+    strip,
     tree_bytes,
     tree_isfinite,
     tree_probe,
@@ -33,25 +39,37 @@ class Carry(NamedTuple):
         state: The kernel's states, with a leading chain axis if there are several chains.
         first_bad: Step at which each chain first left the finite numbers, -1 while it has not. A
             few numbers of every leaf are looked at after each step, all of them after each draw.
+        summary: What an ``Online`` has learnt.
     """
 
     state: PyTree
     first_bad: Int[Array, "*chain"]
+    summary: PyTree = ()
 
 
 class Program(NamedTuple):
     """A kernel's compiled functions.
 
     Attributes:
-        init: ``(positions, keys) -> Carry``.
-        chunk: ``(carry, keys, start, count) -> (carry, kept, stats)``: draws number ``start`` to
-            ``start + count``, in arrays of ``capacity`` draws. It consumes the carry.
+        start: ``(positions, keys, resident) -> Carry``, as it was written.
+        init: The same, compiled.
+        chunk: ``(carry, keys, resident, start, count) -> (carry, kept, stats)``: draws number
+            ``start`` to ``start + count``, in arrays of ``capacity`` draws. It consumes the carry.
+        part: ``(carry, keys, resident, draw, first, last) -> (carry, kept, stats)``: the steps from
+            ``first`` to ``last`` of one draw, and the state after them as a draw. It consumes the
+            carry.
         capacity: The most draws of one chunk.
+        traced: The kernel.
+        shapes: Shapes of the arrays of one draw.
     """
 
+    start: Callable[..., Carry]
     init: Callable[..., Carry]
     chunk: Callable[..., tuple[Carry, PyTree, dict[str, Array]]]
+    part: Callable[..., tuple[Carry, PyTree, dict[str, Array]]]
     capacity: int
+    traced: "Traced"
+    shapes: PyTree
 
 
 def position_of(state: Any) -> PyTree:
@@ -59,24 +77,40 @@ def position_of(state: Any) -> PyTree:
     return state.position
 
 
+_NOTHING = Online(lambda position: (), lambda summary, position: summary)
+
+
+def _whether_finite(state: Any) -> PyTree:
+    """What is kept of a state where an ``Online`` sums up the positions."""
+    return {"finite": tree_isfinite(state.position)}
+
+
 class Traced(NamedTuple):
     """A kernel traced once, for one chain.
 
     Attributes:
-        step: ``(key, state) -> (state, info)``, replaying the trace.
-        state: Shapes of the state.
+        init: ``(position, key, resident) -> state``.
+        step: ``(resident, key, state) -> (state, info)``, replaying the trace.
+        state: Shapes of the state, without what is constant.
         info: Shapes of the info.
         largest: Bytes of the largest array that a step makes.
+        jaxpr: The trace.
+        constants: What it closes over: the data, mostly.
     """
 
-    step: Callable[[Any, Any], tuple[Any, Any]]
+    init: Callable[..., Any]
+    step: Callable[..., tuple[Any, Any]]
     state: PyTree
     info: PyTree
     largest: int
+    jaxpr: Any
+    constants: list
 
 
 @lru_cache(maxsize=16)
-def trace(init: Callable, step: Callable, example: tuple[Any, tuple]) -> Traced:
+def trace(
+    init: Callable, step: Callable, example: tuple[Any, tuple], stream: Stream | None = None
+) -> Traced:
     """Trace a kernel at a position given by its structure and its leaves' (shape, dtype) pairs.
 
     Tracing a model is slow, and the loop needs a step several times over; it also shows whether the
@@ -85,87 +119,124 @@ def trace(init: Callable, step: Callable, example: tuple[Any, tuple]) -> Traced:
     structure, leaves = example
     position = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(init, position, key)
+    resident = None if stream is None else stream.shapes()
+
+    def start(position, key, resident):
+        with nullcontext() if stream is None else stream.supplying(resident):
+            return strip(init(position, key))
+
+    def advance(resident, key, state):
+        state, info = step(key, fill(state, resident))
+        return strip(state), info
+
+    state = jax.eval_shape(start, position, key, resident)
     if not hasattr(state, "position"):
         raise TypeError(
             "the kernel's state must have a field 'position', "
             f"got a {type(state).__name__} without one."
         )
-    closed, (_, info) = jax.make_jaxpr(step, return_shape=True)(key, state)
+    closed, (_, info) = jax.make_jaxpr(advance, return_shape=True)(resident, key, state)
     out_structure = jax.tree.structure((state, info))
 
-    def replay(key, state):
-        flat = eval_jaxpr(closed.jaxpr, closed.consts, key, *jax.tree.leaves(state))
+    def replay(resident, key, state):
+        flat = eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree.leaves((resident, key, state)))
         return jax.tree.unflatten(out_structure, flat)
 
     made = (out.aval for equation in closed.jaxpr.eqns for out in equation.outvars)
-    return Traced(replay, state, info, max(map(tree_bytes, made), default=0))
+    largest = max(map(tree_bytes, made), default=0)
+    return Traced(start, replay, state, info, largest, closed.jaxpr, closed.consts)
 
 
 @lru_cache(maxsize=16)
 def build(
     init: Callable,
     step: Callable,
-    collect: Callable,
+    collect: Callable | Online,
+    num_warmup: int,
     thin: int,
     num_chains: int,
     share: bool,
     mesh: Mesh | None,
     example: tuple[Any, tuple],
+    stream: Stream | None = None,
 ) -> Program:
     """Compile a kernel for some number of chains. Cached: a second run compiles nothing."""
-    traced = trace(init, step, example)
+    traced = trace(init, step, example, stream)
     axes = shared_axes(traced.state, share) if num_chains > 1 else None
     several = num_chains > 1
+    if isinstance(collect, Online):
+        online, keep_of_one = collect, _whether_finite
+    else:
+        online, keep_of_one = _NOTHING, collect
 
-    def start(positions, keys):
-        states = jax.vmap(init)(positions, keys) if several else init(positions, keys)
+    def start(positions, keys, resident):
+        begin = partial(traced.init, resident=resident)
+        states = jax.vmap(begin)(positions, keys) if several else begin(positions, keys)
         states = share_first(states, share) if several else states
-        return Carry(states, jnp.full(keys.shape, -1, jnp.int32))
+        summary = (jax.vmap(online.init) if several else online.init)(states.position)
+        return Carry(states, jnp.full(keys.shape, -1, jnp.int32), summary)
 
-    advance = traced.step
-    if several:
-        in_turn = mesh is None and best_in_turn(traced.state, share, traced.largest)
-        advance = over_chains(traced.step, traced.state, share, in_turn)
-    keep = jax.vmap(collect, in_axes=(axes,)) if several else collect
+    in_turn = several and mesh is None and best_in_turn(traced.state, share, traced.largest)
+
+    def advance(resident, keys, state):
+        one = partial(traced.step, resident)
+        return (over_chains(one, traced.state, share, in_turn) if several else one)(keys, state)
+
+    keep = jax.vmap(keep_of_one, in_axes=(axes,)) if several else keep_of_one
+
+    def learn(carry, index):
+        """Update the summary, unless warming up or lost."""
+
+        def update(summary, position, bad):
+            new = online.update(summary, position)
+            return jax.tree.map(lambda x, y: jnp.where(bad, x, y), summary, new)
+
+        bad = (carry.first_bad >= 0) | (index < num_warmup)
+        update = jax.vmap(update) if several else update
+        return carry._replace(summary=update(carry.summary, carry.state.position, bad))
 
     def some_finite(position):
         return tree_isfinite(tree_probe(position))
 
     probe = jax.vmap(some_finite) if several else some_finite
     healthy = jax.vmap(tree_isfinite) if several else tree_isfinite
-    keys_of_draw = jax.vmap(_draw_keys, in_axes=(0, None, None)) if several else _draw_keys
 
-    def checked_step(carry, key, number, check):
-        state, info = advance(key, carry.state)
+    def keys_of_draw(keys, index):
+        one = partial(_draw_keys, index=index, thin=thin)
+        return jnp.swapaxes(jax.vmap(one)(keys), 0, 1) if several else one(keys)
+
+    def checked_step(resident, carry, key, number, check):
+        state, info = advance(resident, key, carry.state)
         bad = (carry.first_bad < 0) & ~check(state.position)
-        return Carry(state, jnp.where(bad, number, carry.first_bad)), info
+        return carry._replace(state=state, first_bad=jnp.where(bad, number, carry.first_bad)), info
 
-    def one_draw(carry, keys, index):
-        step_keys = keys_of_draw(keys, index, thin)
-        if several:
-            step_keys = jnp.swapaxes(step_keys, 0, 1)
+    def one_draw(resident, carry, keys, index):
+        step_keys = keys_of_draw(keys, index)
         first = index * thin
         if thin > 1:
             carry, _ = lax.scan(
-                lambda carry, x: (checked_step(carry, x[0], first + x[1], probe)[0], None),
+                lambda carry, x: (
+                    checked_step(resident, carry, x[0], first + x[1], probe)[0],
+                    None,
+                ),
                 carry,
                 (step_keys[:-1], lax.iota(np.int32, thin - 1)),
             )
-        carry, info = checked_step(carry, step_keys[-1], first + (thin - 1), healthy)
+        carry, info = checked_step(resident, carry, step_keys[-1], first + (thin - 1), healthy)
+        carry = learn(carry, index)
         return carry, (keep(carry.state), scalars(info, keys.shape))
 
     lead = (num_chains,) if several else ()
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype),
-        (jax.eval_shape(collect, traced.state), scalars(traced.info, ())),
+        (jax.eval_shape(keep_of_one, traced.state), scalars(traced.info, ())),
     )
     capacity = int(np.clip(_BUFFER_BYTES // max(tree_bytes(shapes), 1), 1, _MOST_DRAWS))
 
-    def chunk(carry, keys, first, count):
+    def chunk(carry, keys, resident, first, count):
         def body(i, both):
             carry, buffers = both
-            carry, kept = one_draw(carry, keys, first + i)
+            carry, kept = one_draw(resident, carry, keys, first + i)
             write = partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
             return carry, jax.tree.map(write, buffers, kept)
 
@@ -173,7 +244,29 @@ def build(
         carry, (kept, stats) = lax.fori_loop(0, count, body, (carry, buffers))
         return carry, kept, stats
 
-    return Program(compiled(start, mesh), compiled(chunk, mesh, donate=True), capacity)
+    def part(carry, keys, resident, index, first, last):
+        step_keys = keys_of_draw(keys, index)
+
+        def body(i, both):
+            return checked_step(resident, both[0], step_keys[i], index * thin + i, healthy)
+
+        blank = jax.tree.map(lambda s: jnp.zeros((*lead, *s.shape), s.dtype), traced.info)
+        carry, info = lax.fori_loop(first, last, body, (carry, blank))
+        learnt, before = learn(carry, index).summary, carry.summary
+        summary = jax.tree.map(lambda x, y: jnp.where(last == thin, x, y), learnt, before)
+        carry = carry._replace(summary=summary)
+        kept = keep(carry.state), scalars(info, keys.shape)
+        return carry, *jax.tree.map(lambda leaf: leaf[None], kept)
+
+    return Program(
+        start,
+        compiled(start, mesh),
+        compiled(chunk, mesh, donate=True),
+        compiled(part, mesh, donate=True),
+        capacity,
+        traced,
+        shapes,
+    )
 
 
 def scalars(info: Any, shape: tuple[int, ...]) -> dict[str, Array]:
@@ -184,13 +277,18 @@ def scalars(info: Any, shape: tuple[int, ...]) -> dict[str, Array]:
 
 def chain_sharding(carry: PyTree, share: bool, mesh: Mesh) -> PyTree:
     """Shardings that spread the chain axis of a carry over the devices."""
-    axes = Carry(shared_axes(carry.state, share), 0)  # pyright: ignore[reportArgumentType]
+    axes = Carry(shared_axes(carry.state, share), 0, 0)  # pyright: ignore[reportArgumentType]
 
     def sharding(axis, part):
-        spec = PartitionSpec() if axis is None else PartitionSpec("chain")
+        spec = PartitionSpec() if axis is None else chain_axis(mesh)
         return jax.tree.map(lambda leaf: NamedSharding(mesh, spec), part)
 
     return jax.tree.map(sharding, axes, carry, is_leaf=lambda x: x is None or is_shared(x))
+
+
+def chain_axis(mesh: Mesh) -> PartitionSpec:
+    """How a leading chain axis is spread: over the mesh's axis of that name, if it has one."""
+    return PartitionSpec("chain") if "chain" in mesh.axis_names else PartitionSpec()
 
 
 class compiled:
@@ -219,10 +317,16 @@ class compiled:
             self._constants = closed.consts
             if self._mesh is not None:
                 replicated = NamedSharding(self._mesh, PartitionSpec())
-                self._constants = jax.device_put(closed.consts, replicated)
+                self._constants = [
+                    c if _lies_on(c, self._mesh) else place(c, replicated) for c in closed.consts
+                ]
             self._compiled = jax.jit(program, donate_argnums=(1,) if self._donate else ())
         return self._compiled(self._constants, *args)
 
 
-def _draw_keys(key: Key[Array, ""], index: Array, thin: int) -> Key[Array, " thin"]:
+def _lies_on(array: Any, mesh: Mesh) -> bool:
+    return getattr(getattr(array, "sharding", None), "mesh", None) == mesh
+
+
+def _draw_keys(key: Key[Array, ""], *, index: Array, thin: int) -> Key[Array, " thin"]:
     return jax.random.split(jax.random.fold_in(key, index), thin)

@@ -2,16 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from stochgrad.core._datatree import by_name
+
 if TYPE_CHECKING:
     import xarray
 
     from stochgrad.core._protocols import Posterior
+
+
+_FEW = 2048
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,7 +26,8 @@ class Draws:
 
     Attributes:
         positions: What was kept of each state: arrays of shape (chain, draw, ...), in the
-            position's structure (or in that of ``collect``'s result).
+            position's structure (or in that of ``collect``'s result); zarr arrays, which are read
+            where they are indexed, if the run had a store.
         stats: Numbers that go with each draw, arrays of shape (chain, draw): among them
             ``step_size``, ``log_density`` (the minibatch estimate), ``gradient_norm`` and
             ``noise_ratio`` for our own kernels.
@@ -31,6 +38,8 @@ class Draws:
         attrs: Method, settings and seed of the run.
         posterior: The posterior that was sampled, if the kernel knows it.
         collected: Whether ``positions`` came from a ``collect`` of the caller's.
+        summary: What an ``Online`` learnt of the draws, with a leading chain axis if there are
+            several chains.
     """
 
     positions: PyTree
@@ -42,27 +51,33 @@ class Draws:
     attrs: dict[str, Any] = field(default_factory=dict)
     posterior: "Posterior | None" = None
     collected: bool = False
+    summary: PyTree = ()
 
     @classmethod
     def from_chunks(
-        cls, chunks: list, kernel: Any, *, several: bool, run: dict[str, Any], **fields: Any
+        cls,
+        chunks: list | None,
+        kernel: Any,
+        *,
+        several: bool,
+        run: dict[str, Any],
+        online: bool = False,
+        **fields: Any,
     ) -> "Draws":
-        """Put the chunks of a run together, chain axis first."""
+        """Put the chunks of a run together, chain axis first; None where all is in ``fields``."""
 
         def join(*parts):
             whole = np.concatenate(parts)
             return np.swapaxes(whole, 0, 1) if several else whole[None]
 
-        positions, stats = jax.tree.map(join, *chunks)
-        settings = {
-            name: value if isinstance(value, str | int | float) else repr(value)
-            for name, value in getattr(kernel, "settings", ())
-        }
+        if chunks is not None:
+            positions, stats = jax.tree.map(join, *chunks)
+            finite = positions["finite"] if online else _finite(positions)
+            fields |= {"positions": positions, "stats": stats, "finite": finite}
+        if online:
+            fields["positions"] = {}
         draws = cls(
-            positions,
-            stats,
-            finite=_finite(positions),
-            attrs={"method": getattr(kernel, "method", "kernel"), **settings, **run},
+            attrs=run_attributes(kernel, run),
             posterior=getattr(kernel, "posterior", None),
             **fields,
         )
@@ -85,15 +100,23 @@ class Draws:
     def finite_chains(self) -> "Draws":
         """The chains that stayed finite to the end."""
         healthy = self.first_bad < 0
-        return self._select(lambda x: x[healthy], chains=healthy)
+        return self._select(lambda x: np.asarray(x)[healthy], chains=healthy)
 
     def constrained(self) -> dict[str, np.ndarray]:
         """Draws in the model's own space, by name: arrays of shape (chain, draw, ...)."""
         constrain = None if self.posterior is None else self.posterior.constrain
         if constrain is None or self.collected:
-            return _by_name(self.positions)
-        in_bulk = jax.jit(jax.vmap(jax.vmap(constrain)))
-        return {name: np.asarray(value) for name, value in in_bulk(self.positions).items()}
+            return {name: np.asarray(leaf) for name, leaf in by_name(self.positions).items()}
+        size = whole = self.num_draws
+        if 0 < size < _FEW:
+            whole = 2 ** (size - 1).bit_length()  # few sizes, few compilations
+
+        def padded(leaf):
+            leaf = np.asarray(leaf)
+            return np.concatenate([leaf, np.repeat(leaf[:, -1:], whole - size, axis=1)], axis=1)
+
+        values = _in_bulk(constrain)(jax.tree.map(padded, self.positions))
+        return {name: np.asarray(value)[:, :size] for name, value in values.items()}
 
     def to_datatree(
         self,
@@ -147,6 +170,15 @@ class Draws:
         )
 
 
+def run_attributes(kernel: Any, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Method, settings and course of a run, as numbers and strings where they can be."""
+    settings = {
+        name: value if isinstance(value, str | int | float) else repr(value)
+        for name, value in getattr(kernel, "settings", ())
+    }
+    return {"method": getattr(kernel, "method", "kernel"), **settings, **run}
+
+
 def _finite(positions: PyTree) -> np.ndarray:
     each = [
         np.isfinite(leaf).all(axis=tuple(range(2, leaf.ndim)))
@@ -161,9 +193,6 @@ def _last_finite(finite: np.ndarray) -> int:
     return int(alive[-1]) + 1 if alive.size else 0
 
 
-def _by_name(positions: PyTree) -> dict[str, np.ndarray]:
-    """The leaves of a position by their paths: ``w`` for ``{"w": ...}``, ``x`` for a bare array."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".") or "x": np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(positions)
-    }
+@lru_cache(maxsize=16)
+def _in_bulk(constrain):
+    return jax.jit(jax.vmap(jax.vmap(constrain)))

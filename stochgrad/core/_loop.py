@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,16 +14,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from stochgrad.core._checks import check_count, check_key, check_position
-from stochgrad.core._chunk import Carry, Program, build, chain_sharding, position_of, trace
-from stochgrad.core._draws import Draws
-from stochgrad.core._interrupt import heed_interrupts
+from stochgrad.core._checks import check_count, check_key, check_number, check_position
+from stochgrad.core._chunk import build, chain_axis, chain_sharding, position_of, trace
+from stochgrad.core._draws import Draws, run_attributes
+from stochgrad.core._hosts import is_writer, place, to_host
+from stochgrad.core._identity import identity
+from stochgrad.core._journey import Journey
+from stochgrad.core._keep import Keeper
+from stochgrad.core._noise import key_words
 from stochgrad.core._progress import progress_bar
-from stochgrad.core._protocols import Kernel, Position, PRNGKey
-from stochgrad.core._warnings import DivergenceWarning, InterruptWarning, warn_of_noise
-
-_SECONDS_PER_CHUNK = 0.4
-_GROWTH = 8
+from stochgrad.core._protocols import Kernel, Online, Position, PRNGKey
+from stochgrad.core._store import Store
+from stochgrad.core._stream import Supply
+from stochgrad.core._warnings import DivergenceWarning, warn_of_noise
 
 
 def sample(
@@ -36,8 +40,12 @@ def sample(
     num_chains: int = 1,
     share_batches: bool = False,
     progress: bool = True,
-    collect: Callable[[Any], PyTree] | None = None,
+    collect: Callable[[Any], PyTree] | Online | None = None,
     chunk_size: int | None = None,
+    store: str | Path | Store | None = None,
+    checkpoint: str | Path | None = None,
+    every: float = 60.0,
+    resume: bool = False,
 ) -> Draws:
     """Run a kernel and keep every ``thin``-th state.
 
@@ -66,13 +74,28 @@ def sample(
             either way; sharing turns the chains' gradients into one matrix product, but makes the
             chains dependent, so that pooled errors must come from ``stochgrad.diagnostics.mcse``.
         progress: Whether to show a progress bar (on a terminal only).
-        collect: ``state -> pytree``, what to keep of a state; the position if left out.
+        collect: ``state -> pytree``, what to keep of a state; the position if left out. Or an
+            ``Online``, as ``stochgrad.moments`` and ``stochgrad.swag`` make: then draws are summed
+            up as they come and not kept, and the summaries are in ``Draws.summary``.
         chunk_size: The most draws between two looks at the progress bar and at Ctrl-C; by default
             as many as take about half a second.
+        store: A directory for the draws, or a ``stochgrad.Store`` that also says in which
+            precision. They are appended as the run goes on to a zarr group, which xarray and ArviZ
+            open at any time, and are not held in memory: ``Draws.positions`` are then zarr arrays,
+            read where they are indexed. Needs the extra ``[store]``.
+        checkpoint: A directory for the state of the run, saved at the end of a chunk when ``every``
+            seconds have passed, on Ctrl-C, on failure and at the end.
+        every: Seconds between two checkpoints.
+        resume: Whether to go on from the checkpoint, if there is one. The draws are then those of
+            an uninterrupted run, to the bit on one machine and one set of versions; a larger
+            ``num_samples`` makes the run longer.
 
     Raises:
         TypeError: the key is not a typed PRNG key, the kernel not a kernel.
-        ValueError: a number is out of range, or ``init`` does not fit the model or is not finite.
+        ValueError: a number is out of range, or ``init`` does not fit the model or is not finite;
+            the store or the checkpoint holds another run, or this one without ``resume``; streamed
+            data hold NaN or change their length.
+        OSError: the store or the checkpoint cannot be written.
 
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad
@@ -95,108 +118,104 @@ def sample(
     num_chains = check_count("num_chains", num_chains)
     if chunk_size is not None:
         chunk_size = check_count("chunk_size", chunk_size)
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint, the directory to resume from.")
+    every = check_number("every", every, zero=True)
 
     begun = time.perf_counter()
     position_key, init_key, run_key = jax.random.split(key, 3)
-    positions, example = _starting_points(position_key, kernel, init, num_chains)
-    mesh = _mesh(num_chains)
+    posterior = getattr(kernel, "posterior", None)
+    stream = posterior.batches.stream if posterior is not None else None
+    positions, example = _starting_points(position_key, kernel, init, num_chains, stream)
+    mesh = _mesh(num_chains, posterior.batches.mesh if posterior is not None else None)
     program = build(
         kernel.init,
         kernel.step,
         collect or position_of,
+        num_warmup if isinstance(collect, Online) else 0,
         thin,
         num_chains,
         share_batches,
         mesh,
         example,
+        stream,
     )
-    keys = _chain_keys(run_key, num_chains)
-    carry = program.init(positions, _chain_keys(init_key, num_chains))
-    if mesh is not None:
-        keys = jax.device_put(keys, NamedSharding(mesh, PartitionSpec("chain")))
-        carry = jax.device_put(carry, chain_sharding(carry, share_batches, mesh))
-
-    total = num_warmup + num_samples
-    bar = progress_bar(total * thin, num_warmup * thin) if progress else nullcontext()
-    with bar as update:
-        chunks, carry, seconds = _run_chunks(
-            program,
-            carry,
-            keys,
-            num_warmup,
-            total,
-            chunk_size,
-            lambda n: update and update(n * thin),
+    run = {
+        "num_warmup": num_warmup,
+        "thin": thin,
+        "share_batches": share_batches,
+        "seed": np.asarray(jax.random.key_data(key)).tolist(),
+    }
+    as_draws = partial(
+        Draws.from_chunks,
+        kernel=kernel,
+        collected=collect is not None,
+        online=isinstance(collect, Online),
+        several=num_chains > 1,
+        run=run,
+    )
+    keeper = Keeper(as_draws, program.shapes)
+    if store is not None or checkpoint is not None:
+        told = {**run_attributes(kernel, run), "num_chains": num_chains, "collect": repr(collect)}
+        keeper.open(
+            identity(program.traced, told, example),
+            store,
+            checkpoint,
+            every,
+            num_samples,
+            resume,
         )
 
-    draws = Draws.from_chunks(
-        chunks,
-        kernel,
-        collected=collect is not None,
-        several=num_chains > 1,
+    keys, init_keys = _chain_keys(run_key, num_chains), _chain_keys(init_key, num_chains)
+    everywhere = by_chain = None
+    if mesh is not None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        by_chain = NamedSharding(mesh, chain_axis(mesh)) if num_chains > 1 else everywhere
+        positions, keys, init_keys = place((positions, keys, init_keys), by_chain)
+    supply = None
+    if stream is not None:
+        words = np.asarray(key_words(jax.random.fold_in(run_key, num_chains))).tolist()
+        supply = Supply(stream, words, everywhere)
+    like = jax.eval_shape(program.start, positions, init_keys, stream and stream.shapes())
+    saved = keeper.load(like, num_warmup)
+    if saved is None:
+        if supply is not None:
+            supply.left(0)
+        carry = program.init(positions, init_keys, supply and supply.resident)
+    else:
+        carry = saved.state
+    if mesh is not None:
+        one = num_chains == 1
+        shardings = everywhere if one else chain_sharding(carry, share_batches, mesh)
+        carry = place(carry, shardings)
+
+    total = num_warmup + num_samples
+    bar = progress_bar(total * thin, num_warmup * thin) if progress and is_writer() else None
+    journey = Journey(program, keys, supply, thin, num_warmup, total, chunk_size)
+    try:
+        with bar or nullcontext() as update:
+            carry, seconds = journey.run(
+                carry,
+                saved.done if saved is not None else 0,
+                keeper,
+                lambda n: update and update(n * thin),
+            )
+    finally:
+        keeper.close()
+        if supply is not None:
+            supply.close()
+
+    draws = keeper.draws(
         state=carry.state,
-        first_bad=np.atleast_1d(np.asarray(carry.first_bad)),
+        summary=to_host(carry.summary),
+        first_bad=np.atleast_1d(to_host(carry.first_bad)),
         timings={"total": time.perf_counter() - begun, **seconds},
-        run={
-            "num_warmup": num_warmup,
-            "thin": thin,
-            "share_batches": share_batches,
-            "seed": np.asarray(jax.random.key_data(key)).tolist(),
-        },
     )
     _report(draws, kernel, thin, num_warmup, num_samples)
     return draws
 
 
-def _run_chunks(
-    program: Program,
-    carry: Carry,
-    keys,
-    num_warmup: int,
-    total: int,
-    chunk_size: int | None,
-    update: Callable[[int], Any],
-) -> tuple[list, Carry, dict[str, float]]:
-    """Run all chunks; on Ctrl-C, or when no chain is left, return what there is."""
-    chunks, done, count = [], 0, 1
-    seconds = {"compile": 0.0, "warmup": 0.0, "sample": 0.0}
-    most = min(program.capacity, chunk_size or program.capacity)
-    with heed_interrupts() as interrupted:
-        while done < total:
-            warming = done < num_warmup
-            count = min(count if chunk_size is None else most, most)
-            count = min(count, (num_warmup if warming else total) - done)
-            before = time.perf_counter()
-            carry, kept, stats = program.chunk(carry, keys, np.int32(done), np.int32(count))
-            all_bad = bool(np.all(np.asarray(carry.first_bad) >= 0))
-            took = time.perf_counter() - before
-            if not warming:
-                chunks.append(jax.tree.map(lambda x: np.asarray(x)[:count], (kept, stats)))
-            phase = "compile" if done == 0 else "warmup" if warming else "sample"
-            seconds[phase] += took
-            done += count
-            update(count)
-            if all_bad or interrupted():
-                break
-            if phase != "compile":
-                wanted = int(count * _SECONDS_PER_CHUNK / max(took, 1e-6))
-                count = int(np.clip(wanted, 1, count * _GROWTH))
-        if interrupted() and done < total:
-            if not chunks:
-                raise KeyboardInterrupt
-            warnings.warn(
-                f"interrupted: returning the {done - num_warmup} draws per chain made so far, "
-                f"of {total - num_warmup}.",
-                InterruptWarning,
-                stacklevel=3,
-            )
-    if not chunks:  # every chain was lost while warming up
-        carry, kept, stats = program.chunk(carry, keys, np.int32(done), np.int32(0))
-        chunks.append(jax.tree.map(lambda x: np.asarray(x)[:0], (kept, stats)))
-    return chunks, carry, seconds
-
-
-def _starting_points(key, kernel, init, num_chains):
+def _starting_points(key, kernel, init, num_chains, stream):
     """Positions with a chain axis if there are several chains, and the structure of one."""
     posterior = getattr(kernel, "posterior", None)
     initial = posterior.initial if posterior is not None else None
@@ -217,7 +236,7 @@ def _starting_points(key, kernel, init, num_chains):
         given = _as_arrays(init)
         check_position(given)
         reference = None if initial is None else jax.eval_shape(initial, key)
-        chained = _has_chain_axis(kernel, given, reference, num_chains)
+        chained = _has_chain_axis(kernel, given, reference, num_chains, stream)
         # a copy: the loop donates what it is given
         positions = jax.tree.map(jnp.array, given)
         if num_chains > 1 and not chained:
@@ -227,14 +246,14 @@ def _starting_points(key, kernel, init, num_chains):
         elif num_chains == 1 and chained:
             positions = jax.tree.map(lambda x: x[0], positions)
         example = jax.tree.map(lambda x: x[0], given) if chained else given
-    return positions, _trace(kernel, example)
+    return positions, _trace(kernel, example, stream)
 
 
 def _as_arrays(position):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), position)
 
 
-def _has_chain_axis(kernel, given, reference, num_chains) -> bool:
+def _has_chain_axis(kernel, given, reference, num_chains, stream) -> bool:
     """Whether ``init`` gives one position per chain. Raises if it fits neither way."""
     shapes = jax.tree.map(jnp.shape, given)
     if reference is not None:
@@ -248,23 +267,23 @@ def _has_chain_axis(kernel, given, reference, num_chains) -> bool:
         )
     if num_chains == 1 or {x.shape[:1] for x in jax.tree.leaves(given)} != {(num_chains,)}:
         return False
-    per_chain = _traces(kernel, jax.tree.map(lambda x: x[0], given))
+    per_chain = _traces(kernel, jax.tree.map(lambda x: x[0], given), stream)
     if all(x.ndim > 1 for x in jax.tree.leaves(given)):
         return per_chain
-    return per_chain and not _traces(kernel, given)  # a vector, unless only a scalar fits
+    return per_chain and not _traces(kernel, given, stream)  # a vector, unless only a scalar fits
 
 
-def _trace(kernel, position) -> tuple[Any, tuple]:
+def _trace(kernel, position, stream) -> tuple[Any, tuple]:
     """Trace one step without compiling it, so that what does not fit says so at once."""
     leaves, structure = jax.tree.flatten(position)
     example = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-    trace(kernel.init, kernel.step, example)
+    trace(kernel.init, kernel.step, example, stream)
     return example
 
 
-def _traces(kernel, position) -> bool:
+def _traces(kernel, position, stream) -> bool:
     try:
-        _trace(kernel, position)
+        _trace(kernel, position, stream)
     except (TypeError, ValueError, IndexError, AttributeError):
         return False
     return True
@@ -277,10 +296,23 @@ def _chain_keys(key, num_chains):
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num_chains))
 
 
-def _mesh(num_chains: int) -> Mesh | None:
-    """A mesh over as many devices as divide the chains, or None where that is one."""
+def _mesh(num_chains: int, given: Mesh | None) -> Mesh | None:
+    """The data's mesh, or one over as many devices as divide the chains, or None for one device."""
+    if given is not None:
+        count = dict(given.shape).get("chain", 1)
+        if num_chains % count:
+            raise ValueError(
+                f"num_chains must be a multiple of the {count} devices along 'chain', "
+                f"got {num_chains}."
+            )
+        return given
     devices = jax.devices()
     count = max(n for n in range(1, len(devices) + 1) if num_chains % n == 0)
+    if jax.process_count() > 1 and count < len(devices):
+        raise ValueError(
+            f"num_chains must be a multiple of the number of devices of all processes, "
+            f"{len(devices)}, got {num_chains}."
+        )
     return Mesh(np.array(devices[:count]), ("chain",)) if count > 1 else None
 
 
@@ -306,5 +338,5 @@ def _report(draws: Draws, kernel, thin: int, num_warmup: int, num_samples: int) 
             DivergenceWarning,
             stacklevel=3,
         )
-    whole = draws.finite_chains()
-    warn_of_noise(whole.stats.get("noise_ratio"), stacklevel=4)
+    ratios = draws.stats.get("noise_ratio")
+    warn_of_noise(None if ratios is None else ratios[draws.first_bad < 0], stacklevel=4)

@@ -59,13 +59,15 @@ def permuted(
     index: Int[Array, "*s"],
     size: int,
     stream: int = 0,
+    limit: UInt32[Array, ""] | None = None,
 ) -> Int[Array, "*s"]:
     """Where a random permutation of ``range(size)`` sends ``index``.
 
     The permutation is a function of the key's ``words`` and of a counter, evaluated only where it
     is asked for: time and memory do not depend on ``size``. It is a Feistel network on two digits
     in mixed radix (Black & Rogaway, CT-RSA 2002), eight rounds, walked until it falls in range.
-    Permutations of different ``stream`` are independent.
+    Permutations of different ``stream`` are independent. With a ``limit``, at most ``size``, it is
+    a permutation of ``range(limit)``.
     """
     rows = int(np.ceil(np.sqrt(size)))
     columns = -(-size // rows)
@@ -80,11 +82,10 @@ def permuted(
         return left * np.uint32(columns) + right
 
     x = once(index.astype(np.uint32))
-    if rows * columns > size:
+    if rows * columns > size or limit is not None:
+        end = np.uint32(size) if limit is None else limit
         x = lax.while_loop(
-            lambda x: jnp.any(x >= np.uint32(size)),
-            lambda x: jnp.where(x >= np.uint32(size), once(x), x),
-            x,
+            lambda x: jnp.any(x >= end), lambda x: jnp.where(x >= end, once(x), x), x
         )
     return x.astype(jnp.int32)
 

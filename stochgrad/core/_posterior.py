@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from stochgrad.core._batches import Batch, Layout, Order, data_batches
+from stochgrad.core._batches import Batch, Layout, Order, data_batches, streamed_batches
 from stochgrad.core._protocols import Position, Posterior
 
 
@@ -19,6 +20,8 @@ def posterior(
     batch_size: int | None = None,
     order: Order = "reshuffled",
     layout: Layout = "blocks",
+    resident_bytes: int = 2**28,
+    mesh: Mesh | None = None,
 ) -> Posterior:
     r"""A posterior density and a stream of minibatches of its data.
 
@@ -37,10 +40,19 @@ def posterior(
         batch_size: Rows of a minibatch, B; may be left out for ``order="full"``.
         order: ``"reshuffled"`` (each minibatch once an epoch, in new random order), ``"symmetric"``
             (a sweep in random order and the same sweep backwards), ``"iid"`` (a fresh draw each
-            step) or ``"full"`` (all rows at every step).
+            step), ``"full"`` (all rows at every step) or ``"streamed"`` (data larger than memory).
         layout: ``"blocks"`` partitions the rows at random once and lays them out so that a
             minibatch is a contiguous slice; ``"rows"`` makes a fresh partition each epoch and
             gathers row by row, several times slower for a small model on CPU.
+        resident_bytes: With ``order="streamed"``, memory for a super-block of rows. ``data`` are
+            then memory-mapped numpy arrays, zarr arrays, HDF5 data sets,
+            ``stochgrad.ParquetColumns`` or whatever has ``shape`` and ``dtype`` and gives rows for
+            a slice. Two super-blocks are held: the device works on one while the next is read in
+            the background. Each epoch cuts the data into super-blocks anew, and mixes their rows.
+        mesh: Devices to spread the data over, for data or gradients too large for one: a
+            ``jax.sharding.Mesh`` with an axis ``"data"``, over which the rows of every minibatch
+            are spread, and possibly an axis ``"chain"`` for the chains. The batch size must be a
+            multiple of the devices along ``"data"``.
 
     Raises:
         ValueError: the data have no rows, differ in their leading axes or are not finite; the batch
@@ -77,7 +89,9 @@ def posterior(
             )
         return prior + jnp.sum(batch.weight.astype(values.dtype) * values)
 
-    return Posterior(log_density, data_batches(data, batch_size, order, layout))
+    if order == "streamed":
+        return Posterior(log_density, streamed_batches(data, batch_size, resident_bytes))
+    return Posterior(log_density, data_batches(data, batch_size, order, layout, mesh))
 
 
 def _evaluate(name: str, function: Callable, position: Position, *args: Any) -> Array:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree, Scalar
 
 Position: TypeAlias = PyTree[Float[Array, "..."]]
@@ -45,6 +46,8 @@ class Batches(NamedTuple):
         order: Name of the order.
         blocks: Its minibatches by number, or None where they are never the same (layout ``"rows"``,
             several subsampled plates).
+        stream: What brings the rows into memory, where not all are there; ``full`` is then None.
+        mesh: The devices that the rows of each minibatch are spread over; ``full`` is then None.
     """
 
     init: Callable[[PRNGKey], Any]
@@ -54,6 +57,8 @@ class Batches(NamedTuple):
     batch_size: int
     order: str = "full"
     blocks: Blocks | None = None
+    stream: Any = None
+    mesh: Mesh | None = None
 
     @property
     def epoch(self) -> int:
@@ -127,6 +132,18 @@ class Kernel(NamedTuple):
     method: str = "kernel"
     settings: tuple[tuple[str, Any], ...] = ()
     posterior: Posterior | None = None
+
+
+class Online(NamedTuple):
+    """What to learn of a run as it goes, where its draws are not kept.
+
+    Attributes:
+        init: ``position -> summary``, a pytree of arrays.
+        update: ``(summary, position) -> summary``, once a draw after warm-up.
+    """
+
+    init: Callable[[Position], Any]
+    update: Callable[[Any, Position], Any]
 
 
 Target: TypeAlias = Posterior | Gradient

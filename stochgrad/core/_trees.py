@@ -36,6 +36,32 @@ class Shared:
         return f"Shared({self.value!r}, optional={self.optional})"
 
 
+@jax.tree_util.register_pytree_node_class
+class Constant(Shared):
+    """Shared, and never changed by a step: the loop alone puts it in, between chunks.
+
+    It is taken out of the states that the loop carries, saves and gives back.
+    """
+
+
+def fill(state: PyTree, value: Any) -> PyTree:
+    """Put a value into the empty places that ``strip`` left."""
+    return _at_constants(state, Constant(value))
+
+
+def strip(state: PyTree) -> PyTree:
+    """Take what is constant out of a state."""
+    return _at_constants(state, Constant(None))
+
+
+def _at_constants(state, constant):
+    return jax.tree.map(
+        lambda node: constant if isinstance(node, Constant) else node,
+        state,
+        is_leaf=lambda node: isinstance(node, Constant),
+    )
+
+
 def is_shared(node: Any) -> bool:
     return isinstance(node, Shared)
 

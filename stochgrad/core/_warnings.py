@@ -13,6 +13,10 @@ class InterruptWarning(UserWarning):
     """A run was interrupted, and returned what it had."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint could not be written."""
+
+
 class GradientNoiseWarning(UserWarning):
     """Minibatch noise is larger than the noise that the dynamics injects."""
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochgrad.core import PRNGKey, Target, check_key, compiled
+from stochgrad.core import PRNGKey, Target, check_key, compiled, in_one_block
 from stochgrad.diagnostics._inputs import flattened, positions_of
 from stochgrad.gradients import as_gradient
 
@@ -56,6 +56,9 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
         raise ValueError(f"scores must be 'minibatch' or 'full', got {scores!r}.")
     if scores == "full" and gradient.posterior is None:
         raise ValueError("full scores need a posterior: this gradient has none.")
+    posterior = gradient.posterior
+    if posterior is not None and posterior.batches.stream is not None:
+        raise ValueError("ksd takes scores from data in memory, not from streamed ones.")
     flat = flattened(positions)
     if len(flat) < 2:
         raise ValueError(f"ksd needs two draws or more, got {len(flat)}.")
@@ -65,7 +68,7 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
         if scores == "full":
             posterior = gradient.posterior
             assert posterior is not None
-            return jax.grad(posterior.log_density)(position, posterior.batches.full)
+            return in_one_block(posterior, jax.grad(posterior.log_density))(position)
         state_key, next_key = jax.random.split(key)
         score, _ = gradient.next(next_key, position, gradient.init(state_key, position))
         return score(position)[1]

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stochgrad.core import Gradient, Position, Posterior, compiled
+from stochgrad.core import Gradient, Position, Posterior, on_all_data
 from stochgrad.gradients._centred import centred
 
 
@@ -37,7 +37,7 @@ def control_variate(posterior: Posterior, center: Any) -> Gradient:
     batches = posterior.batches
     value_and_gradient = jax.value_and_grad(posterior.log_density)
     anchor: Position = jax.tree.map(jnp.asarray, getattr(center, "position", center))
-    whole = compiled(lambda c: value_and_gradient(c, batches.full))(anchor)
+    whole = on_all_data(posterior, value_and_gradient)(anchor)
 
     def init(key, position):
         return batches.init(key)

@@ -59,9 +59,12 @@ def saga(posterior: Posterior, *, memory_limit: float = 1e9) -> Gradient:
         raise TypeError(f"saga needs a Posterior, got {type(posterior).__name__}.")
     blocks = posterior.batches.blocks
     if blocks is None:
+        instead = "layout='blocks' and one subsampled plate, or svrg or control_variate"
+        if posterior.batches.stream is not None:
+            instead = "control_variate, which streamed data allow,"
         raise ValueError(
             "saga keeps a gradient for each minibatch, and these are never the same twice: use "
-            "layout='blocks' and one subsampled plate, or svrg or control_variate instead."
+            f"{instead} instead."
         )
     value_and_gradient = jax.value_and_grad(posterior.log_density)
 

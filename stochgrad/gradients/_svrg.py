@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
-from stochgrad.core import Gradient, Position, Posterior, Shared, check_count
+from stochgrad.core import Gradient, Position, Posterior, Shared, check_count, in_one_block
 from stochgrad.gradients._centred import centred
 
 
@@ -50,11 +50,17 @@ def svrg(posterior: Posterior, *, period: int | None = None) -> Gradient:
     if not isinstance(posterior, Posterior):
         raise TypeError(f"svrg needs a Posterior, got {type(posterior).__name__}.")
     batches = posterior.batches
+    if batches.stream is not None:
+        raise ValueError(
+            "svrg passes over all data within the loop, which streamed data do not allow: take "
+            "control_variate with the centre that stochgrad.find_center finds."
+        )
     period = batches.epoch if period is None else check_count("period", period)
     value_and_gradient = jax.value_and_grad(posterior.log_density)
+    whole = in_one_block(posterior, value_and_gradient)
 
     def anchored(position: Position):
-        return position, value_and_gradient(position, batches.full)
+        return position, whole(position)
 
     def init(key, position: Position) -> SVRGState:
         count = Shared(jnp.zeros((), jnp.int32))

@@ -7,3 +7,4 @@ from stochgrad.interop._numpyro_kernels import SGNHT as SGNHT
 from stochgrad.interop._numpyro_kernels import Cyclical as Cyclical
 from stochgrad.interop._numpyro_kernels import ReplicaExchange as ReplicaExchange
 from stochgrad.interop._numpyro_model import from_numpyro as from_numpyro
+from stochgrad.interop._parquet import ParquetColumns as ParquetColumns

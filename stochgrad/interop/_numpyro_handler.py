@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
-from stochgrad.core import Partition, Rows
+from stochgrad.core import Partition, Rows, Source
 
 
 class give_rows(Messenger):
@@ -24,11 +24,11 @@ class give_rows(Messenger):
     Args:
         fn: The model.
         rows: Rows for each subsampled plate.
-        laid_out: Arrays laid out before, as ``LaidOut`` keeps them.
+        laid_out: Arrays laid out before, as ``LaidOut`` keeps them, or streamed.
     """
 
     def __init__(
-        self, fn: Callable, rows: Mapping[str, Rows], laid_out: "LaidOut | None" = None
+        self, fn: Callable, rows: Mapping[str, Rows], laid_out: "LaidOut | Streamed | None" = None
     ) -> None:
         self.rows = rows
         self.laid_out = laid_out
@@ -56,18 +56,60 @@ class give_rows(Messenger):
         return next(p.size for p in _plates() if p.name == name)
 
     def postprocess_message(self, msg: Any) -> None:
-        if msg["type"] != "subsample" or self.laid_out is None:
-            return
-        event_dim = msg["kwargs"]["event_dim"]
-        axes = tuple(
-            (p.name, p.dim - event_dim)
-            for p in _plates()
-            if p.name in self.rows and _spans(msg["value"], p.dim - event_dim, p.size)
-        )
-        value = self.laid_out.fetch(msg["value"], axes, self.rows)
-        if value is not None:
-            msg["value"] = value
-            msg["kwargs"]["event_dim"] = None  # which tells the plates that all is done
+        if self.laid_out is not None:
+            answer_subsample(msg, self.laid_out, self.rows)
+
+
+def answer_subsample(msg: Any, laid_out: "LaidOut | Streamed", rows: Mapping[str, Rows]) -> None:
+    """Answer a model's ``numpyro.subsample``, where it can be."""
+    if msg["type"] != "subsample":
+        return
+    event_dim = msg["kwargs"]["event_dim"]
+    axes = tuple(
+        (p.name, p.dim - event_dim)
+        for p in _plates()
+        if p.name in rows and _spans(msg["value"], p.dim - event_dim, p.size)
+    )
+    value = laid_out.fetch(msg["value"], axes, rows)
+    if value is not None:
+        msg["value"] = value
+        msg["kwargs"]["event_dim"] = None  # which tells the plates that all is done
+
+
+class Streamed:
+    """Arrays of a model that are not in memory, by identity.
+
+    While it is open it takes note of what the model subsamples, and answers with zeros; it does so
+    too where there are no rows at hand, as for a model's constraints.
+    """
+
+    def __init__(self):
+        self.sources: list[Source] = []
+        self._number: dict[int, int] = {}
+        self.open = True
+
+    def fetch(self, value: Any, axes: tuple, rows: Mapping[str, Rows]) -> Any:
+        """The rows of an array."""
+        if not axes or isinstance(value, Tracer):
+            return None
+        ((name, axis),) = axes
+        axis += len(value.shape)
+        chosen = rows[name]
+        number = self._number.get(id(value))
+        if number is None:
+            if not self.open:
+                raise ValueError(
+                    f"the model subsamples an array of shape {value.shape} that it makes anew each "
+                    "time: streamed data must reach numpyro.subsample as they are passed."
+                )
+            number = self._number[id(value)] = len(self.sources)
+            self.sources.append(Source(value, axis, f"data of shape {value.shape}"))
+        count = chosen.index.shape[0]
+        if chosen.resident is None:
+            shape = (*value.shape[:axis], count, *value.shape[axis + 1 :])
+            return jnp.zeros(shape, jax.dtypes.canonicalize_dtype(value.dtype))
+        block: Any = chosen.block
+        return jax.lax.dynamic_slice_in_dim(chosen.resident[number], block * count, count, axis)
 
 
 class LaidOut:
@@ -108,5 +150,5 @@ def _plates() -> list[plate]:
 
 
 def _spans(value: Any, axis: int, size: int) -> bool:
-    shape = jnp.shape(value)
+    shape = value.shape if hasattr(value, "shape") else jnp.shape(value)
     return len(shape) >= -axis and shape[axis] == size and size > 1

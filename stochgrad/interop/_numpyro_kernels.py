@@ -82,6 +82,11 @@ class _SGKernel(MCMCKernel):
                 f"gradient must be one of {list(get_args(GradientName))}, got {gradient!r}."
             )
         self._gradient: GradientName = gradient
+        if order == "streamed":
+            raise ValueError(
+                "order='streamed' needs stochgrad.sample(stochgrad.from_numpyro(model, ...)): "
+                "numpyro's MCMC does not bring the next rows into memory."
+            )
         self.tuning: Tuning | None = None
         self._options = {"batch_size": batch_size, "order": order, "layout": layout}
         self._num_steps = check_count("num_steps", num_steps)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+from jax.sharding import Mesh
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.distributions.transforms import IdentityTransform
@@ -20,12 +21,14 @@ from stochgrad.core import (
     Order,
     Partition,
     Posterior,
+    Rows,
     check_batch_size,
     check_finite,
     check_order,
     row_batches,
+    streamed_rows,
 )
-from stochgrad.interop._numpyro_handler import LaidOut, give_rows
+from stochgrad.interop._numpyro_handler import LaidOut, Streamed, answer_subsample, give_rows
 
 _RADIUS = 2.0
 
@@ -36,6 +39,8 @@ def from_numpyro(
     batch_size: int | Mapping[str, int] | None = None,
     order: Order = "reshuffled",
     layout: Layout = "blocks",
+    resident_bytes: int = 2**28,
+    mesh: Mesh | None = None,
     **kwargs: Any,
 ) -> Posterior:
     r"""A numpyro model with a subsampled plate as a posterior with minibatches.
@@ -61,9 +66,13 @@ def from_numpyro(
             subsampled plates, a dict by plate name.
         order: As in ``stochgrad.posterior``.
         layout: As in ``stochgrad.posterior``.
+        resident_bytes: As in ``stochgrad.posterior``. With ``order="streamed"`` the arguments that
+            the model hands to ``numpyro.subsample`` may be memory-mapped numpy arrays, zarr arrays
+            and the like; one plate may be subsampled.
+        mesh: As in ``stochgrad.posterior``, for one subsampled plate.
         **kwargs: The model's keyword arguments, with the whole data. Where the model itself has an
-            argument called ``batch_size``, ``order`` or ``layout``, bind it with
-            ``functools.partial`` first.
+            argument called ``batch_size``, ``order``, ``layout``, ``resident_bytes`` or ``mesh``,
+            bind it with ``functools.partial`` first.
 
     Raises:
         ValueError: no plate is subsampled (and ``batch_size`` is not the whole data); a latent site
@@ -81,8 +90,9 @@ def from_numpyro(
         (100, 10)
     """
     check_order(order, layout)
-    args, kwargs = _as_arrays(args, kwargs)
-    found = _inspect(model, args, kwargs)
+    args, kwargs = _as_arrays(args, kwargs, streamed=order == "streamed")
+    streamed = Streamed() if order == "streamed" else None
+    found = _inspect(model, args, kwargs, streamed)
     sizes = _batch_sizes(found.plates, batch_size, order)
     for name, plate in found.inside.items():
         if plate in sizes:
@@ -94,11 +104,22 @@ def from_numpyro(
 
     streams: dict[str, Batches] = {}
     partitions: dict[str, Partition] = {}
-    for name, rows in sizes.items():
-        streams[name], partition = row_batches(found.plates[name].size, rows, order, layout)
-        if partition is not None:
-            partitions[name] = partition
-    laid_out = LaidOut(partitions)
+    if (streamed is not None or mesh is not None) and len(sizes) != 1:
+        raise ValueError(
+            f"streamed data and a mesh need one subsampled plate, the model has {sorted(sizes)}."
+        )
+    if streamed is not None:
+        ((name, rows),) = sizes.items()
+        sources, size = tuple(streamed.sources), found.plates[name].size
+        streams[name] = streamed_rows(sources, size, rows, resident_bytes)
+    else:
+        for name, rows in sizes.items():
+            streams[name], partition = row_batches(
+                found.plates[name].size, rows, order, layout, mesh
+            )
+            if partition is not None:
+                partitions[name] = partition
+    laid_out = LaidOut(partitions) if streamed is None else streamed
     batches = _together(streams)
 
     def log_density(position, batch):
@@ -115,20 +136,21 @@ def from_numpyro(
         }
 
     template = {
-        name: stream.full._replace(index=stream.full.index[: stream.batch_size])
+        name: Rows(None, np.arange(stream.batch_size, dtype=np.int32), np.float32(1))  # pyright: ignore
         for name, stream in streams.items()
     }
 
     def constrain(position):
-        given = give_rows(model, template)
+        given = give_rows(model, template, streamed)
         values = constrain_fn(given, args, kwargs, position, return_deterministic=True)
         return {name: value for name, value in values.items() if name in found.dims}
 
     def unconstrain(values):
         latent = {name: values[name] for name in found.shapes}
-        return unconstrain_fn(give_rows(model, template), args, kwargs, latent)
+        return unconstrain_fn(give_rows(model, template, streamed), args, kwargs, latent)
 
-    _lay_out(log_density, initial, batches)
+    if streamed is None:
+        _lay_out(log_density, initial, batches)
     laid_out.open = False
     return Posterior(log_density, batches, initial, constrain, unconstrain, found.dims)
 
@@ -150,8 +172,9 @@ class _Model(NamedTuple):
 class _watch_plates(handlers.trace):
     """Record the plates of a model, and give each of them its first rows."""
 
-    def __init__(self, fn: Callable):
+    def __init__(self, fn: Callable, streamed: Streamed | None):
         self.plates: dict[str, _Plate] = {}
+        self.streamed = streamed
         self.branches = False
         super().__init__(fn)
 
@@ -163,13 +186,23 @@ class _watch_plates(handlers.trace):
         if msg["type"] == "control_flow" and "cond" in getattr(msg["fn"], "__name__", ""):
             self.branches = True
 
+    def postprocess_message(self, msg: Any) -> None:
+        if self.streamed is not None:
+            rows = {
+                name: Rows(None, jnp.arange(plate.subsample_size), jnp.float32(1))
+                for name, plate in self.plates.items()
+                if _subsampled(plate)
+            }
+            answer_subsample(msg, self.streamed, rows)
+        super().postprocess_message(msg)
 
-def _inspect(model: Callable, args, kwargs) -> _Model:
+
+def _inspect(model: Callable, args, kwargs, streamed: Streamed | None) -> _Model:
     """Run the model once without computing anything, and note what the samplers need of it."""
     found = []
 
     def once(key):
-        watch = _watch_plates(handlers.seed(model, key))
+        watch = _watch_plates(handlers.seed(model, key), streamed)
         found.append(_describe(watch, watch.get_trace(*args, **kwargs)))
 
     try:
@@ -259,17 +292,24 @@ def _batch_sizes(
     }
 
 
-def _as_arrays(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments with numpy arrays on the device, where rows can be picked, all finite."""
+def _as_arrays(args: tuple, kwargs: dict[str, Any], streamed: bool) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with numpy arrays on the device, where rows can be picked, all finite.
+
+    Streamed ones are left where they are.
+    """
+
+    def here(leaf):
+        return isinstance(leaf, np.ndarray) and not (streamed and isinstance(leaf, np.memmap))
+
     named = {f"argument {i}": value for i, value in enumerate(args)}
     named.update({f"argument {name!r}": value for name, value in kwargs.items()})
     for name, value in named.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-            if isinstance(leaf, jax.Array | np.ndarray) and np.ndim(leaf) > 0:
+            if (isinstance(leaf, jax.Array) or here(leaf)) and np.ndim(leaf) > 0:
                 check_finite(name + jax.tree_util.keystr(path), leaf)
 
     def convert(leaf):
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+        if here(leaf) and leaf.dtype.kind in "biuf":
             return jnp.asarray(leaf)
         return leaf
 
@@ -327,6 +367,8 @@ def _together(streams: Mapping[str, Batches]) -> Batches:
         one = Blocks(1, lambda state: (np.int32(0), state), lambda block: full)
         return Batches(init, next, full, 0, 0, blocks=one)
     together = main._replace(init=init, next=next, full=full, blocks=None)
+    if main.stream is not None or main.mesh is not None:
+        together = together._replace(full=None)
     if len(streams) > 1 or main.blocks is None:
         return together
     (name,), (count, next_in, at) = streams, main.blocks

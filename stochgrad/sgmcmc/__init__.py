@@ -6,6 +6,10 @@ from stochgrad.sgmcmc._curvature import find_mass as find_mass
 from stochgrad.sgmcmc._cyclical import CyclicalInfo as CyclicalInfo
 from stochgrad.sgmcmc._cyclical import CyclicalState as CyclicalState
 from stochgrad.sgmcmc._cyclical import cyclical as cyclical
+from stochgrad.sgmcmc._online import SWAG as SWAG
+from stochgrad.sgmcmc._online import Moments as Moments
+from stochgrad.sgmcmc._online import moments as moments
+from stochgrad.sgmcmc._online import swag as swag
 from stochgrad.sgmcmc._psgld import PSGLDState as PSGLDState
 from stochgrad.sgmcmc._psgld import psgld as psgld
 from stochgrad.sgmcmc._replica_exchange import ReplicaInfo as ReplicaInfo

@@ -13,6 +13,8 @@ from stochgrad.core import (
     check_count,
     check_number,
     compiled,
+    in_one_block,
+    on_all_data,
     sample,
     tree_dot,
 )
@@ -29,10 +31,10 @@ class Center(NamedTuple):
         log_density: $\log\pi(\theta_0)$ on all data.
         gradient_norm: $|\nabla\log\pi(\theta_0)|$ on all data.
         distance: How far the mode is, in posterior standard deviations:
-            $\sqrt{g^\top H^{-1} g}$ with the gradient g and minus the Hessian H on all data, by a
-            few steps of conjugate gradients. In d dimensions draws lie at a distance of about
-            $\sqrt d$, so that a centre well within that is as good as the mode. NaN where the log
-            density is not concave.
+            $\sqrt{g^\top H^{-1} g}$ with the gradient g and minus the Hessian H on all data (of
+            streamed data, on one super-block), by a few steps of conjugate gradients. In d
+            dimensions draws lie at a distance of about $\sqrt d$, so that a centre well within that
+            is as good as the mode. NaN where the log density is not concave.
         improvement: By how much the minibatch log density rose over the steps that were averaged;
             clearly above zero, the search was too short.
     """
@@ -99,30 +101,32 @@ def find_center(
         lambda x: np.mean(x[0], axis=0, dtype=np.float64).astype(x.dtype), path.positions
     )
     values = path.stats["log_density"][0]
-    value, norm, decrement = map(float, compiled(_report(posterior))(position))
+    value, g = on_all_data(posterior, jax.value_and_grad(posterior.log_density))(
+        jax.tree.map(jnp.asarray, position)
+    )
+    norm = float(jnp.sqrt(tree_dot(g, g)))
+    decrement = float(compiled(_decrement(posterior))(position, g))
     return Center(
         position,
-        value,
+        float(value),
         norm,
         decrement**0.5 if decrement >= 0 else float("nan"),
         float(values[tail // 2 :].mean() - values[: tail // 2].mean()) if tail > 1 else 0.0,
     )
 
 
-def _report(posterior: Posterior):
-    """A function that gives log density, gradient norm and Newton decrement on all data."""
+def _decrement(posterior: Posterior):
+    """A function that gives the Newton decrement from a position and the gradient there."""
+    score = in_one_block(posterior, jax.grad(posterior.log_density))
 
-    def report(position):
-        value_and_gradient = jax.value_and_grad(
-            lambda p: posterior.log_density(p, posterior.batches.full)
-        )
-        value, g = value_and_gradient(position)
+    def decrement(position, g):
+        position = jax.tree.map(jnp.asarray, position)
 
         def curvature(v):
-            bent = jax.jvp(lambda p: value_and_gradient(p)[1], (position,), (v,))[1]
+            bent = jax.jvp(score, (position,), (v,))[1]
             return jax.tree.map(jnp.negative, bent)
 
         step, _ = jax.scipy.sparse.linalg.cg(curvature, g, tol=1e-3, maxiter=_NEWTON_STEPS)
-        return value, jnp.sqrt(tree_dot(g, g)), tree_dot(g, step)
+        return tree_dot(g, step)
 
-    return lambda position: report(jax.tree.map(jnp.asarray, position))
+    return decrement

@@ -16,7 +16,9 @@ from stochgrad.core import (
     PRNGKey,
     check_key,
     compiled,
+    in_one_block,
     noise_like,
+    one_block_at_hand,
     tree_dot,
     tree_size,
 )
@@ -108,7 +110,8 @@ def curvature_and_noise(
         variance = jax.tree.map(lambda v: jnp.mean(v, axis=0), variances)
         return jnp.maximum(largest, jnp.max(elsewhere)), variance
 
-    largest, variance = compiled(measure)(key, position)
+    with one_block_at_hand(gradient.posterior):
+        largest, variance = compiled(measure)(key, position)
     if not np.isfinite(largest) or largest <= 0:
         raise ValueError(
             f"the curvature at position came out as {float(largest):g}: a finite log density that "
@@ -160,8 +163,9 @@ def find_mass(
     position = jax.tree.map(jnp.asarray, getattr(position, "position", position))
     size = tree_size(position)
 
+    score = in_one_block(posterior, jax.grad(posterior.log_density))
+
     def diagonal(key, position):
-        score = jax.grad(lambda p: posterior.log_density(p, posterior.batches.full))
         flat, unravel = ravel_pytree(position)
 
         def bend(v):

@@ -1,0 +1,304 @@
+r"""Data larger than memory: a super-block at a time, the next one read while this one is used.
+
+The rows are cut into segments of consecutive rows. An epoch takes the segments in random order, a
+few at a time; those few are a super-block, whose rows are mixed and cut into minibatches. Every row
+comes once an epoch. What is in the n-th super-block follows from a key and n alone.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, PyTree
+
+from stochgrad.core._hosts import place
+from stochgrad.core._noise import key_words
+from stochgrad.core._orders import permuted
+from stochgrad.core._trees import Constant, Shared
+
+_SEGMENTS = 16
+_SHARE = 7 / 8
+
+
+class Resident(NamedTuple):
+    """A super-block in memory.
+
+    Attributes:
+        data: Its rows, mixed, along each array's own axis; padded at the end to whole minibatches.
+        index: Number of each row in the source, int32 of shape (rows,).
+        weight: What each row counts for: the number of minibatches in an epoch, zero for padding;
+            float32 of shape (rows,).
+        first: Number of the stream's first minibatch in it, uint32.
+        batches: How many minibatches it holds, uint32.
+        number: Its own number, counted from the beginning of the run, uint32.
+    """
+
+    data: PyTree
+    index: Any
+    weight: Any
+    first: Any
+    batches: Any
+    number: Any
+
+
+class StreamState(NamedTuple):
+    """State of a stream: a chain's own key, the minibatches handed out, and what is in memory."""
+
+    words: Shared
+    count: Shared
+    resident: Constant
+
+
+class Source(NamedTuple):
+    """One array of a stream.
+
+    Attributes:
+        array: Anything with ``shape`` and ``dtype`` that slices give rows of: a memory-mapped numpy
+            array, a zarr array, an HDF5 data set, ``stochgrad.ParquetColumns``.
+        axis: The axis of the rows, counted from the front.
+        name: What it is called.
+    """
+
+    array: Any
+    axis: int
+    name: str
+
+    def read(self, first: int, last: int, dtype: Any) -> np.ndarray:
+        rows = np.asarray(self.array[(*(slice(None),) * self.axis, slice(first, last))])
+        return rows.astype(dtype, copy=False)
+
+
+class Stream:
+    """The host's side of a stream of minibatches.
+
+    Args:
+        sources: The arrays, as a tree.
+        size: Number of rows.
+        batch_size: Rows of a minibatch.
+        resident_bytes: Memory for one super-block; two are held.
+    """
+
+    def __init__(self, sources: PyTree, size: int, batch_size: int, resident_bytes: int):
+        leaves, self._structure = jax.tree.flatten(
+            sources, is_leaf=lambda node: isinstance(node, Source)
+        )
+        self.sources: list[Source] = leaves
+        self.size, self.batch_size = size, batch_size
+        self.num_batches = -(-size // batch_size)
+        self._types = [jax.dtypes.canonicalize_dtype(s.array.dtype) for s in leaves]
+        row = sum(
+            math.prod(s.array.shape) // size * t.itemsize
+            for s, t in zip(leaves, self._types, strict=True)
+        )
+        rows = int(resident_bytes * _SHARE / (row + 8))
+        if rows < batch_size:
+            raise ValueError(
+                f"resident_bytes={resident_bytes:,} holds {rows} rows of {row} bytes, less than "
+                f"one minibatch of {batch_size}: take more, or a smaller batch_size."
+            )
+        per_segment = max(rows // batch_size // _SEGMENTS, 1)
+        self._segment = per_segment * batch_size
+        self._together = min(rows // self._segment, -(-size // self._segment))
+        self.rows = self._together * self._segment
+        """Rows of a super-block."""
+        self._segments = -(-size // self._segment)
+        self._per_epoch = -(-self._segments // self._together)
+        self._checked: set[int] = set()
+
+    def shapes(self) -> Resident:
+        """Shapes of a super-block."""
+        data = [
+            jax.ShapeDtypeStruct(_with(s.array.shape, s.axis, self.rows), t)
+            for s, t in zip(self.sources, self._types, strict=True)
+        ]
+        word = jax.ShapeDtypeStruct((), jnp.uint32)
+        return Resident(
+            jax.tree.unflatten(self._structure, data),
+            jax.ShapeDtypeStruct((self.rows,), jnp.int32),
+            jax.ShapeDtypeStruct((self.rows,), jnp.float32),
+            word,
+            word,
+            word,
+        )
+
+    def blank(self) -> Resident:
+        """Memory for a super-block, where a CPU device can use it as it is."""
+        return jax.tree.map(lambda s: _aligned(s.shape, s.dtype), self.shapes())
+
+    def load(self, words: Sequence[int], number: int, into: Resident | None = None) -> Resident:
+        """Read a super-block, into the memory of another if that is given.
+
+        Raises:
+            ValueError: a row holds NaN or infinity, or a source has changed its length.
+        """
+        block = self.blank() if into is None else into
+        epoch, place = divmod(number, self._per_epoch)
+        order = np.random.default_rng([*words, epoch]).permutation(self._segments)
+        end = place * self._together
+        chosen = order[end : end + self._together]
+        lengths = np.minimum(self._segment, self.size - chosen * self._segment)
+        total = int(lengths.sum())
+        mixed = np.random.default_rng([*words, epoch, place]).permutation(total)
+        data = jax.tree.leaves(block.data)
+        at = 0
+        for segment, length in zip(chosen.tolist(), lengths.tolist(), strict=True):
+            first = segment * self._segment
+            where = mixed[at : at + length]
+            block.index[where] = np.arange(first, first + length)
+            for source, target in zip(self.sources, data, strict=True):
+                rows = self._read(source, first, first + length, target.dtype)
+                target[(*(slice(None),) * source.axis, where)] = rows
+            self._checked.add(segment)
+            at += length
+        block.index[total:] = block.index[0]
+        for source, target in zip(self.sources, data, strict=True):
+            lead = (slice(None),) * source.axis
+            target[(*lead, slice(total, None))] = target[(*lead, slice(0, 1))]
+        block.weight[:total], block.weight[total:] = self.num_batches, 0
+        return block._replace(
+            first=np.uint32((epoch * self.num_batches + self._batches(order[:end]).sum()) % 2**32),
+            batches=np.uint32(self._batches(chosen).sum()),
+            number=np.uint32(number),
+        )
+
+    def holding(self, minibatch: int, words: Sequence[int]) -> int:
+        """Number of the super-block that holds a minibatch."""
+        epoch, left = divmod(minibatch, self.num_batches)
+        order = np.random.default_rng([*words, epoch]).permutation(self._segments)
+        segment = int(np.searchsorted(np.cumsum(self._batches(order)), left, side="right"))
+        return epoch * self._per_epoch + segment // self._together
+
+    def _batches(self, segments: np.ndarray) -> np.ndarray:
+        """How many minibatches each of some segments holds; a short one may end with a part."""
+        lengths = np.minimum(self._segment, self.size - segments * self._segment)
+        return -(-lengths // self.batch_size)
+
+    @contextmanager
+    def supplying(self, resident: Resident) -> Iterator[None]:
+        """Within this, ``Batches.init`` finds a super-block."""
+        self._supplied = resident
+        try:
+            yield
+        finally:
+            self._supplied = None
+
+    _supplied: Resident | None = None
+
+    def init(self, key) -> StreamState:
+        if self._supplied is None:
+            raise ValueError(
+                "a streamed posterior runs in stochgrad.sample only: another loop does not bring "
+                "the next rows into memory."
+            )
+        words = Shared(key_words(key), optional=True)
+        first = jnp.asarray(self._supplied.first)
+        return StreamState(words, Shared(first), Constant(self._supplied))
+
+    def next(self, state: StreamState) -> tuple[tuple[Array, Resident], StreamState]:
+        """Number of the next minibatch in the super-block, the super-block, and the state."""
+        resident: Resident = state.resident.value
+        count = state.count.value
+        visit = (count - resident.first) % resident.batches
+        slots = self.rows // self.batch_size
+        slot = permuted(state.words.value, resident.number, visit, slots, limit=resident.batches)
+        following = state._replace(count=Shared(count + np.uint32(1)))
+        return (slot, resident), following
+
+    def rows_of(self, slot: Array, leaf: Any, axis: int = 0) -> Array:
+        """A minibatch's rows of an array of the super-block."""
+        return lax.dynamic_slice_in_dim(leaf, slot * self.batch_size, self.batch_size, axis)
+
+    def _read(self, source: Source, first: int, last: int, dtype: Any) -> np.ndarray:
+        length = source.array.shape[source.axis]
+        if length != self.size:
+            raise ValueError(
+                f"{source.name} had {self.size} rows and now has {length}: a source must keep its "
+                "length while it is streamed."
+            )
+        rows = source.read(first, last, dtype)
+        if rows.shape[source.axis] != last - first:
+            raise ValueError(
+                f"{source.name} gave {rows.shape[source.axis]} rows for rows {first} to {last}: a "
+                "source must keep its length while it is streamed."
+            )
+        if rows.dtype.kind == "f" and first // self._segment not in self._checked:
+            finite = np.isfinite(rows)
+            if not finite.all():
+                others = tuple(i for i in range(rows.ndim) if i != source.axis)
+                row = first + int(np.argmin(finite.all(axis=others)))
+                raise ValueError(
+                    f"{source.name} must be finite, but row {row} holds NaN or infinity."
+                )
+        return rows
+
+
+class Supply:
+    """Keeps one super-block on the device and, in a thread of its own, one ahead of it.
+
+    Args:
+        stream: What is streamed.
+        words: The seed of the order of the super-blocks.
+        sharding: The devices that a super-block goes to; the default one if left out.
+    """
+
+    def __init__(self, stream: Stream, words: Sequence[int], sharding: NamedSharding | None = None):
+        self._stream, self._words, self._sharding = stream, [int(w) for w in words], sharding
+        self._thread = ThreadPoolExecutor(1, "stochgrad-reader")
+        self._ahead: Future | None = None
+        self._number, self._first, self._batches = -1, 0, 0
+        # a device that is the CPU uses these as they are; each is free again when the other is used
+        self._free, self._used = stream.blank(), stream.blank()
+        self.resident: Any = None
+        """The super-block on the device."""
+
+    def left(self, minibatch: int) -> int:
+        """How many minibatches the super-block has from this one on; it is changed if need be."""
+        used = (minibatch - self._first) % 2**32
+        if self.resident is None or used >= self._batches:
+            if self._ahead is None or used != self._batches:
+                self._begin(self._stream.holding(minibatch, self._words))
+            assert self._ahead is not None
+            block: Resident = self._ahead.result()
+            self.resident = self._ahead = None
+            self.resident = jax.block_until_ready(self._place(block))
+            self._free, self._used = self._used, self._free
+            self._first, self._batches = int(block.first), int(block.batches)
+            self._begin(self._number + 1)
+            used = (minibatch - self._first) % 2**32
+        return self._batches - used
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _place(self, block: Resident) -> Resident:
+        return jax.device_put(block) if self._sharding is None else place(block, self._sharding)
+
+    def _begin(self, number: int) -> None:
+        self._number = number
+        self._ahead = self._thread.submit(self._stream.load, self._words, number, self._free)
+
+
+def minibatches_taken(state: PyTree) -> Any:
+    """How many minibatches a state has taken of a stream, or None where it has none."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, StreamState))
+    return next((node.count.value for node in nodes if isinstance(node, StreamState)), None)
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Zeros that begin at a multiple of 64 bytes."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _with(shape: Sequence[int], axis: int, rows: int) -> tuple[int, ...]:
+    return (*shape[:axis], rows, *shape[axis + 1 :])

@@ -1,0 +1,214 @@
+"""Runs that are stopped, killed or refused, and what they leave on disk."""
+
+import multiprocessing
+import shutil
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray
+
+import stochgrad
+from tests.core import worker
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a.positions, b.positions)
+    assert a.stats.keys() == b.stats.keys()
+    for name in a.stats:
+        np.testing.assert_array_equal(*(np.asarray(x.stats[name], np.float32) for x in (a, b)))
+    np.testing.assert_array_equal(a.finite, b.finite)
+
+
+def launch(**options):
+    """A run in a process of its own, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.core.worker"])
+    process = context.Process(target=worker.main, args=(options,))
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("num_chains", [1, 2])
+def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, stored, num_chains):
+    whole = worker.run(120, num_chains)
+    options = {"checkpoint": tmp_path / "state", "every": 0, "chunk_size": 30}
+    if stored:
+        options["store"] = tmp_path / "draws.zarr"
+    first = worker.run(70, num_chains, **options)
+    same(first, whole[:70])
+    with pytest.raises(ValueError, match="holds this run already: pass resume=True"):
+        worker.run(120, num_chains, **options)
+    same(worker.run(120, num_chains, resume=True, **options), whole)
+    same(worker.run(120, num_chains, resume=True, **options), whole)  # nothing left to do
+
+
+def test_every_kernels_state_can_be_saved(tmp_path):
+    """Typed keys, bfloat16, nested states and what chains share, through a file and back."""
+    target = worker.target()
+    position = {"a": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros((), jnp.bfloat16)}
+    coarse = stochgrad.posterior(
+        lambda p: -jnp.sum(p["a"] ** 2) - p["b"] ** 2,
+        lambda p, x: -((x.astype(p["b"].dtype) - p["b"]) ** 2) / 2,
+        np.ones(40, np.float32),
+        batch_size=10,
+    )
+    noisy = stochgrad.Gradient(
+        lambda key, position: key,
+        lambda key, position, state: (
+            lambda p: (jnp.float32(0), -p + 0.1 * jax.random.normal(state, p.shape)),
+            jax.random.split(state)[0],
+        ),
+    )
+    cases = [
+        (stochgrad.sgld(coarse, 1e-3), position),
+        (stochgrad.sgld(noisy, 1e-2), jnp.zeros(2)),
+        (stochgrad.sgnht(stochgrad.svrg(target), 0.002, 10.0, per_coordinate=True), jnp.zeros(3)),
+        (
+            stochgrad.replica_exchange(
+                stochgrad.sgld, target, 1e-4, temperatures=[1.0, 2.0], swap_every=2
+            ),
+            jnp.zeros(3),
+        ),
+    ]
+    for i, (kernel, init) in enumerate(cases):
+        run = lambda n, kernel=kernel, init=init, **options: stochgrad.sample(
+            jax.random.key(0), kernel, init=init, num_samples=n, num_chains=2, **options
+        )
+        path = tmp_path / str(i)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stochgrad.GradientNoiseWarning)
+            run(7, checkpoint=path)
+            same(run(15, checkpoint=path, resume=True), run(15))
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_no_draw_is_lost_doubled_or_changed(tmp_path):
+    """SIGKILL at the opening or renaming of some file, or at some time, and on again."""
+    reference = worker.run(400).positions
+    rng = np.random.default_rng(7)
+    options = {"store": str(tmp_path / "d.zarr"), "checkpoint": str(tmp_path / "c")}
+    options |= {"every": 0.0, "chunk_size": 25, "resume": True}
+    options |= {"cache": str(tmp_path / "cache")}
+    kills = seen = rounds = 0
+    while kills < 20:
+        rounds += 1
+        by_time = rounds % 3 == 0
+        death = {} if by_time else {"die_at": int(rng.integers(1, 160))}
+        process = launch(**options, **death)
+        if by_time:
+            process.join(float(rng.uniform(0.5, 2.5)))
+            process.kill()
+        process.join()
+        if process.exitcode == 0:  # it came through: begin anew
+            np.testing.assert_array_equal(stored(options["store"]), reference)
+            shutil.rmtree(options["store"])
+            shutil.rmtree(options["checkpoint"])
+            seen = 0
+            continue
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        draws = stored(options["store"])
+        assert draws.shape[1] >= seen
+        seen = draws.shape[1]
+        np.testing.assert_array_equal(draws, reference[:, :seen])
+    process = launch(**options, out=str(tmp_path / "out.npy"))
+    process.join()
+    assert process.exitcode == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), reference)
+    np.testing.assert_array_equal(stored(options["store"]), reference)
+
+
+def stored(path):
+    """The draws that a reader of the store sees."""
+    if not (Path(path) / "zarr.json").exists():
+        return np.zeros((4, 0, 3), np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # killed before the first consolidation
+        with xarray.open_datatree(path, engine="zarr") as tree:
+            if "posterior" not in tree:
+                return np.zeros((4, 0, 3), np.float32)
+            sizes = {len(tree[group].draw) for group in tree.children}
+            assert len(sizes) == 1
+            return tree["posterior"]["x"].values
+
+
+@pytest.mark.slow
+def test_termination_saves_the_state(tmp_path):
+    process = launch(checkpoint=str(tmp_path / "c"), num_samples=10**7, every=0.5)
+    while not (tmp_path / "c" / "state.npz").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    process.terminate()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_another_run_is_refused_with_what_differs(tmp_path):
+    options = {"checkpoint": tmp_path / "state", "resume": True}
+    worker.run(5, 2, **options)
+
+    def refused(expected, kernel, init=None, **changes):
+        arguments = {"num_samples": 5, "num_warmup": 20, "thin": 2, "num_chains": 2, **changes}
+        with pytest.raises(ValueError, match=expected):
+            stochgrad.sample(
+                jax.random.key(3),
+                kernel,
+                init=jnp.zeros(3) if init is None else init,
+                progress=False,
+                **arguments,
+                **options,
+            )
+
+    refused("another run: num_chains was 2 and is now 3", worker.kernel(), num_chains=3)
+    refused("another run: thin was 2 and is now 4", worker.kernel(), thin=4)
+    other = stochgrad.sghmc(worker.target(), 0.02, 60.0, integrator="BAOAB")
+    refused("another run: step_size was 0.005 and is now 0.02", other)
+    smaller = stochgrad.posterior(
+        lambda m: -0.5 * jnp.sum(m**2),
+        lambda m, x: -0.5 * jnp.sum((x - m[None]) ** 2, axis=-1),
+        np.ones((450, 3), np.float32),
+        batch_size=50,
+    )
+    refused(
+        "data_size was 500 and is now 450",
+        stochgrad.sghmc(smaller, 0.005, 60.0, integrator="BAOAB"),
+    )
+    shifted = worker.target()._replace(
+        log_density=lambda p, b: worker.target().log_density(p + 1.0, b)
+    )
+    refused("program was", stochgrad.sghmc(shifted, 0.005, 60.0, integrator="BAOAB"))
+    with pytest.raises(ValueError, match="resume=True needs checkpoint"):
+        worker.run(5, resume=True)
+
+
+def test_a_place_that_cannot_be_written_says_so_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match=r"checkpoint='.*' cannot be written: Not a directory"):
+        worker.run(5, checkpoint=tmp_path / "file" / "inside")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("x")
+    with pytest.raises(ValueError, match="exists and is no zarr group"):
+        worker.run(5, store=tmp_path / "full")
+
+
+def test_a_full_disk_costs_a_warning_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    import stochgrad.core._checkpoint as module
+
+    path, whole = tmp_path / "state", worker.run(60, 2)
+    worker.run(20, 2, checkpoint=path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_tree", full)
+        with pytest.warns(stochgrad.CheckpointWarning, match="No space left on device"):
+            same(worker.run(60, 2, checkpoint=path, resume=True), whole)
+    same(worker.run(60, 2, checkpoint=path, resume=True), whole)
