@@ -51,7 +51,7 @@ def test_every_link_between_pages_leads_somewhere():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", ["guide", "samplers", "orders"])
+@pytest.mark.parametrize("page", ["guide", "samplers", "orders", "scale"])
 def test_the_pages_run(page, monkeypatch, tmp_path):
     import matplotlib
 
@@ -68,6 +68,9 @@ def test_the_pages_run(page, monkeypatch, tmp_path):
     if page == "samplers":
         assert 0 < len(space["snapshots"].positions[0]) < 1000
         assert space["center"].distance < 1
+    if page == "scale":
+        assert space["again"].num_draws == 2000
+        assert abs(space["again"].positions[:].std() / space["expected_sd"] - 1) < 0.2
     if page == "orders":
         assert abs(space["found"].position_order - 2) < 0.1
         assert abs(space["second"].value * 2001 - 1).max() < 0.2

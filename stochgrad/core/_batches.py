@@ -116,7 +116,7 @@ def row_batches(
     full: Any = Rows(None, np.arange(size, dtype=np.int32), np.float32(1))  # pyright: ignore
     if mesh is None and (order == "full" or batch_size == size):
         return _whole(full, size), None
-    check_mesh(mesh, batch_size, layout)
+    mesh = _checked(mesh, batch_size, layout)
     num_batches = -(-size // batch_size)
     visit = partial(_visit, ORDERS.get(order, ORDERS["reshuffled"]), num_batches)
 
@@ -167,7 +167,7 @@ def data_batches(
     check_order(order, layout)
     batch_size = check_batch_size(batch_size, size, order)
     rows, partition = row_batches(size, batch_size, order, layout, mesh)
-    if mesh is not None:
+    if rows.mesh is not None:
         assert partition is not None
         data = jax.tree.map(partition.lay_out, data)
         return _blocks_of(data, partition, rows, None)
@@ -239,10 +239,10 @@ def streamed_rows(sources: PyTree, size: int, batch_size: int, resident_bytes: i
     return Batches(stream.init, next, None, size, batch_size, "streamed", stream=stream)
 
 
-def check_mesh(mesh: Mesh | None, batch_size: int, layout: str) -> None:
-    """Raise a ValueError unless minibatches can be spread over the mesh."""
+def _checked(mesh: Mesh | None, batch_size: int, layout: str) -> Mesh | None:
+    """The mesh, its axes left to the compiler, or a ValueError where it cannot hold minibatches."""
     if mesh is None:
-        return
+        return None
     if "data" not in mesh.axis_names or set(mesh.axis_names) - {"chain", "data"}:
         raise ValueError(
             "mesh must have an axis 'data', and may have an axis 'chain', got "
@@ -255,6 +255,7 @@ def check_mesh(mesh: Mesh | None, batch_size: int, layout: str) -> None:
             f"batch_size must be a multiple of the {mesh.shape['data']} devices along 'data', got "
             f"{batch_size}."
         )
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def check_order(order: str, layout: str = "blocks") -> None:

@@ -72,6 +72,7 @@ class Journey:
                 before = time.perf_counter()
                 try:
                     following = self._piece(carry, done, offset, min(count, self.most, end - done))
+                    lost = bool(np.all(to_host(following[0].first_bad) >= 0))
                 except (OSError, ValueError):
                     if offset == 0:
                         keeper.save(done, carry, now=True)
@@ -82,7 +83,6 @@ class Journey:
                         f"the device failed at draw {done}: {reason}. {keeper.last_saved()}"
                     ) from error
                 carry, kept, stats, draws, offset = following
-                lost = bool(np.all(to_host(carry.first_bad) >= 0))
                 took = time.perf_counter() - before
                 phase = "compile" if compiling else "warmup" if warming else "sample"
                 seconds[phase] += took

@@ -118,6 +118,8 @@ def sample(
     num_chains = check_count("num_chains", num_chains)
     if chunk_size is not None:
         chunk_size = check_count("chunk_size", chunk_size)
+    if not (collect is None or callable(collect) or isinstance(collect, Online)):
+        raise TypeError(f"collect must be a function of a state or an Online, got {collect!r}.")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs checkpoint, the directory to resume from.")
     every = check_number("every", every, zero=True)

@@ -13,11 +13,12 @@ import numpy as np
 
 from stochgrad.core._datatree import Group
 from stochgrad.core._identity import refuse_other_run
+from stochgrad.core._stream import step_aside
 
 _CHUNK_BYTES = 2**20
 _MOST_DRAWS = 2**14
 _SECONDS_BETWEEN_WRITES = 1.0
-_REST = 40
+_REST = 80
 """How much longer than a write the pause after it is."""
 _RUN = "stochgrad_run"
 
@@ -40,8 +41,8 @@ class Store(NamedTuple):
 class Writer:
     """Appends to a store in a thread of its own, so that the device does not wait for the disk.
 
-    What has been handed over is written within some seconds, so that writing takes one core a
-    fortieth of its time at most. Data go first, then the lengths of
+    What has been handed over is written within some seconds, so that writing takes one core an
+    eightieth of its time at most. Data go first, then the lengths of
     all arrays at once (the group's consolidated metadata): a reader sees whole draws only, and a
     process that dies leaves a store that can be read and gone on with.
 
@@ -66,7 +67,7 @@ class Writer:
         self._round = _ROUNDINGS[store.dtype]
         self._num_draws = max(num_draws, 1)
         self._root = _open(self.path, {**run, "store dtype": str(store.dtype)}, resume)
-        self._thread = ThreadPoolExecutor(1, "stochgrad-store")
+        self._thread = ThreadPoolExecutor(1, "stochgrad-store", step_aside)
         self._writing: Future | None = None
         self._pending: list[Callable[[], dict[str, Group]]] = []
         self._arrays: dict[str, Any] = {}

@@ -6,9 +6,11 @@ comes once an epoch. What is in the n-th super-block follows from a key and n al
 """
 
 import math
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +26,7 @@ from stochgrad.core._orders import permuted
 from stochgrad.core._trees import Constant, Shared
 
 _SEGMENTS = 16
+_NICE = 10
 _SHARE = 7 / 8
 
 
@@ -250,7 +253,7 @@ class Supply:
 
     def __init__(self, stream: Stream, words: Sequence[int], sharding: NamedSharding | None = None):
         self._stream, self._words, self._sharding = stream, [int(w) for w in words], sharding
-        self._thread = ThreadPoolExecutor(1, "stochgrad-reader")
+        self._thread = ThreadPoolExecutor(1, "stochgrad-reader", step_aside)
         self._ahead: Future | None = None
         self._number, self._first, self._batches = -1, 0, 0
         # a device that is the CPU uses these as they are; each is free again when the other is used
@@ -283,6 +286,12 @@ class Supply:
     def _begin(self, number: int) -> None:
         self._number = number
         self._ahead = self._thread.submit(self._stream.load, self._words, number, self._free)
+
+
+def step_aside() -> None:
+    """Let the threads that compute go before this one, where the system knows of such things."""
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def minibatches_taken(state: PyTree) -> Any:

@@ -212,3 +212,43 @@ def test_a_full_disk_costs_a_warning_and_keeps_the_last_checkpoint(tmp_path, mon
         with pytest.warns(stochgrad.CheckpointWarning, match="No space left on device"):
             same(worker.run(60, 2, checkpoint=path, resume=True), whole)
     same(worker.run(60, 2, checkpoint=path, resume=True), whole)
+
+
+def test_a_device_that_fails_says_where_the_last_checkpoint_is(tmp_path):
+    calls = 0
+
+    def answer(x):
+        nonlocal calls
+        calls += 1
+        if calls > 60:
+            raise OSError("the device has fallen off the bus")
+        return x
+
+    def score(p):
+        return jnp.float32(0), -jax.pure_callback(answer, jax.ShapeDtypeStruct((2,), p.dtype), p)
+
+    failing = stochgrad.Gradient(
+        lambda key, position: (), lambda key, position, state: (score, state)
+    )
+    with pytest.raises(
+        RuntimeError, match=r"failed at draw 50: .*The last checkpoint is at draw 50"
+    ):
+        stochgrad.sample(
+            jax.random.key(0),
+            stochgrad.sgld(failing, 1e-2),
+            init=jnp.zeros(2),
+            num_samples=100,
+            chunk_size=25,
+            progress=False,
+            checkpoint=tmp_path / "state",
+            every=0,
+        )
+
+
+def test_another_version_is_refused(tmp_path, monkeypatch):
+    import stochgrad.core._identity as module
+
+    worker.run(5, 1, checkpoint=tmp_path / "state")
+    monkeypatch.setattr(module, "package_version", lambda name: "9.9")
+    with pytest.raises(ValueError, match=r"version of stochgrad was '.*' and is now '9\.9'"):
+        worker.run(5, 1, checkpoint=tmp_path / "state", resume=True)
