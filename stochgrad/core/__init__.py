@@ -7,6 +7,7 @@ from stochgrad.core._batches import Order as Order
 from stochgrad.core._batches import Partition as Partition
 from stochgrad.core._batches import Rows as Rows
 from stochgrad.core._batches import check_batch_size as check_batch_size
+from stochgrad.core._batches import check_no_mesh as check_no_mesh
 from stochgrad.core._batches import check_order as check_order
 from stochgrad.core._batches import data_batches as data_batches
 from stochgrad.core._batches import row_batches as row_batches

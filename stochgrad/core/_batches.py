@@ -239,6 +239,14 @@ def streamed_rows(sources: PyTree, size: int, batch_size: int, resident_bytes: i
     return Batches(stream.init, next, None, size, batch_size, "streamed", stream=stream)
 
 
+def check_no_mesh(mesh: Mesh | None) -> None:
+    """Raise a ValueError if there is a mesh, which streamed data do not know what to do with."""
+    if mesh is not None:
+        raise ValueError(
+            "mesh is for data in memory: every device holds a streamed super-block whole."
+        )
+
+
 def _checked(mesh: Mesh | None, batch_size: int, layout: str) -> Mesh | None:
     """The mesh, its axes left to the compiler, or a ValueError where it cannot hold minibatches."""
     if mesh is None:

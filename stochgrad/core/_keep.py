@@ -21,9 +21,11 @@ class Keeper:
     Args:
         as_draws: ``(chunks, **fields) -> Draws``.
         shapes: Shapes of the arrays of one draw, as a chunk gives them.
+        online: Whether an ``Online`` sums up the draws.
     """
 
-    def __init__(self, as_draws: Callable[..., Draws], shapes: PyTree):
+    def __init__(self, as_draws: Callable[..., Draws], shapes: PyTree, online: bool):
+        self._online = online
         self._as_draws = as_draws
         self._shapes = shapes
         self._store: Store | None = None
@@ -49,9 +51,11 @@ class Keeper:
             if is_writer():
                 self._writer = Writer(self._store, run, num_draws, resume)
 
-    def load(self, like: PyTree, num_warmup: int) -> Saved | None:
-        """What the checkpoint holds; its draws are taken over."""
-        saved = None if self._checkpoint is None else self._checkpoint.load(like, self._shapes)
+    def load(self, shapes: Callable[[], PyTree], num_warmup: int) -> Saved | None:
+        """What the checkpoint holds, in the given shapes; its draws are taken over."""
+        if self._checkpoint is None:
+            return None
+        saved = self._checkpoint.load(shapes(), self._shapes)
         if saved is not None:
             self._chunks = saved.pieces
             self._saved = len(self._chunks)
@@ -103,6 +107,8 @@ class Keeper:
         if self._writer is None or self._writer.draws == 0:
             return self._as_draws([self._none()], **fields)
         positions, stats = self._shapes
+        if self._online:
+            positions = {}
         names = list(by_name(positions))
         arrays, stored = read_back(self._store.path, names, [stats_name(name) for name in stats])
         return self._as_draws(
@@ -115,7 +121,7 @@ class Keeper:
 
     def _groups(self, chunk) -> dict[str, Group]:
         draws = self._as_draws([chunk], first_bad=np.array([-1]))
-        found = groups(draws)
+        found = {name: group for name, group in groups(draws).items() if group.variables}
         if draws.posterior is not None and draws.posterior.constrain and not draws.collected:
             found["unconstrained_posterior"] = unconstrained_group(draws)
         return found

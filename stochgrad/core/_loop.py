@@ -118,7 +118,8 @@ def sample(
     num_chains = check_count("num_chains", num_chains)
     if chunk_size is not None:
         chunk_size = check_count("chunk_size", chunk_size)
-    if not (collect is None or callable(collect) or isinstance(collect, Online)):
+    online = isinstance(collect, Online)
+    if not (collect is None or callable(collect) or online):
         raise TypeError(f"collect must be a function of a state or an Online, got {collect!r}.")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs checkpoint, the directory to resume from.")
@@ -134,7 +135,7 @@ def sample(
         kernel.init,
         kernel.step,
         collect or position_of,
-        num_warmup if isinstance(collect, Online) else 0,
+        num_warmup if online else 0,
         thin,
         num_chains,
         share_batches,
@@ -152,15 +153,15 @@ def sample(
         Draws.from_chunks,
         kernel=kernel,
         collected=collect is not None,
-        online=isinstance(collect, Online),
+        online=online,
         several=num_chains > 1,
         run=run,
     )
-    keeper = Keeper(as_draws, program.shapes)
+    keeper = Keeper(as_draws, program.shapes, online)
     if store is not None or checkpoint is not None:
         told = {**run_attributes(kernel, run), "num_chains": num_chains, "collect": repr(collect)}
         keeper.open(
-            identity(program.traced, told, example),
+            identity(program.traced, told, example, stream),
             store,
             checkpoint,
             every,
@@ -178,8 +179,10 @@ def sample(
     if stream is not None:
         words = np.asarray(key_words(jax.random.fold_in(run_key, num_chains))).tolist()
         supply = Supply(stream, words, everywhere)
-    like = jax.eval_shape(program.start, positions, init_keys, stream and stream.shapes())
-    saved = keeper.load(like, num_warmup)
+    shapes = partial(
+        jax.eval_shape, program.start, positions, init_keys, stream and stream.shapes()
+    )
+    saved = keeper.load(shapes, num_warmup)
     if saved is None:
         if supply is not None:
             supply.left(0)

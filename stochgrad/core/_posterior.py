@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from stochgrad.core._batches import Batch, Layout, Order, data_batches, streamed_batches
+from stochgrad.core._batches import (
+    Batch,
+    Layout,
+    Order,
+    check_no_mesh,
+    data_batches,
+    streamed_batches,
+)
 from stochgrad.core._protocols import Position, Posterior
 
 
@@ -90,6 +97,7 @@ def posterior(
         return prior + jnp.sum(batch.weight.astype(values.dtype) * values)
 
     if order == "streamed":
+        check_no_mesh(mesh)
         return Posterior(log_density, streamed_batches(data, batch_size, resident_bytes))
     return Posterior(log_density, data_batches(data, batch_size, order, layout, mesh))
 

@@ -25,7 +25,7 @@ def arrays_of(draws: Any) -> PyTree:
         ValueError: some draws are not finite.
     """
     if isinstance(draws, Draws):
-        return finite(draws).positions
+        return jax.tree.map(np.asarray, finite(draws).positions)  # read those of a store
     group = _group(draws)
     if group is None:
         raise TypeError(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochgrad.core import PRNGKey, Target, check_key, compiled, in_one_block
+from stochgrad.core import PRNGKey, Target, check_key, compiled, in_one_block, one_block_at_hand
 from stochgrad.diagnostics._inputs import flattened, positions_of
 from stochgrad.gradients import as_gradient
 
@@ -57,8 +57,8 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
     if scores == "full" and gradient.posterior is None:
         raise ValueError("full scores need a posterior: this gradient has none.")
     posterior = gradient.posterior
-    if posterior is not None and posterior.batches.stream is not None:
-        raise ValueError("ksd takes scores from data in memory, not from streamed ones.")
+    if scores == "full" and posterior is not None and posterior.batches.stream is not None:
+        raise ValueError("full scores need the data in memory: take minibatch scores of a stream.")
     flat = flattened(positions)
     if len(flat) < 2:
         raise ValueError(f"ksd needs two draws or more, got {len(flat)}.")
@@ -75,7 +75,8 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
 
     merged = jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:])), positions)
     keys = jax.random.split(key, len(flat))
-    found = compiled(lambda *x: jax.lax.map(score_at, x, batch_size=16))(keys, merged)
+    with one_block_at_hand(gradient.posterior):
+        found = compiled(lambda *x: jax.lax.map(score_at, x, batch_size=16))(keys, merged)
     s = flattened(jax.tree.map(lambda x: np.asarray(x)[None], found))
     scale = np.maximum(flat.std(axis=0), np.finfo(flat.dtype).tiny)
     squared = float(_mean_off_diagonal(jnp.asarray(flat / scale), jnp.asarray(s * scale)))

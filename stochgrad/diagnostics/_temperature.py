@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochgrad.core import Draws, PRNGKey, Target, check_key, compiled, tree_dot
+from stochgrad.core import (
+    Draws,
+    PRNGKey,
+    Target,
+    check_key,
+    compiled,
+    one_block_at_hand,
+    tree_dot,
+)
 from stochgrad.diagnostics._errors import error_of_mean
 from stochgrad.diagnostics._inputs import positions_of
 from stochgrad.gradients import as_gradient
@@ -41,7 +49,8 @@ def temperatures(
     The second holds for any target whose density vanishes at infinity, by partial integration. Both
     read about $1 + hV/2C$ where independent gradient noise of variance V heats the chain, so that
     their excess over one is the relative error of the posterior variances. The gradients at the
-    draws are taken afresh, from minibatches that the chains have not seen.
+    draws are taken afresh, from minibatches that the chains have not seen (of streamed data, from
+    those of one super-block).
 
     Args:
         draws: Draws of positions (not of a ``collect`` of yours), all finite, or an ArviZ object.
@@ -68,7 +77,8 @@ def temperatures(
     centered = jax.tree.map(lambda x: x - x.mean(axis=0, keepdims=True), flat)
     dimension = sum(leaf[0].size for leaf in jax.tree.leaves(flat))
     keys = jax.random.split(key, chains * length)
-    virial = compiled(lambda *x: jax.lax.map(at, x, batch_size=64))(keys, flat, centered)
+    with one_block_at_hand(gradient.posterior):
+        virial = compiled(lambda *x: jax.lax.map(at, x, batch_size=64))(keys, flat, centered)
     virial = np.asarray(virial).reshape(chains, length) / dimension
     kinetic = _kinetic(draws)
     if kinetic is None:

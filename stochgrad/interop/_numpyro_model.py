@@ -24,6 +24,7 @@ from stochgrad.core import (
     Rows,
     check_batch_size,
     check_finite,
+    check_no_mesh,
     check_order,
     row_batches,
     streamed_rows,
@@ -109,6 +110,7 @@ def from_numpyro(
             f"streamed data and a mesh need one subsampled plate, the model has {sorted(sizes)}."
         )
     if streamed is not None:
+        check_no_mesh(mesh)
         ((name, rows),) = sizes.items()
         sources, size = tuple(streamed.sources), found.plates[name].size
         streams[name] = streamed_rows(sources, size, rows, resident_bytes)

@@ -23,6 +23,7 @@ from stochgrad.sgmcmc._curvature import curvature_and_noise
 from stochgrad.sgmcmc._frame import frames
 
 _SHARE_OF_LIMIT = 1 / 3
+_MOST_NOISES = 64
 
 
 class StepSizeReport(NamedTuple):
@@ -152,13 +153,15 @@ class _Model:
         if self.scheme is None:
             keep = 1 - h * self.curvature
             return np.array([[keep]]), np.array([[np.sqrt(2 * h)]])
-        columns = 3 + 8  # one for each part of z, one for each noise that there may be
+        columns = 3 + _MOST_NOISES  # one for each part of z, one for each noise there may be
         used = [0]
 
         def unit(i):
             return jnp.zeros(columns).at[i].set(1)
 
         def noise(i):
+            if i >= _MOST_NOISES:
+                raise ValueError(f"the integrator draws more than {_MOST_NOISES} noises a step.")
             used[0] = max(used[0], i + 1)
             return unit(3 + i)
 

@@ -48,8 +48,11 @@ def test_a_run_in_two_parts_learns_the_same(tmp_path):
     )  # fmt: skip
     run(70, checkpoint=tmp_path / "c")
     again = run(150, checkpoint=tmp_path / "c", resume=True)
-    np.testing.assert_array_equal(again.summary.mean, whole.summary.mean)
-    np.testing.assert_array_equal(again.finite, whole.finite)
+    stored = run(150, store=tmp_path / "d")
+    for draws in (again, stored):
+        np.testing.assert_array_equal(draws.summary.mean, whole.summary.mean)
+        np.testing.assert_array_equal(draws.finite, whole.finite)
+        np.testing.assert_array_equal(draws.stats["step_size"], whole.stats["step_size"])
 
 
 def test_swag_keeps_the_last_deviations_and_draws_from_its_gaussian(key):
