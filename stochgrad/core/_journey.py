@@ -73,11 +73,11 @@ class Journey:
                 try:
                     following = self._piece(carry, done, offset, min(count, self.most, end - done))
                     lost = bool(np.all(to_host(following[0].first_bad) >= 0))
-                except (OSError, ValueError):
-                    if offset == 0:
-                        keeper.save(done, carry, now=True)
-                    raise
-                except jax.errors.JaxRuntimeError as error:
+                except Exception as error:
+                    if not _consumed(carry):  # the host's failure: of data, most likely
+                        if offset == 0:
+                            keeper.save(done, carry, now=True)
+                        raise
                     reason = str(error).strip().split("\n")[0]
                     raise RuntimeError(
                         f"the device failed at draw {done}: {reason}. {keeper.last_saved()}"
@@ -137,3 +137,9 @@ class Journey:
                 "are for kernels that take one a step."
             )
         return *out, draws, offset
+
+
+def _consumed(carry: Carry) -> bool:
+    """Whether a program has taken over the memory of a carry, and with it the state."""
+    leaves = [leaf for leaf in jax.tree.leaves(carry) if isinstance(leaf, jax.Array)]
+    return any(leaf.is_deleted() for leaf in leaves)

@@ -1,5 +1,6 @@
 """The loop: who runs in it, what it returns, and what it says when something is wrong."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 RUN = {"num_samples": 5, "progress": False}
 
 
+@functools.cache
 def kernel(**options):
     return stochgrad.sghmc(gaussian_posterior(batch_size=5, **options)[0], 0.01, 5.0)
 
@@ -84,7 +86,12 @@ def test_chains_in_turn_equal_chains_at_once(key, monkeypatch):
         monkeypatch.setattr(_chunk, "best_in_turn", lambda *_, t=in_turn: t)
         for share in (False, True):
             draws = stochgrad.sample(
-                key, kernel(), init=jnp.zeros(2), num_chains=3, share_batches=share, **RUN
+                key,
+                kernel.__wrapped__(),
+                init=jnp.zeros(2),
+                num_chains=3,
+                share_batches=share,
+                **RUN,
             )
             runs.append(draws.positions)
     np.testing.assert_allclose(runs[0], runs[2], rtol=1e-5)

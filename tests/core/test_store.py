@@ -27,6 +27,7 @@ def test_the_store_holds_the_draws_as_arviz_reads_them(tmp_path):
     assert list(arviz.summary(stored.to_arviz()).index) == ["x[0]", "x[1]", "x[2]"]
 
 
+@pytest.mark.slow
 def test_a_numpyro_model_is_stored_in_its_own_space_and_as_sampled(tmp_path):
     def model(y):
         sd = numpyro.sample("sd", dist.HalfNormal(1.0))
@@ -46,6 +47,7 @@ def test_a_numpyro_model_is_stored_in_its_own_space_and_as_sampled(tmp_path):
         np.testing.assert_array_equal(tree["unconstrained_posterior"]["sd"], memory.positions["sd"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(tmp_path, dtype):
     memory = worker.run(50, 1)
@@ -80,6 +82,7 @@ def test_a_store_of_another_run_is_refused(tmp_path):
         worker.run(20, 2, store=tmp_path / "d")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_reported_with_what_is_kept(tmp_path, monkeypatch):
     import stochgrad.core._store as module
 

@@ -101,8 +101,9 @@ def test_the_noise_ratio_predicts_what_gradient_noise_adds():
         num_chains=8,
     )
     state, sums = target.batches.init(jax.random.key(0)), []
+    advance = jax.jit(target.batches.next)
     for _ in range(2000):
-        batch, state = target.batches.next(state)
+        batch, state = advance(state)
         sums.append(np.asarray(batch.weight * batch.data.sum(axis=0)))
     v = np.var(np.array(sums), axis=0).mean()
     ratio = np.nanmean(draws.stats["noise_ratio"])

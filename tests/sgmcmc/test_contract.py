@@ -103,7 +103,11 @@ def kernel_fixture(names):
     return fixture
 
 
+EACH = (*BASIC, "sghmc MT3", "psgld", "sgnht each", "cyclical", "replica exchange")
+"""One kernel of each factory, and of those with several scores a step."""
+
 make = kernel_fixture(BASIC)
+each_make = kernel_fixture(EACH)
 any_make = kernel_fixture(KERNELS)
 
 
@@ -144,9 +148,9 @@ def test_a_control_variate_fits_every_kernel(make, key):
     assert describe(after) == describe(state)
 
 
-def test_double_precision_is_kept(any_make):
+def test_double_precision_is_kept(each_make):
     with jax.enable_x64(True):
-        kernel = any_make(tree_target())
+        kernel = each_make(tree_target())
         state = kernel.init(position(jnp.float64), jax.random.key(0))
         after, _ = jax.eval_shape(kernel.step, jax.random.key(1), state)
         assert {x.dtype for x in jax.tree.leaves(after.position)} == {jnp.dtype("float64")}
@@ -213,11 +217,11 @@ def test_no_tracer_leaks(make):
 
 
 @pytest.mark.slow
-def test_gradients_with_a_memory_fit_every_kernel(any_make, key, request):
+def test_gradients_with_a_memory_fit_every_kernel(each_make, key, request):
     """With two chains, chunked and whole to the bit; kernels take turns at the combinations."""
-    turn = list(KERNELS).index(request.node.callspec.params["any_make"])
+    turn = list(KERNELS).index(request.node.callspec.params["each_make"])
     factory, order = [("svrg", "symmetric"), ("saga", "iid"), ("saga", "reshuffled")][turn % 3]
-    kernel = any_make(getattr(stochgrad, factory)(tree_target(order=order)))
+    kernel = each_make(getattr(stochgrad, factory)(tree_target(order=order)))
     run = lambda **options: stochgrad.sample(
         key,
         kernel,

@@ -26,7 +26,7 @@ def both(online, num_chains=2, **options):
     return run().positions, run(collect=online, **options)
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_moments_are_those_of_the_draws_after_warm_up(full):
     kept, draws = both(stochgrad.moments(full=full))
     assert draws.positions == {}
@@ -39,6 +39,7 @@ def test_moments_are_those_of_the_draws_after_warm_up(full):
     np.testing.assert_allclose(summary.variance, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_learns_the_same(tmp_path):
     _, whole = both(stochgrad.moments())
     online = stochgrad.moments()
@@ -55,6 +56,7 @@ def test_a_run_in_two_parts_learns_the_same(tmp_path):
         np.testing.assert_array_equal(draws.stats["step_size"], whole.stats["step_size"])
 
 
+@pytest.mark.slow
 def test_swag_keeps_the_last_deviations_and_draws_from_its_gaussian(key):
     kept, draws = both(stochgrad.swag(rank=4), num_chains=1)
     x = kept[0].astype(np.float64)
