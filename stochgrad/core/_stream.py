@@ -262,7 +262,10 @@ class Supply:
         """The super-block on the device."""
 
     def left(self, minibatch: int) -> int:
-        """How many minibatches the super-block has from this one on; it is changed if need be."""
+        """How many minibatches the super-block has from this one on; it is changed if need be.
+
+        The device must be done with the one before, whose memory the next will take.
+        """
         used = (minibatch - self._first) % 2**32
         if self.resident is None or used >= self._batches:
             if self._ahead is None or used != self._batches:

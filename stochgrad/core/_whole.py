@@ -34,7 +34,8 @@ def on_all_data(posterior: Posterior, function: Callable[..., Any]) -> Callable[
             at, total = 0, None
             while at < stream.num_batches:
                 at += supply.left(at)
-                part = over_block(supply.resident, *args)
+                # done with the rows, before the next ones take their place
+                part = jax.block_until_ready(over_block(supply.resident, *args))
                 total = part if total is None else jax.tree.map(jnp.add, total, part)
         finally:
             supply.close()

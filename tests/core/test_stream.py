@@ -258,6 +258,19 @@ def test_what_is_found_on_streamed_data_is_what_is_found_on_all():
     np.testing.assert_allclose(found.curvature, 801.0, rtol=1e-3)
 
 
+def test_rows_stay_as_they_are_until_the_device_is_done_with_them():
+    """A slow function and a fast reader: the memory of a super-block must not be used too soon."""
+    numbers = np.arange(4000, dtype=np.float32)[:, None]
+    target = streamed(numbers, 100, 4_000)
+
+    def slowly(x, batch):
+        wait = jax.lax.fori_loop(0, 200, lambda i, m: jnp.tanh(m @ m), jnp.eye(120) * x)
+        return jnp.sum(batch.data * batch.weight[:, None]) + 0 * jnp.sum(wait)
+
+    total = stochgrad.core.on_all_data(target, slowly)(jnp.float32(0.5))
+    np.testing.assert_allclose(total, numbers.sum(), rtol=1e-6)
+
+
 def test_a_bad_row_is_named_and_the_state_is_saved(tmp_path):
     x = rows(500)
     x[317, 1] = np.nan
