@@ -84,15 +84,17 @@ class Checkpoint:
     def due(self) -> bool:
         return time.monotonic() - self._last >= self._every
 
-    def save(self, done: int, state: PyTree, pieces: list) -> None:
-        """Replace what is there. ``pieces`` are the draws kept since the last time.
+    def save(self, done: int, state: PyTree, pieces: list) -> bool:
+        """Replace what is there. ``pieces`` are the draws kept since it was last replaced.
 
         A disk that is full costs a warning, not the run: the last state stays.
+
+        Returns:
+            Whether it was replaced.
         """
         self._last = time.monotonic()
         try:
             kept = self._counted
-            pieces = [piece for piece in pieces if len(jax.tree.leaves(piece)[0])]
             if pieces:
                 piece = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
                 save_tree(self._piece(kept), piece, {})
@@ -100,13 +102,15 @@ class Checkpoint:
             notes = {"done": done, "kept": kept, "run": self._run}
             save_tree(self.path / _STATE, state, notes)
             self._counted, self.done = kept, done
+            return True
         except OSError as error:
             warnings.warn(
                 f"the checkpoint at {self.path} could not be written: {error.strerror or error}. "
                 "The run goes on; the last checkpoint stays as it is.",
                 CheckpointWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
+            return False
 
     def _piece(self, first: int) -> Path:
         return self.path / f"draws-{first:010d}.npz"

@@ -79,8 +79,8 @@ class Keeper:
         if is_writer():
             if self._writer is not None:
                 self._writer.flush()
-            self._checkpoint.save(done, state, self._chunks[self._saved :])
-            self._saved = len(self._chunks)
+            if self._checkpoint.save(done, state, self._chunks[self._saved :]):
+                self._saved = len(self._chunks)
 
     @property
     def saves(self) -> bool:
@@ -104,16 +104,16 @@ class Keeper:
             chunks = self._chunks or [self._none()]
             return self._as_draws(chunks, **fields)
         wait_for_all("stochgrad-store")
-        if self._writer is None or self._writer.draws == 0:
-            return self._as_draws([self._none()], **fields)
         positions, stats = self._shapes
         if self._online:
             positions = {}
         names = list(by_name(positions))
-        arrays, stored = read_back(self._store.path, names, [stats_name(name) for name in stats])
+        stored = read_back(self._store.path, names, [stats_name(name) for name in stats])
+        if stored is None:
+            return self._as_draws([self._none()], **fields)
         return self._as_draws(
             None,
-            positions=jax.tree.unflatten(jax.tree.structure(positions), arrays),
+            positions=jax.tree.unflatten(jax.tree.structure(positions), stored.positions),
             stats=dict(zip(stats, stored.stats, strict=True)),
             finite=stored.finite,
             **fields,

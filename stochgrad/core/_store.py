@@ -42,9 +42,9 @@ class Writer:
     """Appends to a store in a thread of its own, so that the device does not wait for the disk.
 
     What has been handed over is written within some seconds, so that writing takes one core an
-    eightieth of its time at most. Data go first, then the lengths of
-    all arrays at once (the group's consolidated metadata): a reader sees whole draws only, and a
-    process that dies leaves a store that can be read and gone on with.
+    eightieth of its time at most. Data go first, then the lengths of all arrays at once (the
+    group's consolidated metadata): a reader sees whole draws only, and a process that dies leaves a
+    store that can be read and gone on with.
 
     Args:
         store: Where to.
@@ -106,8 +106,10 @@ class Writer:
             writing, self._writing = self._writing, None
             try:
                 writing.result()
-            except OSError as error:
+            except Exception as error:  # what came after it would lie in the wrong place
                 self._failed, self._pending = True, []
+                if not isinstance(error, OSError):
+                    raise
                 raise OSError(
                     f"cannot write draws to {self.path}: {error.strerror or error}. It holds "
                     f"{self.draws} draws per chain."
@@ -173,19 +175,25 @@ class Writer:
 
 
 class Stored(NamedTuple):
-    """Numbers of a store that go with each draw, in memory."""
+    """Draws of a store: positions, read when indexed, and what goes with them in memory."""
 
+    positions: list[Any]
     stats: list[np.ndarray]
     finite: np.ndarray
 
 
-def read_back(path: str | Path, names: list[str], stats: list[str]) -> tuple[list[Any], Stored]:
-    """Arrays of the positions, read when they are indexed, and the stats by their names there."""
+def read_back(path: str | Path, names: list[str], stats: list[str]) -> Stored | None:
+    """What a store holds under the names of positions and of stats; None if no draws yet."""
     root = _zarr().open_group(Path(path), mode="r", use_consolidated=False)
+    if "sample_stats" not in root:
+        return None
     where = "unconstrained_posterior" if "unconstrained_posterior" in root else "posterior"
     numbers = root["sample_stats"]
-    stored = Stored([numbers[name][:] for name in stats], ~numbers["diverging"][:])
-    return [root[f"{where}/{name}"] for name in names], stored
+    return Stored(
+        [root[f"{where}/{name}"] for name in names],
+        [numbers[name][:] for name in stats],
+        ~numbers["diverging"][:],
+    )
 
 
 def _to_half(name: str, values: np.ndarray) -> np.ndarray:

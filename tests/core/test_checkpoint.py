@@ -223,6 +223,25 @@ def test_a_full_disk_costs_a_warning_and_keeps_the_last_checkpoint(tmp_path, mon
     same(worker.run(60, 2, checkpoint=path, resume=True), whole)
 
 
+@pytest.mark.slow
+def test_a_save_that_failed_leaves_its_draws_to_the_next(tmp_path, monkeypatch):
+    import stochgrad.core._checkpoint as module
+
+    path, whole, save, calls = tmp_path / "state", worker.run(120, 2), module.save_tree, []
+
+    def full_once(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_tree", full_once)
+        with pytest.warns(stochgrad.CheckpointWarning, match="No space left on device"):
+            worker.run(80, 2, checkpoint=path, every=0, chunk_size=20)
+    same(worker.run(120, 2, checkpoint=path, resume=True), whole)
+
+
 def test_a_device_that_fails_says_where_the_last_checkpoint_is(tmp_path):
     calls = 0
 

@@ -63,7 +63,6 @@ def test_two_processes_give_the_draws_of_one_and_one_goes_on_from_two(tmp_path):
         "store": str(tmp_path / "draws.zarr"),
         "checkpoint": str(tmp_path / "state"),
         "address": address,
-        "out": str(tmp_path / "draws.npy"),
     }
     environment = {
         **os.environ,
@@ -72,7 +71,11 @@ def test_two_processes_give_the_draws_of_one_and_one_goes_on_from_two(tmp_path):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, worker.__file__, json.dumps({**options, "process": i})],
+            [
+                sys.executable,
+                worker.__file__,
+                json.dumps({**options, "process": i, "out": f"{tmp_path}/{i}.npy"}),
+            ],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -82,7 +85,8 @@ def test_two_processes_give_the_draws_of_one_and_one_goes_on_from_two(tmp_path):
     for process in processes:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    np.testing.assert_array_equal(np.load(options["out"]), worker.run().positions)
+    for i in (0, 1):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{i}.npy"), worker.run().positions)
     longer = worker.run(450, store=options["store"], checkpoint=options["checkpoint"], resume=True)
     np.testing.assert_array_equal(longer.positions, worker.run(450).positions)
 

@@ -83,7 +83,7 @@ def main(options):
         kernel()
         die_at(death)
     draws = run(**options)
-    if out is not None and jax.process_index() == 0:
+    if out is not None:
         np.save(Path(out), np.asarray(draws.positions))
 
 
