@@ -16,7 +16,7 @@ from stochgrad.core._noise import key_words
 from stochgrad.core._orders import ORDERS, permuted
 from stochgrad.core._protocols import Batches, Blocks, PRNGKey
 from stochgrad.core._stream import Source, Stream
-from stochgrad.core._trees import Shared
+from stochgrad.core._trees import Shared, block_of
 
 Order: TypeAlias = Literal["iid", "reshuffled", "symmetric", "full", "streamed"]
 Layout: TypeAlias = Literal["blocks", "rows"]
@@ -96,12 +96,11 @@ class Partition(NamedTuple):
         if self.mesh is not None:
             where = axis if axis >= 0 else axis - 1
             return lax.dynamic_index_in_dim(laid_out, block, where, keepdims=False)
-        return lax.dynamic_slice_in_dim(laid_out, block * self.batch_size, self.batch_size, axis)
+        return block_of(laid_out, block, self.batch_size, axis)
 
     def rows(self, block: Any) -> Array:
         """Numbers of a block's rows."""
-        order: Any = self.order
-        return lax.dynamic_slice_in_dim(order, block * self.batch_size, self.batch_size)
+        return block_of(self.order, block, self.batch_size)
 
 
 def row_batches(
@@ -118,7 +117,7 @@ def row_batches(
         return _whole(full, size), None
     mesh = _checked(mesh, batch_size, layout)
     num_batches = -(-size // batch_size)
-    visit = partial(_visit, ORDERS.get(order, ORDERS["reshuffled"]), num_batches)
+    visit = partial(_visit, ORDERS["reshuffled" if order == "full" else order], num_batches)
 
     def weight(block):
         if size % batch_size == 0:
@@ -208,7 +207,7 @@ def streamed_batches(data: PyTree, batch_size: int | None, resident_bytes: int) 
 
     def next(state):
         chosen, state = rows.next(state)
-        fetch = partial(rows.stream.rows_of, chosen.block)
+        fetch = partial(block_of, block=chosen.block, size=batch_size)
         return Batch(jax.tree.map(fetch, chosen.resident), chosen.weight), state
 
     return rows._replace(next=next)
@@ -233,7 +232,7 @@ def streamed_rows(sources: PyTree, size: int, batch_size: int, resident_bytes: i
 
     def next(state):
         (slot, resident), state = stream.next(state)
-        rows = partial(stream.rows_of, slot)
+        rows = partial(block_of, block=slot, size=batch_size)
         return Rows(slot, rows(resident.index), rows(resident.weight), resident.data), state
 
     return Batches(stream.init, next, None, size, batch_size, "streamed", stream=stream)

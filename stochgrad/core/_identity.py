@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from stochgrad.core._chunk import Traced
-from stochgrad.core._stream import Source, Stream
+from stochgrad.core._stream import Stream
 
 _SAMPLED_BYTES = 2**20
 _PLACES = 64
@@ -25,7 +25,9 @@ def identity(
     The program is told by a digest of its trace; the data by their shapes and a digest of some of
     their rows, so that a terabyte is not read twice.
     """
-    sources = [] if stream is None else [_Rows(s) for s in stream.sources]
+    sources = [] if stream is None else stream.sources
+    arrays = [*traced.constants, *(source.array for source in sources)]
+    some = [*map(_sample, traced.constants), *(source.sample(_PLACES) for source in sources)]
     text = re.sub(r"0x[0-9a-f]+|<function [^>]*>", "", str(traced.jaxpr))
     structure, leaves = example
     shapes = jax.tree.unflatten(structure, [f"{dtype}{list(shape)}" for shape, dtype in leaves])
@@ -33,8 +35,8 @@ def identity(
         **{name: _plain(value) for name, value in attrs.items()},
         "position": _describe(shapes),
         "program": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "data": [f"{c.dtype}{list(c.shape)}" for c in [*traced.constants, *sources] if c.shape],
-        "values of the data": _digest([*traced.constants, *sources]),
+        "data": [f"{array.dtype}{list(array.shape)}" for array in arrays if array.shape],
+        "values of the data": _digest(some),
         "device": jax.default_backend(),
         **{f"version of {name}": package_version(name) for name in ("stochgrad", "jax", "jaxlib")},
     }
@@ -76,33 +78,20 @@ def _describe(shapes: Any) -> Any:
     return {jax.tree_util.keystr(path) or "x": shape for path, shape in leaves}
 
 
-class _Rows:
-    """A source of a stream, for a look at rows here and there."""
-
-    def __init__(self, source: Source):
-        self._source = source
-        self.shape, self.dtype = tuple(source.array.shape), np.dtype(source.array.dtype)
-
-    def some(self) -> np.ndarray:
-        size = self.shape[self._source.axis]
-        places = np.unique(np.linspace(0, size - 1, _PLACES).astype(int)).tolist()
-        rows = [self._source.read(i, i + 1, self.dtype) for i in places]
-        return np.ascontiguousarray(np.concatenate(rows, axis=self._source.axis))
+def _sample(constant: Any) -> np.ndarray:
+    """A constant, or some of the rows of a large one."""
+    if jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key):
+        constant = jax.random.key_data(constant)
+    rows = len(constant) if constant.shape else 1
+    row_bytes = max(constant.size * constant.dtype.itemsize // max(rows, 1), 1)
+    every = max(rows * row_bytes // _SAMPLED_BYTES, 1)
+    return np.asarray(constant[::every] if constant.shape else constant)
 
 
-def _digest(constants: list) -> str:
+def _digest(arrays: list[np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for constant in constants:
-        if jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key):
-            constant = jax.random.key_data(constant)
-        if isinstance(constant, _Rows):
-            digest.update(constant.some().tobytes())
-            continue
-        rows = len(constant) if constant.shape else 1
-        row_bytes = max(constant.size * constant.dtype.itemsize // max(rows, 1), 1)
-        every = max(rows * row_bytes // _SAMPLED_BYTES, 1)
-        some = np.asarray(constant[::every] if constant.shape else constant)
-        digest.update(np.ascontiguousarray(some).tobytes())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
 
 

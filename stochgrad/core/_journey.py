@@ -115,8 +115,7 @@ class Journey:
         if self.supply is None:
             out = self.program.chunk(carry, self.keys, None, np.int32(done), np.int32(count))
             return *out, count, 0
-        taken = minibatches_taken(carry.state)
-        before = 0 if taken is None else int(to_host(taken))
+        before = minibatches_taken(carry.state)
         left = self.supply.left(before)
         resident = self.supply.resident
         if offset or left < self.thin:
@@ -130,7 +129,7 @@ class Journey:
             steps = draws * self.thin
             numbers = map(np.int32, (done, draws))
             out = self.program.chunk(carry, self.keys, resident, *numbers)
-        after = int(to_host(minibatches_taken(out[0].state)))
+        after = minibatches_taken(out[0].state)
         if (after - before) % 2**32 > steps:
             raise TypeError(
                 f"this kernel took {after - before} minibatches in {steps} steps: streamed data "

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
-from stochgrad.core._hosts import place
+from stochgrad.core._hosts import place, to_host
 from stochgrad.core._noise import key_words
 from stochgrad.core._orders import permuted
 from stochgrad.core._trees import Constant, Shared
@@ -72,6 +71,13 @@ class Source(NamedTuple):
     array: Any
     axis: int
     name: str
+
+    def sample(self, count: int) -> np.ndarray:
+        """Rows at places evenly spread over the array."""
+        size = self.array.shape[self.axis]
+        places = np.unique(np.linspace(0, size - 1, count).astype(int)).tolist()
+        rows = [self.read(i, i + 1, self.array.dtype) for i in places]
+        return np.concatenate(rows, axis=self.axis)
 
     def read(self, first: int, last: int, dtype: Any) -> np.ndarray:
         rows = np.asarray(self.array[(*(slice(None),) * self.axis, slice(first, last))])
@@ -142,13 +148,13 @@ class Stream:
             ValueError: a row holds NaN or infinity, or a source has changed its length.
         """
         block = self.blank() if into is None else into
-        epoch, place = divmod(number, self._per_epoch)
+        epoch, turn = divmod(number, self._per_epoch)
         order = np.random.default_rng([*words, epoch]).permutation(self._segments)
-        end = place * self._together
+        end = turn * self._together
         chosen = order[end : end + self._together]
         lengths = np.minimum(self._segment, self.size - chosen * self._segment)
         total = int(lengths.sum())
-        mixed = np.random.default_rng([*words, epoch, place]).permutation(total)
+        mixed = np.random.default_rng([*words, epoch, turn]).permutation(total)
         data = jax.tree.leaves(block.data)
         at = 0
         for segment, length in zip(chosen.tolist(), lengths.tolist(), strict=True):
@@ -213,10 +219,6 @@ class Stream:
         slot = permuted(state.words.value, resident.number, visit, slots, limit=resident.batches)
         following = state._replace(count=Shared(count + np.uint32(1)))
         return (slot, resident), following
-
-    def rows_of(self, slot: Array, leaf: Any, axis: int = 0) -> Array:
-        """A minibatch's rows of an array of the super-block."""
-        return lax.dynamic_slice_in_dim(leaf, slot * self.batch_size, self.batch_size, axis)
 
     def _read(self, source: Source, first: int, last: int, dtype: Any) -> np.ndarray:
         length = source.array.shape[source.axis]
@@ -297,10 +299,11 @@ def step_aside() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def minibatches_taken(state: PyTree) -> Any:
-    """How many minibatches a state has taken of a stream, or None where it has none."""
+def minibatches_taken(state: PyTree) -> int:
+    """How many minibatches a state has taken of a stream."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, StreamState))
-    return next((node.count.value for node in nodes if isinstance(node, StreamState)), None)
+    counts = (node.count.value for node in nodes if isinstance(node, StreamState))
+    return int(to_host(next(counts, np.uint32(0))))
 
 
 def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, PyTree, Scalar
 
 
@@ -92,6 +93,11 @@ def share_first(state: PyTree, share_optional: bool) -> PyTree:
         return node
 
     return jax.tree.map(keep, state, is_leaf=is_shared)
+
+
+def block_of(array: Any, block: Any, size: int, axis: int = 0) -> Array:
+    """Rows ``block * size`` to ``(block + 1) * size`` of an array, along an axis."""
+    return lax.dynamic_slice_in_dim(array, block * size, size, axis)
 
 
 def tree_size(tree: PyTree) -> int:

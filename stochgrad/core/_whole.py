@@ -75,14 +75,11 @@ def _mean_over_blocks(batches: Batches, function: Callable, *args: Any) -> Any:
     """The function's mean over all minibatches, spread over devices as each of them is."""
     assert batches.blocks is not None
     count, at = batches.blocks.count, batches.blocks.at
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype),
-        jax.eval_shape(lambda: function(*args, at(np.int32(0)))),
-    )
 
     def add(i, total):
         return jax.tree.map(jnp.add, total, function(*args, at(i)))
 
+    zeros = _zeros(lambda: function(*args, at(np.int32(0))))
     total = lax.fori_loop(np.int32(0), np.int32(count), add, zeros)
     return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), total)
 
@@ -98,8 +95,10 @@ def _sum(posterior: Posterior, function: Callable, resident: Any, *args: Any) ->
         batch, state = batches.next(fill(state, resident))
         return jax.tree.map(jnp.add, total, function(*args, batch)), strip(state)
 
-    shapes = jax.eval_shape(
-        lambda state: function(*args, batches.next(fill(state, resident))[0]), state
-    )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = _zeros(lambda: function(*args, batches.next(fill(state, resident))[0]))
     return lax.fori_loop(np.int32(0), resident.batches.astype(np.int32), add, (zeros, state))[0]
+
+
+def _zeros(function: Callable[[], Any]) -> Any:
+    """Zeros in the shapes of what a function returns."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function))

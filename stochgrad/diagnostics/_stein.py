@@ -54,21 +54,22 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
     positions = positions_of(draws, gradient.posterior)
     if scores not in ("minibatch", "full"):
         raise ValueError(f"scores must be 'minibatch' or 'full', got {scores!r}.")
-    if scores == "full" and gradient.posterior is None:
-        raise ValueError("full scores need a posterior: this gradient has none.")
-    posterior = gradient.posterior
-    if scores == "full" and posterior is not None and posterior.batches.stream is not None:
-        raise ValueError("full scores need the data in memory: take minibatch scores of a stream.")
+    full_score = None
+    if scores == "full":
+        posterior = gradient.posterior
+        if posterior is None:
+            raise ValueError("full scores need a posterior: this gradient has none.")
+        if posterior.batches.stream is not None:
+            raise ValueError("full scores need data in memory: take minibatch scores of a stream.")
+        full_score = in_one_block(posterior, jax.grad(posterior.log_density))
     flat = flattened(positions)
     if len(flat) < 2:
         raise ValueError(f"ksd needs two draws or more, got {len(flat)}.")
 
     def score_at(x):
         key, position = x
-        if scores == "full":
-            posterior = gradient.posterior
-            assert posterior is not None
-            return in_one_block(posterior, jax.grad(posterior.log_density))(position)
+        if full_score is not None:
+            return full_score(position)
         state_key, next_key = jax.random.split(key)
         score, _ = gradient.next(next_key, position, gradient.init(state_key, position))
         return score(position)[1]

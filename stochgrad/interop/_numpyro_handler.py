@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
-from stochgrad.core import Partition, Rows, Source
+from stochgrad.core import Partition, Rows, Source, block_of
 
 
 class give_rows(Messenger):
@@ -108,8 +108,7 @@ class Streamed:
         if chosen.resident is None:
             shape = (*value.shape[:axis], count, *value.shape[axis + 1 :])
             return jnp.zeros(shape, jax.dtypes.canonicalize_dtype(value.dtype))
-        block: Any = chosen.block
-        return jax.lax.dynamic_slice_in_dim(chosen.resident[number], block * count, count, axis)
+        return block_of(chosen.resident[number], chosen.block, count, axis)
 
 
 class LaidOut:
