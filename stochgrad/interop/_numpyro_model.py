@@ -1,7 +1,7 @@
 """A numpyro model as a posterior with minibatches."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ from stochgrad.core import (
     row_batches,
     streamed_rows,
 )
-from stochgrad.interop._numpyro_handler import LaidOut, Streamed, answer_subsample, give_rows
+from stochgrad.interop._numpyro_handler import LaidOut, Streamed, give_rows
+from stochgrad.interop._numpyro_inspect import Plate, inspect_model
 
 _RADIUS = 2.0
 
@@ -93,7 +94,7 @@ def from_numpyro(
     check_order(order, layout)
     args, kwargs = _as_arrays(args, kwargs, streamed=order == "streamed")
     streamed = Streamed() if order == "streamed" else None
-    found = _inspect(model, args, kwargs, streamed)
+    found = inspect_model(model, args, kwargs, streamed)
     sizes = _batch_sizes(found.plates, batch_size, order)
     for name, plate in found.inside.items():
         if plate in sizes:
@@ -157,107 +158,11 @@ def from_numpyro(
     return Posterior(log_density, batches, initial, constrain, unconstrain, found.dims)
 
 
-class _Plate(NamedTuple):
-    size: int
-    subsample_size: int
-
-
-class _Model(NamedTuple):
-    """What one run of a model tells of it."""
-
-    plates: dict[str, _Plate]
-    shapes: dict[str, tuple[int, ...]]  # of the latent sites, unconstrained
-    dims: dict[str, tuple[str, ...]]  # of what is reported
-    inside: dict[str, str]  # latent sites inside a subsampled plate
-
-
-class _watch_plates(handlers.trace):
-    """Record the plates of a model, and give each of them its first rows."""
-
-    def __init__(self, fn: Callable, streamed: Streamed | None):
-        self.plates: dict[str, _Plate] = {}
-        self.streamed = streamed
-        self.branches = False
-        super().__init__(fn)
-
-    def process_message(self, msg: Any) -> None:
-        if msg["type"] == "plate":
-            size, subsample_size = msg["args"]
-            self.plates[msg["name"]] = _Plate(size, subsample_size or size)
-            msg["value"] = jnp.arange(subsample_size or size)
-        if msg["type"] == "control_flow" and "cond" in getattr(msg["fn"], "__name__", ""):
-            self.branches = True
-
-    def postprocess_message(self, msg: Any) -> None:
-        if self.streamed is not None:
-            rows = {
-                name: Rows(None, jnp.arange(plate.subsample_size), jnp.float32(1))
-                for name, plate in self.plates.items()
-                if _subsampled(plate)
-            }
-            answer_subsample(msg, self.streamed, rows)
-        super().postprocess_message(msg)
-
-
-def _inspect(model: Callable, args, kwargs, streamed: Streamed | None) -> _Model:
-    """Run the model once without computing anything, and note what the samplers need of it."""
-    found = []
-
-    def once(key):
-        watch = _watch_plates(handlers.seed(model, key), streamed)
-        found.append(_describe(watch, watch.get_trace(*args, **kwargs)))
-
-    try:
-        jax.eval_shape(once, jax.random.key(0))
-    except jax.errors.ConcretizationTypeError as error:
-        raise ValueError(
-            "the model's course depends on the value of a latent site or of a row (a Python if, "
-            "while or range over it): stochastic control flow is not supported; use jnp.where."
-        ) from error
-    except jax.errors.TracerArrayConversionError as error:
-        raise ValueError(
-            "the model turns a traced value into a numpy array, most likely by indexing a numpy "
-            "array of its own with the plate's indices: pass the array as an argument, or wrap it "
-            "in jnp.asarray."
-        ) from error
-    return found[0]
-
-
-def _describe(watch: "_watch_plates", sites: Mapping[str, Any]) -> _Model:
-    if watch.branches:
-        raise ValueError(
-            "the model uses numpyro's cond: stochastic control flow is not supported; write both "
-            "branches and choose with jnp.where."
-        )
-    subsampled = {name for name, plate in watch.plates.items() if _subsampled(plate)}
-    shapes, dims, inside = {}, {}, {}
-    for name, site in sites.items():
-        latent = site["type"] == "sample" and not site["is_observed"]
-        within = subsampled & {frame.name for frame in site["cond_indep_stack"]}
-        if latent:
-            support = site["fn"].support
-            if support.is_discrete:
-                raise ValueError(
-                    f"latent site {name!r} is discrete, which a gradient cannot sample: "
-                    "sum it out of the likelihood."
-                )
-            shapes[name] = tuple(biject_to(support).inverse_shape(jnp.shape(site["value"])))
-            if within:
-                inside[name] = min(within)
-        if latent or (site["type"] == "deterministic" and not within):
-            dims[name] = _site_dims(name, site)
-    return _Model(watch.plates, shapes, dims, inside)
-
-
-def _subsampled(plate: _Plate) -> bool:
-    return plate.subsample_size < plate.size
-
-
 def _batch_sizes(
-    plates: Mapping[str, _Plate], batch_size: int | Mapping[str, int] | None, order: str
+    plates: Mapping[str, Plate], batch_size: int | Mapping[str, int] | None, order: str
 ) -> dict[str, int]:
     """How many rows of each subsampled plate a minibatch holds."""
-    subsampled = {name: plate for name, plate in plates.items() if _subsampled(plate)}
+    subsampled = {name: plate for name, plate in plates.items() if plate.subsampled}
     if not subsampled:
         whole = {plate.size for plate in plates.values()}
         if order == "full" or batch_size in whole:
@@ -390,22 +295,3 @@ def _lay_out(log_density: Callable, initial: Callable, batches: Batches) -> None
         return log_density(initial(key), batch)
 
     jax.eval_shape(once, jax.random.key(0))
-
-
-def _site_dims(name: str, site: Any) -> tuple[str, ...]:
-    """A name for each dimension of a site's value: its plates', then ``name_dim_i``."""
-    shape = jnp.shape(site["value"])
-    event_names = tuple(site.get("infer", {}).get("event_dims", ()))
-    event_dim = len(site["fn"].event_shape) if site["type"] == "sample" else 0
-    batch_ndim = len(shape) - event_dim
-    plates = {frame.dim: frame for frame in site["cond_indep_stack"]}
-    names = []
-    for i in range(len(shape)):
-        frame = plates.get(i - batch_ndim) if i < batch_ndim else None
-        if frame is not None and frame.size == shape[i]:
-            names.append(frame.name)
-        elif i >= batch_ndim and i - batch_ndim < len(event_names):
-            names.append(event_names[i - batch_ndim])
-        else:
-            names.append(f"{name}_dim_{i}")
-    return tuple(names)
