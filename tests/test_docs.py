@@ -21,7 +21,13 @@ MODULES = [
 
 
 def public_names():
-    for module in (stochgrad, stochgrad.diagnostics, stochgrad.numpyro, stochgrad.gradients):
+    for module in (
+        stochgrad,
+        stochgrad.diagnostics,
+        stochgrad.numpyro,
+        stochgrad.gradients,
+        stochgrad.federated,
+    ):
         for name, value in vars(module).items():
             if not name.startswith("_") and not inspect.ismodule(value) and callable(value):
                 yield f"{module.__name__}.{name}"

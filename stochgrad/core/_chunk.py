@@ -270,9 +270,14 @@ def build(
 
 
 def scalars(info: Any, shape: tuple[int, ...]) -> dict[str, Array]:
-    """The fields of a step's info that are one number per chain."""
-    fields = info._asdict() if hasattr(info, "_asdict") else {}
-    return {name: value for name, value in fields.items() if getattr(value, "shape", None) == shape}
+    """The fields of a step's info, and of infos within it, that are one number per chain."""
+    found: dict[str, Array] = {}
+    for name, value in (info._asdict() if hasattr(info, "_asdict") else {}).items():
+        if hasattr(value, "_asdict"):
+            found |= scalars(value, shape)
+        elif getattr(value, "shape", None) == shape:
+            found[name] = value
+    return found
 
 
 def chain_sharding(carry: PyTree, share: bool, mesh: Mesh) -> PyTree:

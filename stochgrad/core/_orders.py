@@ -7,7 +7,7 @@ function and enter it in ``ORDERS``.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,26 +26,28 @@ class Visit(NamedTuple):
     slot: UInt32[Array, ""]
 
 
-Order: TypeAlias = Callable[[Array, int], Visit]
+Size: TypeAlias = int | UInt32[Array, ""]
+
+Order: TypeAlias = Callable[[Array, Size], Visit]
 
 
-def iid(t: UInt32[Array, ""], num_batches: int) -> Visit:
+def iid(t: UInt32[Array, ""], num_batches: Size) -> Visit:
     """A fresh draw each step, independent of all before."""
     return Visit(t, jnp.zeros_like(t))
 
 
-def reshuffled(t: UInt32[Array, ""], num_batches: int) -> Visit:
+def reshuffled(t: UInt32[Array, ""], num_batches: Size) -> Visit:
     """Each minibatch once an epoch, in a new random order each epoch."""
-    k = np.uint32(num_batches)
+    k = jnp.asarray(num_batches, np.uint32)
     return Visit(t // k, t % k)
 
 
-def symmetric(t: UInt32[Array, ""], num_batches: int) -> Visit:
+def symmetric(t: UInt32[Array, ""], num_batches: Size) -> Visit:
     """A sweep in random order, then the same sweep backwards; a new order every two sweeps.
 
     The minibatch at a turning point is visited twice in a row.
     """
-    k = np.uint32(num_batches)
+    k = jnp.asarray(num_batches, np.uint32)
     i = t % (k + k)
     return Visit(t // (k + k), jnp.where(i < k, i, k + k - np.uint32(1) - i))
 
@@ -57,8 +59,8 @@ def permuted(
     words: UInt32[Array, "2"],
     permutation: UInt32[Array, ""],
     index: Int[Array, "*s"],
-    size: int,
-    stream: int = 0,
+    size: Size,
+    stream: Size = 0,
     limit: UInt32[Array, ""] | None = None,
 ) -> Int[Array, "*s"]:
     """Where a random permutation of ``range(size)`` sends ``index``.
@@ -67,31 +69,39 @@ def permuted(
     is asked for: time and memory do not depend on ``size``. It is a Feistel network on two digits
     in mixed radix (Black & Rogaway, CT-RSA 2002), eight rounds, walked until it falls in range.
     Permutations of different ``stream`` are independent. With a ``limit``, at most ``size``, it is
-    a permutation of ``range(limit)``.
+    a permutation of ``range(limit)``; the closer to ``size`` the cheaper.
     """
-    rows = int(np.ceil(np.sqrt(size)))
-    columns = -(-size // rows)
-    counter = lax.iota(np.uint32, _ROUNDS) + np.uint32(_ROUNDS * stream)
+    rows, columns = _digits(size)
+    counter = lax.iota(np.uint32, _ROUNDS) + jnp.asarray(_ROUNDS * stream, np.uint32)
     left_keys, right_keys = threefry(words, jnp.broadcast_to(permutation, counter.shape), counter)
 
     def once(x):
-        left, right = x // np.uint32(columns), x % np.uint32(columns)
+        left, right = x // columns, x % columns
         for r in range(_ROUNDS):
             left = _add_modulo(left, mix(right ^ left_keys[r]), rows)
             right = _add_modulo(right, mix(left ^ right_keys[r]), columns)
-        return left * np.uint32(columns) + right
+        return left * columns + right
 
     x = once(index.astype(np.uint32))
-    if rows * columns > size or limit is not None:
-        end = np.uint32(size) if limit is None else limit
+    if not isinstance(size, int | np.integer) or rows * columns > size or limit is not None:
+        end = jnp.asarray(size, np.uint32) if limit is None else limit
         x = lax.while_loop(
             lambda x: jnp.any(x >= end), lambda x: jnp.where(x >= end, once(x), x), x
         )
     return x.astype(jnp.int32)
 
 
-def _add_modulo(digit: Array, word: Array, base: int) -> Array:
+def _digits(size: Size) -> tuple[Any, Any]:
+    """Two bases, nearly equal, whose product is at least ``size``."""
+    if isinstance(size, int | np.integer):
+        rows = int(np.ceil(np.sqrt(size)))
+        return np.uint32(rows), np.uint32(-(-size // rows))
+    rows = jnp.ceil(jnp.sqrt(size.astype(np.float32))).astype(np.uint32)
+    return rows, (size + rows - np.uint32(1)) // rows
+
+
+def _add_modulo(digit: Array, word: Array, base: Array) -> Array:
     """``digit`` plus a uniform digit made of ``word``, modulo ``base``."""
     unit = (word >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
-    total = digit + (unit * np.float32(base)).astype(np.uint32)
-    return jnp.where(total >= np.uint32(base), total - np.uint32(base), total)
+    total = digit + (unit * base.astype(np.float32)).astype(np.uint32)
+    return jnp.where(total >= base, total - base, total)

@@ -79,6 +79,18 @@ def posterior(
         >>> float(target.log_density(jnp.float32(0.0), target.batches.full).round(2))
         -17.0
     """
+    log_density = joint_density(log_prior, log_likelihood)
+    if order == "streamed":
+        check_no_mesh(mesh)
+        return Posterior(log_density, streamed_batches(data, batch_size, resident_bytes))
+    return Posterior(log_density, data_batches(data, batch_size, order, layout, mesh))
+
+
+def joint_density(
+    log_prior: Callable[[Position], Scalar],
+    log_likelihood: Callable[[Position, Any], Float[Array, " batch"]],
+) -> Callable[[Position, Batch], Scalar]:
+    """The log density of a prior and of the weighted rows of a batch."""
     for name, function in (("log_prior", log_prior), ("log_likelihood", log_likelihood)):
         if not callable(function):
             raise TypeError(f"{name} must be a function, got {function!r}.")
@@ -96,10 +108,7 @@ def posterior(
             )
         return prior + jnp.sum(batch.weight.astype(values.dtype) * values)
 
-    if order == "streamed":
-        check_no_mesh(mesh)
-        return Posterior(log_density, streamed_batches(data, batch_size, resident_bytes))
-    return Posterior(log_density, data_batches(data, batch_size, order, layout, mesh))
+    return log_density
 
 
 def _evaluate(name: str, function: Callable, position: Position, *args: Any) -> Array:

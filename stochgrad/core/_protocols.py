@@ -48,6 +48,7 @@ class Batches(NamedTuple):
             several subsampled plates).
         stream: What brings the rows into memory, where not all are there; ``full`` is then None.
         mesh: The devices that the rows of each minibatch are spread over; ``full`` is then None.
+        clients: Who owns the rows, and who is visited when, where they belong to several.
     """
 
     init: Callable[[PRNGKey], Any]
@@ -59,6 +60,7 @@ class Batches(NamedTuple):
     blocks: Blocks | None = None
     stream: Any = None
     mesh: Mesh | None = None
+    clients: Any = None
 
     @property
     def epoch(self) -> int:

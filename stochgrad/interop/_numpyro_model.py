@@ -1,6 +1,6 @@
 """A numpyro model as a posterior with minibatches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,8 +26,12 @@ from stochgrad.core import (
     check_finite,
     check_no_mesh,
     check_order,
+    client_rows,
+    given_as,
+    pooled,
     row_batches,
     streamed_rows,
+    visiting,
 )
 from stochgrad.interop._numpyro_handler import LaidOut, Streamed, give_rows
 from stochgrad.interop._numpyro_inspect import Plate, inspect_model
@@ -43,6 +47,7 @@ def from_numpyro(
     layout: Layout = "blocks",
     resident_bytes: int = 2**28,
     mesh: Mesh | None = None,
+    clients: Sequence[tuple] | None = None,
     **kwargs: Any,
 ) -> Posterior:
     r"""A numpyro model with a subsampled plate as a posterior with minibatches.
@@ -72,9 +77,13 @@ def from_numpyro(
             the model hands to ``numpyro.subsample`` may be memory-mapped numpy arrays, zarr arrays
             and the like; one plate may be subsampled.
         mesh: As in ``stochgrad.posterior``, for one subsampled plate.
+        clients: Instead of ``args``, a list of such arguments, one tuple for each owner of data: a
+            minibatch is then of one client, and ``stochgrad.federated`` says who is visited when.
+            Arrays have the rows along their first axis, and are of any length; all else is the same
+            for all clients. One plate may be subsampled.
         **kwargs: The model's keyword arguments, with the whole data. Where the model itself has an
-            argument called ``batch_size``, ``order``, ``layout``, ``resident_bytes`` or ``mesh``,
-            bind it with ``functools.partial`` first.
+            argument called ``batch_size``, ``order``, ``layout``, ``resident_bytes``, ``mesh`` or
+            ``clients``, bind it with ``functools.partial`` first.
 
     Raises:
         ValueError: no plate is subsampled (and ``batch_size`` is not the whole data); a latent site
@@ -92,6 +101,9 @@ def from_numpyro(
         (100, 10)
     """
     check_order(order, layout)
+    owned: list[int] | None = None
+    if clients is not None:
+        args, owned = _of_clients(args, clients, layout, mesh)
     args, kwargs = _as_arrays(args, kwargs, streamed=order == "streamed")
     streamed = Streamed() if order == "streamed" else None
     found = inspect_model(model, args, kwargs, streamed)
@@ -106,11 +118,23 @@ def from_numpyro(
 
     streams: dict[str, Batches] = {}
     partitions: dict[str, Partition] = {}
-    if (streamed is not None or mesh is not None) and len(sizes) != 1:
+    if (streamed is not None or mesh is not None or owned) and len(sizes) != 1:
         raise ValueError(
-            f"streamed data and a mesh need one subsampled plate, the model has {sorted(sizes)}."
+            "streamed data, a mesh and clients need one subsampled plate, the model has "
+            f"{sorted(sizes)}."
         )
-    if streamed is not None:
+    if owned is not None:
+        ((name, rows),) = sizes.items()
+        size = found.plates[name].size
+        if size != sum(owned):
+            raise ValueError(
+                f"the subsampled plate {name!r} has {size} rows where the clients have "
+                f"{sum(owned)} together."
+            )
+        streams[name], partitions[name] = client_rows(
+            owned, None if order == "full" else rows, order
+        )
+    elif streamed is not None:
         check_no_mesh(mesh)
         ((name, rows),) = sizes.items()
         sources, size = tuple(streamed.sources), found.plates[name].size
@@ -124,6 +148,9 @@ def from_numpyro(
                 partitions[name] = partition
     laid_out = LaidOut(partitions) if streamed is None else streamed
     batches = _together(streams)
+    if owned is not None:
+        ((name, stream),) = streams.items()
+        batches = given_as(stream, lambda rows: {name: rows}, {name: stream.full})
 
     def log_density(position, batch):
         placed = _Placed(position)
@@ -152,10 +179,23 @@ def from_numpyro(
         latent = {name: values[name] for name in found.shapes}
         return unconstrain_fn(give_rows(model, template, streamed), args, kwargs, latent)
 
+    target = Posterior(log_density, batches, initial, constrain, unconstrain, found.dims)
+    if owned is not None:
+        target = visiting(target)
     if streamed is None:
-        _lay_out(log_density, initial, batches)
+        _lay_out(log_density, initial, target.batches)
     laid_out.open = False
-    return Posterior(log_density, batches, initial, constrain, unconstrain, found.dims)
+    return target
+
+
+def _of_clients(args: tuple, clients: Any, layout: str, mesh: Any) -> tuple[tuple, list[int]]:
+    """The model's arguments with the rows of all clients, and how many each has."""
+    if args:
+        raise ValueError("give the model's arguments either as they are or by clients, not both.")
+    if layout != "blocks" or mesh is not None:
+        raise ValueError("clients need layout='blocks' and no mesh.")
+    pooled_args, sizes = pooled([tuple(client) for client in clients])
+    return pooled_args, sizes
 
 
 def _batch_sizes(

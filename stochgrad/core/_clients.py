@@ -1,0 +1,348 @@
+"""Minibatches of data that several clients own: a chain visits one client after the other."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int, PyTree, UInt32
+
+from stochgrad.core._batches import Batch, Order, Partition, Rows, check_batch_size, check_order
+from stochgrad.core._checks import check_count, data_rows
+from stochgrad.core._noise import key_words, threefry
+from stochgrad.core._orders import ORDERS, permuted
+from stochgrad.core._protocols import Batches, Posterior, PRNGKey
+from stochgrad.core._trees import Shared
+
+Selection: TypeAlias = Literal["random", "permuted"]
+
+_PARTITION_SEED = 20130101
+_SELECT = np.uint32(2**32 - 1)
+
+
+class Clients(NamedTuple):
+    r"""The clients of a federation, and how a chain goes from one to the next.
+
+    Attributes:
+        sizes: Rows of each client, $N_s$.
+        blocks: Minibatches of each, $K_s$.
+        at: ``(client, block, weight) -> batch``: one of its minibatches, each row counting for
+            ``weight`` and padding for nothing.
+        order: The order of minibatches within a client.
+        steps: Steps of a visit to each client, $T_s$.
+        probabilities: With which each is visited next, $p_s$; None for one random permutation of
+            all after the other.
+        shares: The share of steps that a chain spends with each in the long run,
+            $f_s = p_s T_s / \sum_t p_t T_t$.
+    """
+
+    sizes: np.ndarray
+    blocks: np.ndarray
+    at: Callable[[Any, Any, Any], Any]
+    order: str
+    steps: np.ndarray
+    probabilities: np.ndarray | None
+    shares: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return len(self.sizes)
+
+
+class Visit(NamedTuple):
+    """Where a chain is.
+
+    Attributes:
+        words: The stream's own key.
+        number: Visits begun.
+        client: The client that is visited, s.
+        left: Steps that are left of the visit.
+        handed_out: How many minibatches each client has given.
+    """
+
+    words: UInt32[Array, "2"]
+    number: UInt32[Array, ""]
+    client: Int[Array, ""]
+    left: Int[Array, ""]
+    handed_out: UInt32[Array, " clients"]
+
+
+def visit_in(state: Any) -> Visit:
+    """The visit that is somewhere in the state of a gradient or of a kernel.
+
+    Raises:
+        TypeError: there is none: the data are not those of clients.
+    """
+    found = [
+        node
+        for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Visit))
+        if isinstance(node, Visit)
+    ]
+    if not found:
+        raise TypeError(
+            "the target's data belong to no clients: make it with stochgrad.federated.posterior, "
+            "or with stochgrad.from_numpyro(model, clients=[...])."
+        )
+    return found[0]
+
+
+def clients_of(posterior: Posterior | None) -> Clients:
+    """The clients whose data a posterior has, or a TypeError."""
+    clients = None if posterior is None else posterior.batches.clients
+    if clients is None:
+        visit_in(())
+    assert clients is not None
+    return clients
+
+
+def visiting(
+    posterior: Posterior,
+    *,
+    local_steps: int | Sequence[int] = 1,
+    probabilities: Sequence[float] | None = None,
+    selection: Selection = "random",
+) -> Posterior:
+    r"""The same posterior, its clients visited in another way.
+
+    A chain stays with a client for $T_s$ steps, then goes on to another one. In the long run it
+    spends the share $f_s = p_s T_s / \sum_t p_t T_t$ of its steps with client s, and a minibatch of
+    that client counts for $K_s / f_s$, with its $K_s$ minibatches, so that the estimate of the log
+    density is unbiased over clients and minibatches whatever the shares.
+
+    Args:
+        posterior: A posterior of data that clients own.
+        local_steps: Steps of a visit, $T_s$: one number for all, or one for each; in proportion to
+            the clients' speed, all visits take as long.
+        probabilities: $p_s$, with which client s is visited next. By default proportional to its
+            number of rows, which makes its own minibatches count as much as any other's.
+        selection: ``"random"``, independent draws with the ``probabilities``; or ``"permuted"``,
+            each client once in a round, in new random order each round.
+
+    Raises:
+        TypeError: the posterior's data belong to no clients.
+        ValueError: the probabilities are not one positive number for each client that sum to one,
+            or do not go with the selection; a number of steps is below one.
+    """
+    clients = clients_of(posterior)
+    if selection not in get_args(Selection):
+        raise ValueError(
+            f"selection must be one of {list(get_args(Selection))}, got {selection!r}."
+        )
+    steps = _steps(local_steps, clients.count)
+    if selection == "permuted":
+        if probabilities is not None:
+            raise ValueError(
+                "probabilities are for selection='random': with 'permuted' each client comes once "
+                "a round, and local_steps may differ between them."
+            )
+        p = None
+        shares = steps / steps.sum()
+    else:
+        p = _probabilities(probabilities, clients)
+        shares = p * steps / np.sum(p * steps)
+    clients = clients._replace(steps=steps, probabilities=p, shares=shares)
+    return posterior._replace(batches=_visited(posterior.batches, clients))
+
+
+def client_rows(
+    sizes: Sequence[int], batch_size: int | None, order: Order
+) -> tuple[Batches, Partition]:
+    """A stream of ``Rows`` of clients whose rows lie one after the other, and their partition.
+
+    Each client's rows are split at random into blocks; the last one of each is padded.
+    """
+    check_order(order)
+    if order == "streamed":
+        raise ValueError("order='streamed' is not for clients: their rows are held in memory.")
+    if order == "full":
+        rows = check_batch_size(None if batch_size is None else batch_size, max(sizes), order)
+    else:
+        rows = check_batch_size(batch_size, sum(sizes), order)
+    counts = np.array([-(-size // rows) for size in sizes], np.int32)
+    first, starts = np.cumsum(counts) - counts, np.cumsum(sizes) - sizes
+    random = np.random.default_rng(_PARTITION_SEED)
+    parts = [
+        np.resize(start + random.permutation(size), count * rows)
+        for start, size, count in zip(starts, sizes, counts, strict=True)
+    ]
+    partition = Partition(np.concatenate(parts).astype(np.int32), sum(sizes), rows)
+    ragged = any(size % rows for size in sizes)
+    sizes_of, first_of = np.array(sizes, np.int32), first.astype(np.int32)
+
+    def at(client, block, weight):
+        number = jnp.asarray(first_of)[client] + block
+        weights = jnp.full((rows,), weight, jnp.float32)
+        if ragged:
+            place = block * rows + lax.iota(np.int32, rows)
+            weights = jnp.where(place < jnp.asarray(sizes_of)[client], weights, jnp.float32(0))
+        return Rows(number, partition.rows(number), weights)
+
+    full = Rows(None, np.arange(sum(sizes), dtype=np.int32), np.float32(1))  # pyright: ignore
+    none = np.ones(0)
+    clients = Clients(sizes_of, counts, at, "iid" if order == "full" else order, none, None, none)
+    batches = Batches(lambda key: None, lambda state: (full, state), full, sum(sizes), rows, order)
+    return batches._replace(clients=clients), partition
+
+
+def client_batches(clients: Sequence[PyTree], batch_size: int | None, order: Order) -> Batches:
+    """A stream of ``Batch`` over the clients' arrays.
+
+    Raises:
+        ValueError: there are no clients, one has no rows or not finite ones, or their arrays differ
+            in structure, dtype or trailing shape; the batch size does not fit.
+    """
+    data, sizes = pooled(clients)
+    batches, partition = client_rows(sizes, batch_size, order)
+    data = jax.tree.map(partition.lay_out, data)
+    with jax.ensure_compile_time_eval():
+        weight = np.concatenate(
+            [
+                np.arange(count * partition.batch_size) < size
+                for count, size in zip(batches.clients.blocks, sizes, strict=True)
+            ]
+        )
+        full = Batch(data, jnp.asarray(weight, jnp.float32))
+
+    def of(rows):
+        return Batch(jax.tree.map(lambda x: partition.fetch(x, rows.block), data), rows.weight)
+
+    return given_as(batches, of, full)
+
+
+def given_as(batches: Batches, of: Callable[[Rows], Any], full: Any) -> Batches:
+    """A stream of clients' rows with each minibatch in another form."""
+    at = batches.clients.at
+    clients = batches.clients._replace(at=lambda *which: of(at(*which)))
+    return batches._replace(full=full, clients=clients)
+
+
+def pooled(clients: Sequence[PyTree]) -> tuple[PyTree, list[int]]:
+    """The clients' arrays one after the other, and how many rows each has.
+
+    What is not an array with rows must be the same for all.
+    """
+    if not isinstance(clients, Sequence) or isinstance(clients, str) or not clients:
+        raise ValueError(
+            f"clients must be a list with the data of at least one client, got {clients!r:.60}."
+        )
+    structure = jax.tree.structure(clients[0])
+    sizes = []
+    for s, client in enumerate(clients):
+        if jax.tree.structure(client) != structure:
+            raise ValueError(
+                f"the clients' data must have one structure: client 0 has {structure}, client {s} "
+                f"has {jax.tree.structure(client)}."
+            )
+        try:
+            sizes.append(data_rows([x for x in jax.tree.leaves(client) if _has_rows(x)]))
+        except ValueError as error:
+            raise ValueError(f"client {s}: {error}") from error
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(clients[0])]
+    columns = zip(*(jax.tree.leaves(client) for client in clients), strict=True)
+    leaves = [_joined(f"data{path}", parts) for path, parts in zip(paths, columns, strict=True)]
+    return jax.tree.unflatten(structure, leaves), sizes
+
+
+def _has_rows(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and len(leaf.shape) > 0
+
+
+def _joined(name: str, parts: Sequence[Any]) -> Any:
+    """One leaf of all clients as one array, or their common value."""
+    if not _has_rows(parts[0]):
+        for s, part in enumerate(parts):
+            if _has_rows(part) or part != parts[0]:
+                raise ValueError(
+                    f"{name} is not an array with rows, so it must be the same for all clients: "
+                    f"client 0 has {parts[0]!r:.40}, client {s} has {part!r:.40}."
+                )
+        return parts[0]
+    for s, part in enumerate(parts):
+        here, there = (part.shape[1:], part.dtype), (parts[0].shape[1:], parts[0].dtype)
+        if here != there:
+            raise ValueError(
+                f"the clients' data must have one structure: {name} has rows of shape {there[0]}, "
+                f"{there[1]}, with client 0, and of shape {here[0]}, {here[1]}, with client {s}."
+            )
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def _steps(local_steps: Any, count: int) -> np.ndarray:
+    if np.ndim(local_steps) == 0:
+        return np.full(count, check_count("local_steps", local_steps), np.int32)
+    steps = [check_count(f"local_steps of client {s}", t) for s, t in enumerate(local_steps)]
+    if len(steps) != count:
+        raise ValueError(
+            f"local_steps must be one number, or one for each of the {count} clients, "
+            f"got {len(steps)}."
+        )
+    return np.array(steps, np.int32)
+
+
+def _probabilities(given: Sequence[float] | None, clients: Clients) -> np.ndarray:
+    if given is None:
+        return clients.sizes / clients.sizes.sum()
+    p = np.asarray(given, np.float64)
+    if p.shape != (clients.count,):
+        raise ValueError(
+            f"probabilities must be one number for each of the {clients.count} clients, got shape "
+            f"{p.shape}."
+        )
+    if not np.all(p > 0):
+        s = int(np.flatnonzero(~(p > 0))[0])
+        raise ValueError(
+            f"probabilities must be positive, or a client's data are never seen: client {s} has "
+            f"{p[s]:g}."
+        )
+    if not np.isclose(p.sum(), 1, rtol=1e-4):
+        raise ValueError(f"probabilities must sum to one, got {p.sum():g}.")
+    return p / p.sum()
+
+
+def _visited(batches: Batches, clients: Clients) -> Batches:
+    """A stream that goes from client to client."""
+    count = clients.count
+    steps, blocks = clients.steps, clients.blocks.astype(np.uint32)
+    weights = (clients.blocks / clients.shares).astype(np.float32)
+    select = partial(_select, _thresholds(clients.probabilities), count)
+    order = ORDERS[clients.order]
+
+    def init(key: PRNGKey):
+        none = jnp.zeros((), jnp.int32)
+        number, given = jnp.zeros((), jnp.uint32), jnp.zeros(count, jnp.uint32)
+        return Shared(Visit(key_words(key), number, none, none, given), optional=True)
+
+    def next(state):
+        visit: Visit = state.value
+        over = visit.left == 0
+        client = jnp.where(over, select(visit.words, visit.number), visit.client)
+        left = jnp.where(over, jnp.asarray(steps)[client], visit.left) - 1
+        number = visit.number + over.astype(np.uint32)
+        size = jnp.asarray(blocks)[client]
+        where = order(visit.handed_out[client], size)
+        stream = client.astype(np.uint32) + np.uint32(1)
+        block = permuted(visit.words, where.permutation, where.slot, size, stream)
+        handed_out = visit.handed_out.at[client].add(np.uint32(1))
+        batch = clients.at(client, block, jnp.asarray(weights)[client])
+        following = Visit(visit.words, number, client, left.astype(np.int32), handed_out)
+        return batch, Shared(following, optional=True)
+
+    return batches._replace(init=init, next=next, clients=clients, blocks=None)
+
+
+def _thresholds(probabilities: np.ndarray | None) -> UInt32[np.ndarray, " clients"] | None:
+    if probabilities is None:
+        return None
+    return np.minimum(np.cumsum(probabilities) * 2.0**32, 2.0**32 - 1).astype(np.uint32)
+
+
+def _select(thresholds, count: int, words, number) -> Int[Array, ""]:
+    """The client of a visit."""
+    if thresholds is None:
+        permutation, slot = number // np.uint32(count), number % np.uint32(count)
+        return permuted(words, permutation, slot, count)
+    word, _ = threefry(words, number, jnp.full_like(number, _SELECT))
+    return jnp.searchsorted(jnp.asarray(thresholds[:-1]), word, side="right").astype(np.int32)

@@ -1,0 +1,118 @@
+"""One point for all clients to expand their likelihoods at."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from stochgrad.core import (
+    Position,
+    Posterior,
+    check_count,
+    check_number,
+    clients_of,
+    compiled,
+    on_all_data,
+    tree_bytes,
+    tree_dot,
+)
+
+
+class Reference(NamedTuple):
+    r"""A point near the posterior's mode, found without moving data.
+
+    Attributes:
+        position: $\theta_*$.
+        log_density: $\log\pi(\theta_*)$.
+        gradient_norm: $|\nabla\log\pi(\theta_*)|$.
+        rounds: How often all clients were asked for their gradient.
+        bytes_up: What the clients sent for it, all together.
+        bytes_down: What they were sent.
+    """
+
+    position: Position
+    log_density: float
+    gradient_norm: float
+    rounds: int
+    bytes_up: int
+    bytes_down: int
+
+
+def find_reference(
+    posterior: Posterior, init: Position, *, max_rounds: int = 100, tolerance: float = 1e-3
+) -> Reference:
+    r"""The posterior's mode by L-BFGS, each of whose steps is a round over all clients.
+
+    In a round the server sends a position, and every client the gradient of its own log likelihood
+    there, on all of its data. The nearer the mode the better for what is expanded there, but any
+    point is valid.
+
+    Args:
+        posterior: A posterior of data that clients own.
+        init: Where to start.
+        max_rounds: The most rounds.
+        tolerance: Enough, when a round's log density rises by less than this.
+
+    Raises:
+        TypeError: the posterior's data belong to no clients.
+        ValueError: the log density is not finite at the start.
+    """
+    from scipy.optimize import minimize
+
+    clients = clients_of(posterior)
+    max_rounds = check_count("max_rounds", max_rounds)
+    tolerance = check_number("tolerance", tolerance)
+    init = jax.tree.map(jnp.asarray, getattr(init, "position", init))
+    flat, unravel = ravel_pytree(init)
+    score = on_all_data(posterior, jax.value_and_grad(posterior.log_density))
+    rounds = 0
+
+    def descend(x):
+        nonlocal rounds
+        rounds += 1
+        value, g = score(unravel(jnp.asarray(x, flat.dtype)))
+        return -float(value), -np.asarray(ravel_pytree(g)[0], np.float64)
+
+    if not np.isfinite(descend(flat)[0]):
+        raise ValueError("the log density is not finite where the search for a reference starts.")
+    value = abs(descend(flat)[0])
+    rounds = 0
+    found = minimize(
+        descend,
+        np.asarray(flat, np.float64),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxfun": max_rounds, "maxiter": max_rounds, "ftol": tolerance / max(value, 1.0)},
+    )
+    position = unravel(jnp.asarray(found.x, flat.dtype))
+    value, g = score(position)
+    size = clients.count * tree_bytes(position)
+    norm = float(jnp.sqrt(tree_dot(g, g)))
+    return Reference(position, float(value), norm, rounds, rounds * size, rounds * size)
+
+
+def local_modes(posterior: Posterior, score: Any, init: Position, max_steps: int) -> list[Position]:
+    """For each client the maximum of ``score``, ``(client, position) -> (value, gradient)``."""
+    from scipy.optimize import minimize
+
+    flat, unravel = ravel_pytree(init)
+
+    def flat_score(client, x):
+        value, g = score(client, unravel(x))
+        return -value, -ravel_pytree(g)[0]
+
+    run = compiled(flat_score)
+
+    def one(client):
+        def descend(x):
+            value, g = run(np.int32(client), jnp.asarray(x, flat.dtype))
+            return float(value), np.asarray(g, np.float64)
+
+        start = np.asarray(flat, np.float64)
+        options = {"maxiter": max_steps, "maxfun": 2 * max_steps}
+        found = minimize(descend, start, jac=True, method="L-BFGS-B", options=options)
+        return unravel(jnp.asarray(found.x, flat.dtype))
+
+    return [one(client) for client in range(clients_of(posterior).count)]

@@ -1,0 +1,281 @@
+"""Sampling from the posterior of data that stay with their owners, in one call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stochgrad import sgmcmc
+from stochgrad.core import (
+    Draws,
+    Gradient,
+    Kernel,
+    Order,
+    Position,
+    Posterior,
+    PRNGKey,
+    Selection,
+    check_key,
+    clients_of,
+    tree_bytes,
+    visiting,
+)
+from stochgrad.core import sample as run
+from stochgrad.federated._fald import fald, fald_costs
+from stochgrad.federated._posterior import posterior
+from stochgrad.federated._qlsd import qlsd, qlsd_costs
+from stochgrad.federated._reference import Reference, find_reference
+from stochgrad.federated._stability import check_on_unsafe, made_safe
+from stochgrad.federated._surrogates import (
+    exact,
+    global_first_order,
+    global_quadratic,
+    laplace_local,
+    sampled,
+)
+from stochgrad.federated._visits import with_visits
+from stochgrad.gradients import Surrogates, as_gradient, conducive
+from stochgrad.gradients import control_variate as control_variate_gradient
+from stochgrad.integrators import integrator_of
+
+SURROGATES: dict[str, Callable[[PRNGKey, Posterior, Any], Surrogates]] = {
+    "global_first_order": lambda key, target, at: global_first_order(target, at),
+    "global_quadratic": lambda key, target, at: global_quadratic(target, at),
+    "exact": lambda key, target, at: exact(target, at),
+    "laplace_local": lambda key, target, at: laplace_local(target, at),
+    "sampled": lambda key, target, at: sampled(target, key, at),
+}
+METHODS = ("FSGLD", "DSGLD", "FALD", "VR-FALD*", "QLSD++")
+
+
+def sample(
+    key: PRNGKey,
+    clients: Posterior | Sequence[Any],
+    *,
+    prior: Callable[[Position], Any] | None = None,
+    likelihood: Callable[[Position, Any], Any] | None = None,
+    batch_size: int | None = None,
+    order: Order | None = None,
+    method: str = "FSGLD",
+    surrogate: str | Surrogates | Callable[..., Surrogates] = "global_first_order",
+    strength: float = 1.0,
+    local_steps: int | Sequence[int] = 1,
+    probabilities: Sequence[float] | None = None,
+    selection: Selection = "random",
+    step_size: float | None = None,
+    kernel: Callable[[Gradient], Kernel] | None = None,
+    control_variate: bool = True,
+    reference: Position | Reference | None = None,
+    init: Position | None = None,
+    on_unsafe: str = "warn",
+    **options: Any,
+) -> Draws:
+    r"""Sample a posterior whose data several clients own, visiting one after the other.
+
+    A reference near the mode is found in rounds over all clients, each client's likelihood is
+    approximated there, and chains then go from client to client, staying for ``local_steps`` steps:
+
+    $$\hat g(\theta) = \nabla\log p(\theta) + \frac{1}{f_s}\widehat{\nabla\log p}(x_s\mid\theta) +
+      \sum_t\nabla\log q_t(\theta) - \frac{1}{f_s}\nabla\log q_s(\theta).$$
+
+    Everything is simulated in one process and one compiled program, many chains at once;
+    ``stochgrad.interop.flower`` does the same over a network.
+
+    Args:
+        key: A typed PRNG key.
+        clients: The data of each client, as in ``stochgrad.federated.posterior``; or a posterior
+            of such data, as ``stochgrad.from_numpyro(model, clients=[...])`` makes it.
+        prior: ``position -> scalar``, the log density of the prior.
+        likelihood: ``(position, batch) -> (rows,)``, the log likelihood of each row.
+        batch_size: Rows of a minibatch.
+        order: As in ``stochgrad.federated.posterior``.
+        method: ``"FSGLD"``; ``"DSGLD"``, the same without conducive gradients; or a rival that all
+            clients take part in at each step: ``"FALD"``, ``"VR-FALD*"`` (averages every
+            ``local_steps`` steps; ``stochgrad.federated.fald``) and ``"QLSD++"``
+            (``stochgrad.federated.qlsd``).
+        surrogate: How likelihoods are approximated: ``"global_first_order"``,
+            ``"global_quadratic"``, ``"exact"``, ``"laplace_local"``, ``"sampled"``; surrogates; or
+            a function ``(posterior, reference) -> surrogates``.
+        strength: $\alpha$ of ``stochgrad.gradients.conducive``.
+        local_steps: Steps of a visit, as in ``stochgrad.federated.visiting``.
+        probabilities: Likewise.
+        selection: Likewise.
+        step_size: h of Langevin dynamics. For other dynamics give the kernel.
+        kernel: ``gradient -> kernel``, as ``lambda g: stochgrad.sghmc(g, 0.1, friction=2.0)``. The
+            momentum travels with the chain.
+        control_variate: Whether clients centre their minibatch gradients at the reference, which
+            costs them a second gradient and nothing in communication.
+        reference: A position near the mode; found by default, from ``init``.
+        init: Where to start: a position. By default the reference.
+        on_unsafe: What to do where long visits to a client would run away
+            (``stochgrad.federated.stability``), as a surrogate's curvature can make them:
+            ``"warn"``, ``"cap"`` (shrink it), ``"raise"`` or ``"ignore"``.
+        **options: ``num_samples``, ``num_warmup``, ``thin``, ``num_chains`` and all others of
+            ``stochgrad.sample``.
+
+    Returns:
+        Draws, whose ``stats`` have the ``client`` visited, the number of ``visits`` and the
+        ``bytes_up`` and ``bytes_down`` of each chain until then, and whose ``attrs`` have those of
+        the preparations, ``setup_bytes_up`` and ``setup_bytes_down``.
+
+    Raises:
+        TypeError: the key is not a typed PRNG key; the posterior's data belong to no clients.
+        ValueError: an argument is missing, out of range or unknown; a client has no data, or data
+            of another structure; probabilities do not sum to one; a surrogate is unsafe and
+            ``on_unsafe="raise"``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stochgrad
+        >>> draws = stochgrad.federated.sample(
+        ...     jax.random.key(0),
+        ...     [jnp.zeros(30), jnp.ones(70)],
+        ...     prior=lambda mean: -0.5 * mean**2,
+        ...     likelihood=lambda mean, x: -0.5 * (x - mean) ** 2,
+        ...     batch_size=10,
+        ...     local_steps=50,
+        ...     step_size=0.002,
+        ...     init=jnp.float32(0.0),
+        ...     num_samples=100,
+        ...     thin=50,
+        ... )
+        >>> draws.stats["visits"].shape
+        (1, 100)
+    """
+    check_key(key)
+    check_on_unsafe(on_unsafe)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}.")
+    if (step_size is None) == (kernel is None):
+        raise ValueError("give either step_size, for Langevin dynamics, or a kernel.")
+    target = _target(clients, prior, likelihood, batch_size, order)
+    setup_key, key = jax.random.split(key)
+    start = _start(target, init, reference, setup_key)
+    position = _as_position(start)
+    size = tree_bytes(position)
+    setup = np.zeros(2, np.int64)
+
+    if method in ("FALD", "VR-FALD*", "QLSD++"):
+        if kernel is not None:
+            raise ValueError(f"{method} has a dynamics of its own: give step_size.")
+        assert step_size is not None
+        if reference is None and init is None:
+            reference = find_reference(target, position)
+        if isinstance(reference, Reference):
+            setup += (reference.bytes_up, reference.bytes_down)
+        position = position if reference is None else _as_position(reference)
+        made, costs = _rival(method, target, step_size, local_steps, position)
+        draws = run(key, made, init=position if init is None else init, **options)
+        return _communication(draws, costs, 0, setup)
+
+    target = visiting(
+        target, local_steps=local_steps, probabilities=probabilities, selection=selection
+    )
+    gradient: Posterior | Gradient = target
+    if method == "FSGLD" or control_variate:
+        if reference is None:
+            reference = find_reference(target, position)
+        if isinstance(reference, Reference):
+            setup += (reference.bytes_up, reference.bytes_down)
+        position = _as_position(reference)
+    if control_variate:
+        gradient = control_variate_gradient(target, position)
+    if method == "FSGLD":
+        surrogates = _surrogates(surrogate, setup_key, target, position)
+        # exact ones are those of likelihoods whose curvature is the same everywhere
+        surrogates = made_safe(target, surrogates, on_unsafe, far=surrogate != "exact")
+        # each client sends its own, and is sent the sum
+        sent = clients_of(target).count * surrogates.bytes_each
+        setup += (sent, sent)
+        gradient = conducive(gradient, surrogates, strength=strength)
+    if kernel is None:
+        kernel = lambda gradient: sgmcmc.sgld(gradient, step_size or 0.0)
+    made = kernel(as_gradient(gradient))
+    carried = _carried_bytes(made, position)
+    made = with_visits(made._replace(method=f"{method}, {made.method}"))
+    draws = run(key, made, init=position if init is None else init, **options)
+    return _communication(draws, {"visits": (carried, carried)}, size, setup)
+
+
+def _target(clients, prior, likelihood, batch_size, order) -> Posterior:
+    if isinstance(clients, Posterior):
+        given = {"prior": prior, "likelihood": likelihood, "batch_size": batch_size, "order": order}
+        needless = [name for name, value in given.items() if value is not None]
+        if needless:
+            raise ValueError(f"the posterior has its own {', '.join(needless)}: leave it out.")
+        clients_of(clients)
+        return clients
+    if prior is None or likelihood is None:
+        raise ValueError(
+            "prior and likelihood are needed with the clients' data; for a numpyro model, pass "
+            "stochgrad.from_numpyro(model, clients=[...])."
+        )
+    return posterior(prior, likelihood, clients, batch_size=batch_size, order=order or "reshuffled")
+
+
+def _start(target: Posterior, init: Any, reference: Any, key: PRNGKey) -> Position:
+    """A position of the model's shape, to begin the setup at."""
+    for given in (init, reference):
+        if given is not None and not callable(given):
+            return _as_position(given)
+    if target.initial is None:
+        raise ValueError("init is needed: a position to start the search for a reference from.")
+    return target.initial(key)
+
+
+def _as_position(given: Any) -> Position:
+    return jax.tree.map(jnp.asarray, getattr(given, "position", given))
+
+
+def _surrogates(surrogate, key, target: Posterior, reference: Position) -> Surrogates:
+    if isinstance(surrogate, Surrogates):
+        return surrogate
+    if not isinstance(surrogate, str):
+        return surrogate(target, reference)
+    if surrogate not in SURROGATES:
+        raise ValueError(
+            f"surrogate must be one of {list(SURROGATES)}, surrogates or a function, "
+            f"got {surrogate!r}."
+        )
+    return SURROGATES[surrogate](key, target, reference)
+
+
+def _rival(method, target, step_size, local_steps, position) -> tuple[Kernel, dict]:
+    """A kernel that all clients take part in, and its costs by what it counts."""
+    if method == "QLSD++":
+        if local_steps != 1:
+            raise ValueError("QLSD++ communicates at every step: leave local_steps at 1.")
+        made = qlsd(target, step_size)
+        return made, qlsd_costs(target, position, dict(made.settings)["levels"])
+    if np.ndim(local_steps) > 0:
+        raise ValueError(f"{method} takes one number of local_steps for all clients.")
+    reduced = method == "VR-FALD*"
+    made = fald(target, step_size, local_steps=int(local_steps), variance_reduced=reduced)
+    return made, fald_costs(target, position)
+
+
+def _carried_bytes(kernel: Kernel, position: Position) -> int:
+    """Bytes of what a chain carries from client to client."""
+    state = jax.eval_shape(kernel.init, position, jax.random.key(0))
+    integrator = dict(kernel.settings).get("integrator")
+    keeps = integrator is not None and integrator_of(integrator).keeps_gradient
+    return tree_bytes(position) * (1 + hasattr(state, "momentum") + keeps)
+
+
+def _communication(draws: Draws, costs: dict, draw_bytes: int, setup: np.ndarray) -> Draws:
+    """The draws, with what was sent until each of them.
+
+    A draw within a visit is sent as well; one at its end is what the visit sends anyway.
+    """
+    sent: dict[str, Any] = {"bytes_up": 0, "bytes_down": 0}
+    for name, (up, down) in costs.items():
+        count = draws.stats[name].astype(np.int64)
+        sent["bytes_up"] = sent["bytes_up"] + up * count
+        sent["bytes_down"] = sent["bytes_down"] + down * count
+    if "left" in draws.stats:
+        inside = np.cumsum(draws.stats["left"] > 0, axis=1)
+        sent["bytes_up"] = sent["bytes_up"] + draw_bytes * inside
+    attrs = {"setup_bytes_up": int(setup[0]), "setup_bytes_down": int(setup[1])}
+    return replace(draws, stats={**draws.stats, **sent}, attrs={**draws.attrs, **attrs})

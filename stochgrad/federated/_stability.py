@@ -1,0 +1,147 @@
+"""Whether visits to a client are drawn back, and what to do where they are not."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from stochgrad.core import Posterior, clients_of, compiled, likelihood_sum, of_prior
+from stochgrad.federated._curvature import extreme_eigenvalues
+from stochgrad.federated._local import hessian_product
+from stochgrad.gradients import Surrogates
+
+_TOLERANCE, _SHRINK, _ROUNDS = 1e-3, 0.7, 40
+
+
+class StabilityWarning(UserWarning):
+    """Long visits to some client would run away."""
+
+
+class Stability(NamedTuple):
+    r"""What draws chains back while they visit each client.
+
+    During a visit to client s the drift has the curvature
+
+    $$\Lambda_0 + \sum_t \Lambda_t + \frac{H_s - \Lambda_s}{f_s},$$
+
+    with the prior's $\Lambda_0$ and the client's own $H_s$ at the reference. Far away the
+    likelihood of a logistic regression, say, is straight and its $H_s$ zero, and what is left must
+    be positive too, $\Lambda_s \preceq f_s (\Lambda_0 + \sum_t \Lambda_t)$.
+
+    Attributes:
+        margin: The smallest eigenvalue at the reference, for each client. Below zero, positions
+            grow as $\exp(|\cdot|\,t)$ over a visit of time t, $h T_s$ for Langevin dynamics.
+        far_margin: The smallest eigenvalue with $H_s = 0$.
+        largest: The largest eigenvalue at the reference.
+    """
+
+    margin: np.ndarray
+    far_margin: np.ndarray
+    largest: np.ndarray
+
+    def unsafe(self, *, far: bool = True) -> np.ndarray:
+        """Which clients' surrogates are unsafe, at the reference or (``far``) away from it."""
+        least = np.minimum(self.margin, self.far_margin) if far else self.margin
+        return least < -_TOLERANCE * self.largest
+
+    def describe(self, *, far: bool = True) -> str:
+        """The unsafe clients and their margins in words."""
+        named = [
+            f"client {s} (margin {self.margin[s]:.3g}"
+            + (f", far away {self.far_margin[s]:.3g}" if far else "")
+            + f", of a largest curvature of {self.largest[s]:.3g})"
+            for s in np.flatnonzero(self.unsafe(far=far))
+        ]
+        return "; ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
+
+
+def stability(posterior: Posterior, surrogates: Surrogates) -> Stability:
+    """The stability of visits to each client, by Lanczos iteration on products with vectors.
+
+    A client works on its own data alone; what it tells is two numbers.
+
+    Args:
+        posterior: A posterior of data that clients own, visited as it will be.
+        surrogates: The surrogates; the curvature is taken at their origin.
+
+    Raises:
+        TypeError: the posterior's data belong to no clients.
+    """
+    clients = clients_of(posterior)
+    shares = clients.shares.astype(np.float32)
+    flat, unravel = ravel_pytree(surrogates.origin)
+    bend = hessian_product(posterior)
+    own = likelihood_sum(posterior, bend)
+
+    def times(client, near, v):
+        v = unravel(v)
+        share = jnp.asarray(shares)[client]
+        total = surrogates.total_precision(v)
+        prior = of_prior(posterior, bend)(surrogates.origin, v)
+        here = jax.tree.map(lambda x: near * x, own(client, surrogates.origin, v))
+        if surrogates.precision is not None:
+            here = jax.tree.map(jnp.subtract, here, surrogates.precision.times(client, v))
+        return ravel_pytree(jax.tree.map(lambda p, t, x: p + t + x / share, prior, total, here))[0]
+
+    run = compiled(times)
+
+    def extremes(client, near):
+        def product(v):
+            return np.asarray(run(np.int32(client), np.float32(near), jnp.asarray(v, flat.dtype)))
+
+        return extreme_eigenvalues(product, flat.size)
+
+    near = np.array([extremes(s, 1.0) for s in range(clients.count)])
+    far = np.array([extremes(s, 0.0)[0] for s in range(clients.count)])
+    return Stability(near[:, 0], far, near[:, 1])
+
+
+def capped(posterior: Posterior, surrogates: Surrogates, *, far: bool = True) -> Surrogates:
+    """The surrogates with the curvature of unsafe clients shrunk until all are safe.
+
+    Slopes at the origin remain, so that what is shrunk to nothing is a surrogate of first order.
+
+    Args:
+        posterior: A posterior of data that clients own, visited as it will be.
+        surrogates: The surrogates.
+        far: Whether visits must be safe far from the origin too.
+    """
+    scale = np.ones(surrogates.count)
+    for _ in range(_ROUNDS if surrogates.precision is not None else 0):
+        found = stability(posterior, surrogates.scaled(scale)).unsafe(far=far)
+        if not found.any():
+            break
+        scale = np.where(found, np.where(scale < 0.02, 0.0, scale * _SHRINK), scale)
+    return surrogates.scaled(scale)
+
+
+def made_safe(
+    posterior: Posterior, surrogates: Surrogates, on_unsafe: str, *, far: bool
+) -> Surrogates:
+    """What is to be done with surrogates before a run."""
+    if on_unsafe == "ignore" or surrogates.precision is None:
+        return surrogates
+    found = stability(posterior, surrogates)
+    if not found.unsafe(far=far).any():
+        return surrogates
+    if on_unsafe == "cap":
+        return capped(posterior, surrogates, far=far)
+    message = (
+        f"long visits may run away from {found.describe(far=far)}: take on_unsafe='cap', fewer "
+        "local_steps, probabilities in proportion to the clients' rows, or "
+        "surrogate='global_first_order'."
+    )
+    if on_unsafe == "raise":
+        raise ValueError(message)
+    warnings.warn(message, StabilityWarning, stacklevel=3)
+    return surrogates
+
+
+def check_on_unsafe(value: Any) -> None:
+    """Raise a ValueError unless it is known what to do."""
+    known = ("warn", "cap", "raise", "ignore")
+    if value not in known:
+        raise ValueError(f"on_unsafe must be one of {list(known)}, got {value!r}.")

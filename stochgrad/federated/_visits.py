@@ -1,0 +1,36 @@
+"""What a kernel tells of the clients it visits."""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Int, UInt32
+
+from stochgrad.core import Kernel, visit_in
+
+
+class VisitInfo(NamedTuple):
+    """What a step among clients reports.
+
+    Attributes:
+        step: What the kernel reports.
+        client: Number of the client that was visited.
+        visits: Visits begun until now.
+        left: Steps that are left of this visit.
+    """
+
+    step: Any
+    client: Int[Array, ""]
+    visits: UInt32[Array, ""]
+    left: Int[Array, ""]
+
+
+def with_visits(kernel: Any) -> Kernel:
+    """A kernel that also reports which client it visits."""
+
+    def step(rng_key, state):
+        state, info = kernel.step(rng_key, state)
+        visit = visit_in(state)
+        return state, VisitInfo(info, visit.client, visit.number, visit.left)
+
+    if isinstance(kernel, Kernel):
+        return kernel._replace(step=step)
+    return Kernel(kernel.init, step)
