@@ -1,5 +1,8 @@
 """The ground floor: protocols, batches, noise, the loop and its draws."""
 
+from stochgrad.core._archive import load_notes as load_notes
+from stochgrad.core._archive import load_tree as load_tree
+from stochgrad.core._archive import save_tree as save_tree
 from stochgrad.core._batches import Batch as Batch
 from stochgrad.core._batches import BatchState as BatchState
 from stochgrad.core._batches import Layout as Layout
@@ -29,7 +32,9 @@ from stochgrad.core._clients import given_as as given_as
 from stochgrad.core._clients import pooled as pooled
 from stochgrad.core._clients import visit_in as visit_in
 from stochgrad.core._clients import visiting as visiting
+from stochgrad.core._clients import with_share as with_share
 from stochgrad.core._draws import Draws as Draws
+from stochgrad.core._identity import refuse_other_run as refuse_other_run
 from stochgrad.core._local import for_each_client as for_each_client
 from stochgrad.core._local import likelihood_sum as likelihood_sum
 from stochgrad.core._local import of_prior as of_prior

@@ -147,6 +147,12 @@ def visiting(
     return posterior._replace(batches=_visited(posterior.batches, clients))
 
 
+def with_share(posterior: Posterior, share: float) -> Posterior:
+    """The same posterior, of the data of one client that is visited for a share of the steps."""
+    clients = clients_of(posterior)._replace(shares=np.array([share]))
+    return posterior._replace(batches=_visited(posterior.batches, clients))
+
+
 def client_rows(
     sizes: Sequence[int], batch_size: int | None, order: Order
 ) -> tuple[Batches, Partition]:

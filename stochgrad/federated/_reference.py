@@ -1,5 +1,6 @@
 """One point for all clients to expand their likelihoods at."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,6 @@ from stochgrad.core import (
     clients_of,
     compiled,
     on_all_data,
-    tree_bytes,
-    tree_dot,
 )
 
 
@@ -59,38 +58,54 @@ def find_reference(
         TypeError: the posterior's data belong to no clients.
         ValueError: the log density is not finite at the start.
     """
+    clients = clients_of(posterior)
+    score = on_all_data(posterior, jax.value_and_grad(posterior.log_density))
+    return climb(score, init, clients.count, max_rounds, tolerance)
+
+
+def climb(
+    score: Callable[[Position], tuple[Any, Position]],
+    init: Position,
+    count: int,
+    max_rounds: int,
+    tolerance: float,
+) -> Reference:
+    """The maximum of what ``count`` clients give value and gradient of."""
     from scipy.optimize import minimize
 
-    clients = clients_of(posterior)
     max_rounds = check_count("max_rounds", max_rounds)
     tolerance = check_number("tolerance", tolerance)
     init = jax.tree.map(jnp.asarray, getattr(init, "position", init))
     flat, unravel = ravel_pytree(init)
-    score = on_all_data(posterior, jax.value_and_grad(posterior.log_density))
-    rounds = 0
+    answers: dict[bytes, tuple[float, np.ndarray]] = {}
 
     def descend(x):
-        nonlocal rounds
-        rounds += 1
-        value, g = score(unravel(jnp.asarray(x, flat.dtype)))
-        return -float(value), -np.asarray(ravel_pytree(g)[0], np.float64)
+        point = np.asarray(x, flat.dtype)
+        if point.tobytes() not in answers:
+            value, g = score(unravel(jnp.asarray(point)))
+            answers[point.tobytes()] = (
+                -float(value),
+                -np.asarray(ravel_pytree(g)[0], np.float64),
+            )
+        return answers[point.tobytes()]
 
-    if not np.isfinite(descend(flat)[0]):
+    start, _ = descend(flat)
+    if not np.isfinite(start):
         raise ValueError("the log density is not finite where the search for a reference starts.")
-    value = abs(descend(flat)[0])
-    rounds = 0
+    enough = tolerance / max(abs(start), 1.0)
     found = minimize(
         descend,
         np.asarray(flat, np.float64),
         jac=True,
         method="L-BFGS-B",
-        options={"maxfun": max_rounds, "maxiter": max_rounds, "ftol": tolerance / max(value, 1.0)},
+        options={"maxfun": max_rounds, "maxiter": max_rounds, "ftol": enough},
     )
+    value, g = descend(found.x)
+    rounds, size = len(answers), count * flat.nbytes
     position = unravel(jnp.asarray(found.x, flat.dtype))
-    value, g = score(position)
-    size = clients.count * tree_bytes(position)
-    norm = float(jnp.sqrt(tree_dot(g, g)))
-    return Reference(position, float(value), norm, rounds, rounds * size, rounds * size)
+    return Reference(
+        position, -value, float(np.linalg.norm(g)), rounds, rounds * size, rounds * size
+    )
 
 
 def local_modes(posterior: Posterior, score: Any, init: Position, max_steps: int) -> list[Position]:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stochgrad.core import Gradient, Target, check_number, clients_of, visit_in
 from stochgrad.gradients._minibatch import as_gradient
@@ -41,7 +42,18 @@ def conducive(target: Target, surrogates: Surrogates, *, strength: float = 1.0) 
         raise ValueError(
             f"there are surrogates of {surrogates.count} clients, and data of {clients.count}."
         )
-    slope, precision = mended(surrogates, clients.shares)
+    return with_conducive(inner, surrogates, clients.shares, strength)
+
+
+def with_conducive(
+    inner: Gradient, surrogates: Surrogates, shares: np.ndarray, strength: float
+) -> Gradient:
+    """A gradient and the conducive gradient of the client that is visited.
+
+    There may be more surrogates than clients at hand: a client that holds its own data only has
+    its own surrogate first, and the product of all others' second.
+    """
+    slope, precision = mended(surrogates, shares)
     origin = jax.tree.map(jnp.asarray, surrogates.origin)
 
     def next(key, position, state):

@@ -1,0 +1,1 @@
+"""Late flights of three airports that keep their data."""

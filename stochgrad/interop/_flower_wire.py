@@ -1,0 +1,116 @@
+"""What crosses the wire between a server of chains and clients with data, and its inspection."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from jaxtyping import PyTree
+
+_HEADER = 1024
+ABOUT = "about"
+
+TREES = {
+    "query.hello": (),
+    "train.expand": ("slope", "precision"),
+    "train.visit": ("state", "draws"),
+}
+"""The trees of arrays that a reply may hold."""
+
+
+class Refused(Exception):
+    """A message that is not what it should be; says why."""
+
+
+def pack(trees: Mapping[str, PyTree], about: Mapping[str, Any]) -> RecordDict:
+    """Trees of arrays, leaf by leaf, and a few numbers and words about them."""
+    content: dict[str, Any] = {ABOUT: ConfigRecord({**about})}
+    for name, tree in trees.items():
+        leaves = [np.asarray(leaf, order="C") for leaf in jax.tree.leaves(tree)]
+        content[name] = ArrayRecord({str(i): Array(leaf) for i, leaf in enumerate(leaves)})
+    return RecordDict(content)
+
+
+def unpack(content: RecordDict, name: str, like: PyTree) -> PyTree:
+    """A tree of a message in the structure, shapes and types of ``like``.
+
+    Raises:
+        Refused: it is missing, too large, of other shapes or types, or not finite.
+    """
+    leaves, structure = jax.tree.flatten(like)
+    record = content.get(name)
+    if not isinstance(record, ArrayRecord) or set(record) != {str(i) for i in range(len(leaves))}:
+        raise Refused(f"{name} should be {len(leaves)} arrays")
+    return jax.tree.unflatten(
+        structure, [_array(record[str(i)], leaf, name) for i, leaf in enumerate(leaves)]
+    )
+
+
+def about(content: RecordDict, **wanted: type) -> dict[str, Any]:
+    """The numbers and words of a message.
+
+    Raises:
+        Refused: one is missing or of another type.
+    """
+    record = content.get(ABOUT)
+    if not isinstance(record, ConfigRecord):
+        raise Refused("there is nothing about the reply")
+    found = dict(record)
+    for name, kind in wanted.items():
+        if not isinstance(found.get(name), kind):
+            raise Refused(f"{name} should be of type {kind.__name__}")
+    return found
+
+
+def check_reply(reply: Message, action: str, limit: int) -> RecordDict:
+    """The content of a reply.
+
+    Raises:
+        Refused: the client failed, or the reply holds what is not asked for, or too much.
+    """
+    if reply.has_error():
+        raise Refused(f"error {reply.error.code}")
+    content = reply.content
+    unknown = set(content) - {ABOUT, *TREES[action]}
+    if unknown:
+        raise Refused(f"it holds {len(unknown)} records that were not asked for")
+    size = sum(
+        len(array.data)
+        for record in content.values()
+        if isinstance(record, ArrayRecord)
+        for array in record.values()
+    )
+    if size > limit:
+        raise Refused(f"it has {size:,} bytes where {limit:,} are the most")
+    status = about(content, status=str)["status"]
+    if status != "done":
+        raise Refused(f"the client says {status[:40]!r}")
+    return content
+
+
+def _array(array: Array, like: Any, name: str) -> np.ndarray:
+    shape, dtype = tuple(like.shape), np.dtype(like.dtype)
+    if len(array.data) > shape_bytes(like) + _HEADER:
+        raise Refused(f"an array of {name} is larger than it should be")
+    try:
+        found = array.numpy()
+    except Exception as error:
+        raise Refused(f"an array of {name} cannot be read") from error
+    if found.shape != shape or found.dtype != dtype:
+        raise Refused(
+            f"an array of {name} is {found.dtype}{list(found.shape)}, not {dtype}{list(shape)}"
+        )
+    if dtype.kind == "f" and not np.isfinite(found).all():
+        raise Refused(f"an array of {name} is not finite")
+    return found
+
+
+def shape_bytes(like: Any) -> int:
+    """Bytes of an array of a shape and a type."""
+    return int(np.prod(like.shape, dtype=np.int64)) * np.dtype(like.dtype).itemsize
+
+
+def tree_limit(*trees: PyTree) -> int:
+    """The most bytes that trees of such shapes take on the wire."""
+    return sum(shape_bytes(leaf) + _HEADER for leaf in jax.tree.leaves(trees))

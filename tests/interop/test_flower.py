@@ -1,0 +1,295 @@
+"""Federated sampling by Flower's messages: what arrives, what never leaves, what may go wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stochgrad
+from stochgrad import federated
+from tests.conftest import Z
+from tests.federated.toys import log_likelihood, log_prior, rows
+from tests.helpers import mean_and_error
+
+flower = pytest.importorskip("stochgrad.flower")
+from flwr.app import Array, ArrayRecord, ConfigRecord  # noqa: E402
+
+SIZES = (30, 50, 20)
+NAMES = ["north", "south", "west"]
+INIT = jnp.zeros(2)
+
+
+def kernel(gradient):
+    return stochgrad.sghmc(gradient, 0.02, 5.0)
+
+
+@cache
+def app():
+    data = rows(SIZES)
+
+    def of_node(context):
+        mine = data[NAMES.index(context.node_config["name"])]
+        return federated.posterior(log_prior, log_likelihood, [mine], batch_size=5)
+
+    return flower.client_app(of_node, kernel, INIT)
+
+
+def grid(**options):
+    nodes = {10 + i: (app(), {"name": name}) for i, name in enumerate(NAMES)}
+    return flower.LoopbackGrid(nodes, **options)
+
+
+def run(over, **options):
+    settings = {
+        "clients": NAMES,
+        "num_visits": 4,
+        "num_chains": 3,
+        "local_steps": 20,
+        "thin": 5,
+        "poll": 0.0,
+        "timeout": 0.2,
+    }
+    key = jax.random.key(0)
+    return flower.federate(over, kernel, INIT, key, **{**settings, **options})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("surrogate", ["global_first_order", "global_quadratic"])
+def test_the_posterior_is_that_of_all_data(surrogate):
+    """A prior counted thrice, a wrong share, a surrogate of the wrong client would show."""
+    draws = run(grid(), surrogate=surrogate, num_visits=60, num_chains=8, local_steps=200, thin=20)
+    mean, error = mean_and_error(draws.positions[:, 20:])
+    truth = np.concatenate(rows(SIZES)).sum(axis=0) / 101
+    assert np.all(np.abs(mean - truth) < Z * error)
+    assert np.all(np.abs(draws.positions.var(axis=(0, 1)) * 101 - 1) < 0.15)
+    visits = draws.stats["client"][:, ::10]
+    share = np.bincount(visits.ravel(), minlength=3) / visits.size
+    assert np.all(np.abs(share - [0.3, 0.5, 0.2]) < Z * np.sqrt(0.25 / visits.size))
+
+
+def records(content):
+    for name, record in content.items():
+        for key, value in record.items():
+            if isinstance(value, Array):
+                yield name, key, value.numpy()
+            else:
+                yield name, key, value
+
+
+def test_nothing_but_states_surrogates_and_counts_crosses_the_wire():
+    """Every number of every message is accounted for; rows of data would be too many, or known."""
+    seen = []
+    run(grid(tap=lambda way, message: seen.append((way, message))), surrogate="diagonal")
+    arrays = {
+        "down": {"position", "state", "key", "origin", "total"},
+        "up": {"slope", "precision", "state", "draws"},
+    }
+    told = {
+        "down": {"form", "curvature", "prior", "chain", "version", "share", "steps", "thin"}
+        | {"centred", "strength", "seed"},
+        "up": {"status", "name", "rows", "value"},
+    }
+    values = np.unique(np.concatenate(rows(SIZES)))
+    for way, message in seen:
+        assert not message.has_error()
+        for name, key, value in records(message.content):
+            if name == "about":
+                assert key in told[way]
+                assert isinstance(value, int | float | str)
+                assert not isinstance(value, str) or len(value) < 20
+            else:
+                assert name in arrays[way]
+                assert value.size <= (8 if name == "draws" else 2)
+                assert not np.isin(value, values).any()
+    assert {message.metadata.message_type for _, message in seen} == {
+        "query.hello",
+        "train.expand",
+        "train.visit",
+    }
+
+
+def test_an_error_of_a_client_does_not_tell_its_data():
+    def failing(context):
+        raise ValueError(f"row 3 is {rows(SIZES)[0][3]}")
+
+    seen = []
+    bad = flower.client_app(failing, kernel, INIT)
+    over = flower.LoopbackGrid(
+        {1: (bad, {"name": "north"})}, tap=lambda way, message: seen.append(message)
+    )
+    with pytest.raises(TimeoutError, match="north"):
+        run(over, clients=["north"])
+    assert dict(seen[-1].content["about"]) == {"status": "failed"}
+
+
+class Faulty:
+    """Something goes wrong with some of the visits, in turn."""
+
+    def __init__(self, *faults):
+        self.faults = faults
+        self.count = 0
+
+    def __call__(self, message):
+        if message.metadata.message_type != "train.visit":
+            return None
+        self.count += 1
+        return self.faults[self.count // 2 % len(self.faults)] if self.count % 2 else None
+
+
+def spoiled(change):
+    def reply(message):
+        change(message.content)
+        return message
+
+    return reply
+
+
+def arrays(record, value):
+    return lambda content: content.__setitem__(record, ArrayRecord({"0": Array(value)}))
+
+
+MALFORMED = {
+    "a wrong shape": arrays("draws", np.zeros((4, 3), np.float32)),
+    "a wrong type": arrays("draws", np.zeros((4, 2), np.float64)),
+    "not finite": arrays("draws", np.full((4, 2), np.nan, np.float32)),
+    "too large": arrays("draws", np.zeros((10_000, 2), np.float32)),
+    "not asked for": arrays("rows", np.zeros((4, 2), np.float32)),
+    "no state": lambda content: content.pop("state"),
+    "nothing about it": lambda content: content.pop("about"),
+    "a word for a number": lambda content: content.__setitem__(
+        "about", ConfigRecord({"status": 3})
+    ),
+    "a lie about its shape": lambda content: content["draws"]["0"].__dict__.update(shape=(9, 9)),
+}
+
+
+def test_whatever_goes_wrong_with_a_visit_no_chain_is_lost(caplog):
+    """Each is drawn again from the chain's last state: all visits are there in the end."""
+    faults = Faulty("error", "drop", *map(spoiled, MALFORMED.values()))
+    draws = run(grid(fault=faults), num_visits=8)
+    assert draws.positions.shape == (3, 32, 2)
+    assert np.isfinite(draws.positions).all()
+    assert draws.attrs["lost_visits"] >= len(MALFORMED) + 2
+    text = caplog.text
+    for reason in ("no reply in time", "error", "float64", "not finite", "most", "not asked for"):
+        assert reason in text
+    assert "drawn again" in text
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_client_that_dies_is_left_out_until_it_comes_back(returns, caplog):
+    """Its visit goes on elsewhere; a node of its name, under another number, takes its place."""
+    over = grid()
+
+    def fault(message):
+        if message.metadata.dst_node_id != 11 or message.metadata.message_type != "train.visit":
+            return None
+        if returns:
+            over.join(21, app(), {"name": "south"})
+        return "die"
+
+    over._fault = fault
+    draws = run(over, num_visits=12)
+    assert ("client south is gone" in caplog.text) is not returns
+    assert draws.positions.shape == (3, 48, 2)
+    assert bool((draws.stats["client"] == 1).mean() > 0.2) is returns
+
+
+def test_a_chain_whose_visits_all_fail_ends_the_run_with_a_sentence():
+    fault = lambda m: "error" if m.metadata.message_type == "train.visit" else None
+    with pytest.raises(RuntimeError, match="visits of chain 0 failed one after the other"):
+        run(grid(fault=fault), most_failures=3)
+
+
+def test_a_server_that_stops_goes_on_from_its_checkpoint(tmp_path):
+    path = tmp_path / "server.npz"
+    visits = []
+
+    def tap(way, message):
+        visits.append(message.metadata.message_type)
+        if visits.count("train.visit") == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(grid(tap=tap), num_visits=6, checkpoint=path)
+    draws = run(grid(), num_visits=6, checkpoint=path, resume=True)
+    whole = run(grid(), num_visits=6)
+    assert draws.positions.shape == whole.positions.shape
+    np.testing.assert_array_equal(draws.stats["client"], whole.stats["client"])
+    np.testing.assert_array_equal(draws.positions[:, :4], whole.positions[:, :4])
+    with pytest.raises(ValueError, match="holds another run: steps was 20 and is now 40"):
+        run(grid(), checkpoint=path, resume=True, local_steps=40)
+    with pytest.raises(ValueError, match="resume=True"):
+        run(grid(), checkpoint=path)
+
+
+def until_killed(path):
+    run(grid(tap=lambda way, message: time.sleep(0.02)), num_visits=1000, checkpoint=path)
+
+
+@pytest.mark.slow
+def test_a_server_killed_goes_on_from_its_checkpoint(tmp_path):
+    path = tmp_path / "server.npz"
+    code = f"from tests.interop.test_flower import until_killed; until_killed({str(path)!r})"
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, start_new_session=True)
+    end = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    from stochgrad.core import load_notes
+
+    done = max(map(len, load_notes(path)["visited"]))
+    draws = run(grid(), num_visits=done + 2, checkpoint=path, resume=True)
+    assert draws.positions.shape == (3, 4 * (done + 2), 2)
+    assert np.isfinite(draws.positions).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thin": 3}, "multiple of thin"),
+        ({"surrogate": "best"}, "surrogate must be one of"),
+        ({"clients": []}, "different names"),
+        ({"clients": ["north", "north"]}, "different names"),
+        ({"num_visits": 0}, "num_visits"),
+        ({"probabilities": [0.5, 0.5]}, "3 positive numbers"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(grid(), **options)
+
+
+def test_a_client_that_is_not_there_is_named():
+    with pytest.raises(TimeoutError, match="east"):
+        run(grid(), clients=[*NAMES, "east"])
+
+
+def test_a_server_app_hands_its_draws_on():
+    from flwr.app import Context, RecordDict
+
+    found = {}
+    make = lambda context: {
+        "kernel": kernel,
+        "init": INIT,
+        "key": jax.random.key(0),
+        "clients": NAMES,
+        "num_visits": int(context.run_config["visits"]),
+        "num_chains": 1,
+        "local_steps": 10,
+        "poll": 0.0,
+    }
+    served = flower.server_app(lambda draws, context: found.update(draws=draws), make)
+    served(grid(), Context(1, 1, {}, RecordDict(), {"visits": 2}))
+    assert found["draws"].positions.shape == (1, 20, 2)
