@@ -22,7 +22,7 @@ import stochgrad
 from stochgrad import federated
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 CLIENTS, DIM, ROWS, BATCH = 10, 8, 6000, 50
 VISITS = [1, 20, 100, 1000]
@@ -133,7 +133,7 @@ def plot(errors, at_100, truth, path):
     right.hist(
         (truth[..., 0].ravel() - center) / spread, grid, density=True, color="0.85", label="pooled"
     )
-    for colour, (name, positions) in zip(COLOURS, at_100.items(), strict=False):
+    for colour, positions in zip(COLOURS, at_100.values(), strict=False):
         if positions is not None:
             z = (positions[..., 0].ravel() - center) / spread
             right.hist(z, grid, density=True, histtype="step", color=colour, lw=1.5)
@@ -162,7 +162,7 @@ def main():
     reference = federated.find_reference(target, jnp.zeros(DIM))
     print(f"reference: {reference.rounds} rounds, {reference.bytes_up:,} bytes up")
     kernel = dynamics(target, reference)
-    run = {"num_samples": 200 if args.smoke else 2000, "num_warmup": 50, "thin": 20}
+    run = {"num_samples": 150 if args.smoke else 1200, "num_warmup": 50, "thin": 20}
     run |= {"num_chains": 4 if args.smoke else 16, "progress": False}
     truth = pooled(data, kernel, reference.position, run)
     errors, at_100 = {}, {}

@@ -38,6 +38,7 @@ from stochgrad.sgmcmc import swag as swag
 
 if TYPE_CHECKING:
     from stochgrad import diagnostics as diagnostics
+    from stochgrad import flower as flower
     from stochgrad import numpyro as numpyro
     from stochgrad.interop import ParquetColumns as ParquetColumns
     from stochgrad.interop import from_numpyro as from_numpyro
@@ -49,6 +50,6 @@ def __getattr__(name: str) -> Any:
     """Import what needs numpyro or ArviZ on first use, so that importing stochgrad stays cheap."""
     if name in ("from_numpyro", "ParquetColumns"):
         return getattr(import_module("stochgrad.interop"), name)
-    if name in ("diagnostics", "numpyro"):
+    if name in ("diagnostics", "flower", "numpyro"):
         return import_module(f"stochgrad.{name}")
     raise AttributeError(f"module 'stochgrad' has no attribute {name!r}")

@@ -27,6 +27,7 @@ def public_names():
         stochgrad.numpyro,
         stochgrad.gradients,
         stochgrad.federated,
+        stochgrad.flower,
     ):
         for name, value in vars(module).items():
             if not name.startswith("_") and not inspect.ismodule(value) and callable(value):
@@ -57,7 +58,7 @@ def test_every_link_between_pages_leads_somewhere():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", ["guide", "samplers", "orders", "scale"])
+@pytest.mark.parametrize("page", ["guide", "samplers", "orders", "scale", "federated"])
 def test_the_pages_run(page, monkeypatch, tmp_path):
     import matplotlib
 
@@ -74,6 +75,11 @@ def test_the_pages_run(page, monkeypatch, tmp_path):
     if page == "samplers":
         assert 0 < len(space["snapshots"].positions[0]) < 1000
         assert space["center"].distance < 1
+    if page == "federated":
+        truth = space["draws"].positions.mean(axis=(0, 1))
+        assert abs(space["again"].positions.mean(axis=(0, 1)) - truth).max() < 0.05
+        assert abs(space["over_the_wire"].positions.mean(axis=(0, 1)) - truth).max() < 0.1
+        assert (space["report"].margin > 0).all()
     if page == "scale":
         assert space["again"].num_draws == 2000
         spread = space["again"].positions[:].std(axis=(0, 1))

@@ -1,7 +1,6 @@
 """Stochastic estimates of gradients."""
 
 from stochgrad.gradients._conducive import conducive as conducive
-from stochgrad.gradients._conducive import with_conducive as with_conducive
 from stochgrad.gradients._control_variate import control_variate as control_variate
 from stochgrad.gradients._minibatch import as_gradient as as_gradient
 from stochgrad.gradients._minibatch import minibatch as minibatch

@@ -30,8 +30,8 @@ from stochgrad.gradients import (
     Surrogates,
     control_variate,
     minibatch,
-    with_conducive,
 )
+from stochgrad.gradients._conducive import with_conducive
 from stochgrad.interop._flower_wire import ABOUT, about, pack, unpack
 
 MakeKernel = Callable[[Gradient], Kernel]
