@@ -1,6 +1,5 @@
 """A Flower server: holds chains and sums over clients, sends chains from client to client."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,9 +28,8 @@ from stochgrad.core import (
 )
 from stochgrad.federated._reference import climb
 from stochgrad.interop._flower_client import position_like, state_like, total_like
-from stochgrad.interop._flower_wire import Refused, about, check_reply, pack, tree_limit, unpack
-
-log = logging.getLogger("stochgrad.flower")
+from stochgrad.interop._flower_network import Network, log
+from stochgrad.interop._flower_wire import Refused, check_reply, tree_limit, unpack
 
 FORMS = {"global_first_order": "none", "diagonal": "diagonal", "global_quadratic": "full"}
 
@@ -132,8 +130,7 @@ def federate(
     if not clients or len(set(clients)) < len(clients):
         raise ValueError(f"clients must be different names, got {clients}.")
     init = jax.tree.map(jnp.asarray, getattr(init, "position", init))
-    run = Run(grid, kernel, init, clients, FORMS[surrogate], timeout, poll)
-    run.settings = {
+    settings = {
         "form": FORMS[surrogate],
         "curvature": curvature,
         "steps": local_steps,
@@ -142,18 +139,19 @@ def federate(
         "strength": float(strength),
         "seed": int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1)),
     }
-    told = {**run.settings, "clients": clients, "num_chains": num_chains}
+    run = Run(Network(grid, clients, timeout, poll), kernel, init, settings)
+    told = {**settings, "clients": clients, "num_chains": num_chains}
     path = None if checkpoint is None else Path(checkpoint)
     chains = [Chain(None, [], []) for _ in range(num_chains)]
     if path is not None and path.exists():
         notes = load_notes(path)
         refuse_other_run(f"checkpoint={str(path)!r}", notes.get("run"), told, resume)
-        run.wait_for_all()
+        run.network.wait_for_all()
         chains = run.load(path, notes, num_chains)
     else:
-        run.wait_for_all()
+        run.network.wait_for_all()
         run.prepare(max_rounds)
-    run.probabilities = _probabilities(probabilities, [run.rows[c] for c in clients])
+    run.probabilities = _probabilities(probabilities, [run.network.rows[c] for c in clients])
     save = None if path is None else lambda chains: run.save(path, told, chains)
     chains = run.visit_all(chains, key, num_visits, most_failures, save)
     return run.as_draws(chains, thin)
@@ -179,146 +177,48 @@ def server_app(
 
 
 class Run:
-    """The server's side of a run: who is there, what is known of them, and their messages."""
+    """The server's side of a run: chains, the sums over clients, and who knows of them."""
 
-    def __init__(self, grid, kernel, init, clients, form, timeout, poll):
-        self.grid, self.clients, self.form = grid, clients, form
+    def __init__(self, network: Network, kernel, init: Position, settings: dict[str, Any]):
+        self.network, self.settings = network, settings
         self.init = init
-        self.timeout, self.poll = timeout, poll
-        self.settings: dict[str, Any] = {}
         self.probabilities = np.ones(0)
         self.position = position_like(None, init)
         self.state = state_like(kernel(_without_data(self.position)), self.position)
-        self.rows: dict[str, int] = {}
-        self.nodes: dict[str, int] = {}
-        self.asked: set[int] = set()
         self.prepared: dict[int, int] = {}
         self.origin = self.total = None
-        self.own: dict[str, PyTree] = {}
-        self.version, self.lost = 0, 0
-        self.setup_bytes = 0
-
-    # who is there
-
-    def look_around(self) -> None:
-        """Ask nodes that were not there before for their names; forget those that are gone."""
-        there = set(self.grid.get_node_ids())
-        known = {name: node for name, node in self.nodes.items() if node in there}
-        self.asked &= there
-        new = sorted(there - self.asked)
-        self.asked |= there
-        requests = {self.message(node, "query.hello", {}, {}): node for node in new}
-        for request, reply in self.exchange(list(requests)):
-            node = requests[request]
-            try:
-                if reply is None:
-                    raise Refused("no reply")
-                told = about(check_reply(reply, "query.hello", 0), name=str, rows=int)
-                if told["name"] not in self.clients or told["rows"] < 1:
-                    raise Refused("a client of this name is not expected")
-            except Refused as reason:
-                log.warning("node %s is not taken in: %s", node, reason)
-                continue
-            known[told["name"]] = node
-            self.rows[told["name"]] = told["rows"]
-        for name in self.nodes.keys() - known.keys():
-            log.warning("client %s is gone; its surrogate stands for its data", name)
-        if known.keys() != self.nodes.keys():
-            self.version += 1
-        self.nodes = known
-
-    def wait_for_all(self) -> None:
-        """Wait until every client is there."""
-        end = time.monotonic() + self.timeout
-        while True:
-            self.look_around()
-            missing = [c for c in self.clients if c not in self.nodes]
-            if not missing:
-                return
-            if time.monotonic() > end:
-                raise TimeoutError(f"clients {missing} are not there after {self.timeout:g} s.")
-            time.sleep(self.poll)
-
-    # messages
-
-    def message(self, node: int, action: str, trees: dict, told: dict) -> Message:
-        """A message for a node."""
-        return Message(pack(trees, told), node, action, ttl=2 * self.timeout, group_id="stochgrad")
-
-    def exchange(self, requests: list[Message]) -> list[tuple[Message, Message | None]]:
-        """Send messages, and wait for the reply to each, or None."""
-        ids = list(self.grid.push_messages(requests))
-        replies: dict[str, Message] = {}
-        end = time.monotonic() + self.timeout
-        while len(replies) < len(ids):
-            for reply in self.grid.pull_messages([i for i in ids if i not in replies]):
-                replies[reply.metadata.reply_to_message_id] = reply
-            if len(replies) < len(ids):
-                if time.monotonic() > end:
-                    break
-                time.sleep(self.poll)
-        return [(request, replies.get(i)) for request, i in zip(requests, ids, strict=True)]
+        self.lost, self.setup_bytes = 0, 0
 
     # preparations
 
     def prepare(self, max_rounds: int) -> None:
         """Find the reference, and what each client's likelihood is there."""
-        found = climb(self._score, self.init, len(self.clients), max_rounds, 1e-3)
+        count = len(self.network.clients)
+        found = climb(self._score, self.init, count, max_rounds, 1e-3)
         self.origin = jax.tree.map(np.asarray, found.position)
-        parts = self._ask(self.origin, self.form)
-        self.own = {name: tree for name, (_, tree) in parts.items()}
-        self.total = jax.tree.map(lambda *x: np.sum(x, axis=0), *self.own.values())
-        sent = sum(x.nbytes for x in jax.tree.leaves(self.own))
-        self.setup_bytes = found.bytes_up + sent
+        parts = self._ask(self.origin, self.settings["form"])
+        own = [tree for _, tree in parts.values()]
+        self.total = jax.tree.map(lambda *x: np.sum(x, axis=0), *own)
+        self.setup_bytes = found.bytes_up + sum(x.nbytes for x in jax.tree.leaves(own))
 
     def _score(self, position):
         """Value and gradient of the log density: one round over all clients."""
-        parts = self._ask(position, "none", prior_of=self.clients[0])
+        parts = self._ask(position, "none", self.network.clients[0])
         value = sum(value for value, _ in parts.values())
         slopes = [tree["slope"] for _, tree in parts.values()]
         return value, jax.tree.map(lambda *x: np.sum(x, axis=0), *slopes)
 
-    def _ask(self, position, form: str, prior_of: str = "") -> dict[str, tuple[float, PyTree]]:
-        """Every client's log likelihood at a position; one that fails is asked again."""
-        like = total_like(self.position, form)
-        like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), like)
-        one = {"slope": like["slope"], "precision": _with_axis(like["precision"])}
-        found: dict[str, tuple[float, PyTree]] = {}
-        for _ in range(3):
-            left = [c for c in self.clients if c not in found]
-            requests = {}
-            for name in left:
-                told = {"form": form, "curvature": self.settings["curvature"]}
-                told["prior"] = name == prior_of
-                node = self.nodes[name]
-                requests[self.message(node, "train.expand", {"position": position}, told)] = name
-            for request, reply in self.exchange(list(requests)):
-                name = requests[request]
-                try:
-                    if reply is None:
-                        raise Refused("no reply")
-                    content = check_reply(reply, "train.expand", tree_limit(one))
-                    value = about(content, value=float)["value"]
-                    tree = {"slope": unpack(content, "slope", one["slope"]), "precision": None}
-                    if form != "none":
-                        whole = unpack(content, "precision", one["precision"])
-                        tree["precision"] = jax.tree.map(lambda x: x[0], whole)
-                    found[name] = (value, tree)
-                except Refused as reason:
-                    log.warning("client %s is asked again: %s", name, reason)
-            if len(found) == len(self.clients):
-                return {name: found[name] for name in self.clients}
-            self.look_around()
-            self.wait_for_all()
-        missing = [c for c in self.clients if c not in found]
-        raise TimeoutError(f"clients {missing} did not tell their log likelihoods.")
+    def _ask(self, position, form: str, prior_of: str = ""):
+        return self.network.ask(position, self.position, form, self.settings["curvature"], prior_of)
 
     # visits
 
     def shares(self) -> dict[str, float]:
         """The share of steps of each client that is there."""
         p = {
-            name: self.probabilities[s] for s, name in enumerate(self.clients) if name in self.nodes
+            name: self.probabilities[s]
+            for s, name in enumerate(self.network.clients)
+            if name in self.network.nodes
         }
         total = sum(p.values())
         return {name: float(x / total) for name, x in p.items()}
@@ -331,15 +231,15 @@ class Run:
         names = list(shares)
         draw = np.random.default_rng(np.asarray(jax.random.key_data(turn)))
         name = names[int(draw.choice(len(names), p=[shares[n] for n in names]))]
-        node = self.nodes[name]
+        node = self.network.nodes[name]
         trees: dict[str, Any] = {"key": np.asarray(jax.random.key_data(turn))}
         trees |= {"position": self.origin} if chain.state is None else {"state": chain.state}
-        told: dict[str, Any] = {"chain": number, "version": self.version}
-        if self.prepared.get(node) != self.version:
+        told: dict[str, Any] = {"chain": number, "version": self.network.version}
+        if self.prepared.get(node) != self.network.version:
             trees |= {"origin": self.origin, "total": self.total}
             told |= {**self.settings, "share": shares[name]}
-            self.prepared[node] = self.version
-        return self.message(node, "train.visit", trees, told), name, node
+            self.prepared[node] = self.network.version
+        return self.network.message(node, "train.visit", trees, told), name, node
 
     def visit_all(self, chains, key, num_visits, most_failures, save) -> list[Chain]:
         """Send every chain on its visits, each as soon as it is back from the last."""
@@ -354,7 +254,7 @@ class Run:
         while True:
             out = {number for number, *_ in away.values()}
             for number, chain in enumerate(chains):
-                if number in out or len(chain.visited) >= num_visits or not self.nodes:
+                if number in out or len(chain.visited) >= num_visits or not self.network.nodes:
                     continue
                 if chain.failures > most_failures:
                     kept_until_now = "" if save is None else " The checkpoint has what was drawn."
@@ -363,11 +263,11 @@ class Run:
                         f"the log says why.{kept_until_now}"
                     )
                 message, name, node = self.request(number, chain, key)
-                (sent,) = self.grid.push_messages([message])
-                away[sent] = (number, name, node, time.monotonic() + self.timeout)
+                (sent,) = self.network.grid.push_messages([message])
+                away[sent] = (number, name, node, time.monotonic() + self.network.timeout)
             if not away and all(len(c.visited) >= num_visits for c in chains):
                 return chains
-            back = list(self.grid.pull_messages(list(away))) if away else []
+            back = list(self.network.grid.pull_messages(list(away))) if away else []
             for reply in back:
                 number, name, node, _ = away.pop(reply.metadata.reply_to_message_id)
                 chains[number] = self.received(
@@ -379,11 +279,11 @@ class Run:
             for sent in [i for i, (*_, end) in away.items() if now > end]:
                 number, name, node, _ = away.pop(sent)
                 chains[number] = self.failed(chains[number], number, name, node, "no reply in time")
-            if now - looked > max(5.0, self.poll) or not self.nodes:
-                self.look_around()
+            if now - looked > max(5.0, self.network.poll) or not self.network.nodes:
+                self.network.look_around()
                 looked = time.monotonic()
             if not back:
-                time.sleep(self.poll)
+                time.sleep(self.network.poll)
 
     def received(self, reply, chain, number, name, node, limit, kept) -> Chain:
         """The chain after a reply, which may be anything."""
@@ -393,7 +293,9 @@ class Run:
             draws = unpack(content, "draws", kept)
         except Refused as reason:
             return self.failed(chain, number, name, node, str(reason))
-        return Chain(state, [*chain.draws, draws], [*chain.visited, self.clients.index(name)])
+        return Chain(
+            state, [*chain.draws, draws], [*chain.visited, self.network.clients.index(name)]
+        )
 
     def failed(self, chain, number, name, node, reason: str) -> Chain:
         """The chain as it was, its visit lost."""
@@ -402,7 +304,7 @@ class Run:
         self.prepared.pop(node, None)
         if "unprepared" in reason:
             return chain
-        self.look_around()
+        self.network.look_around()
         return chain._replace(failures=chain.failures + 1)
 
     # what stays
@@ -411,7 +313,12 @@ class Run:
         """Write all that the run needs to go on."""
         tree = self.archive(chains)
         visited = [c.visited for c in chains]
-        notes = {"run": told, "visited": visited, "rows": self.rows, "setup": self.setup_bytes}
+        notes = {
+            "run": told,
+            "visited": visited,
+            "rows": self.network.rows,
+            "setup": self.setup_bytes,
+        }
         save_tree(path, tree, notes)
 
     def archive(self, chains: list[Chain]) -> PyTree:
@@ -435,7 +342,7 @@ class Run:
         visited = notes["visited"]
         like = {
             "origin": self.position,
-            "total": total_like(self.position, self.form),
+            "total": total_like(self.position, self.settings["form"]),
             "chains": [(self.state, drawn(len(v))) for v in visited if v],
         }
         tree = load_tree(path, like)
@@ -483,10 +390,6 @@ def _without_data(position: PyTree) -> Gradient:
         return (lambda at: (jnp.zeros(()), zeros)), state
 
     return Gradient(lambda key, at: None, next)
-
-
-def _with_axis(precision: PyTree) -> PyTree:
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype), precision)
 
 
 def _probabilities(given: Sequence[float] | None, rows: list[int]) -> np.ndarray:
