@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Any
 
 import jax
 from flwr.app import Message

@@ -142,6 +142,7 @@ def federate(
     run = Run(Network(grid, clients, timeout, poll), kernel, init, settings)
     told = {**settings, "clients": clients, "num_chains": num_chains}
     path = None if checkpoint is None else Path(checkpoint)
+    save = None if path is None else lambda chains: run.save(path, told, chains)
     chains = [Chain(None, [], []) for _ in range(num_chains)]
     if path is not None and path.exists():
         notes = load_notes(path)
@@ -151,8 +152,9 @@ def federate(
     else:
         run.network.wait_for_all()
         run.prepare(max_rounds)
+        if save is not None:
+            save(chains)
     run.probabilities = _probabilities(probabilities, [run.network.rows[c] for c in clients])
-    save = None if path is None else lambda chains: run.save(path, told, chains)
     chains = run.visit_all(chains, key, num_visits, most_failures, save)
     return run.as_draws(chains, thin)
 
