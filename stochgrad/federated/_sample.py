@@ -193,8 +193,21 @@ def sample(
     if kernel is None:
         kernel = lambda gradient: sgmcmc.sgld(gradient, step_size or 0.0)
     made = kernel(as_gradient(gradient))
+    if not isinstance(made, Kernel):
+        raise TypeError(f"kernel must be a function from a gradient to a kernel, gave {made!r}.")
     carried = _carried_bytes(made, position)
-    made = with_visits(made._replace(method=f"{method}, {made.method}"))
+    settings = (
+        ("surrogate", surrogate if isinstance(surrogate, str) else "given"),
+        ("strength", strength),
+        ("local_steps", clients_of(target).steps.tolist()),
+        ("shares", clients_of(target).shares.round(6).tolist()),
+        ("control_variate", control_variate),
+    )
+    made = made._replace(
+        method=f"{method}, {made.method}",
+        settings=made.settings + settings[0 if method == "FSGLD" else 2 :],
+    )
+    made = with_visits(made)
     draws = run(key, made, init=position if init is None else init, **options)
     return _communication(draws, {"visits": (carried, carried)}, size, setup)
 

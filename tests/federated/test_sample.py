@@ -102,7 +102,7 @@ def skewed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("local_steps", [1, 20, 100, 1000])
+@pytest.mark.parametrize("local_steps", [20, 1000])
 @pytest.mark.parametrize("surrogate", ["global_first_order", "global_quadratic"])
 @pytest.mark.filterwarnings("ignore::stochgrad.federated.StabilityWarning")
 def test_label_skew_does_not_move_the_posterior_at_any_length_of_visits(local_steps, surrogate):
