@@ -69,6 +69,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def wait_for(port, patience=120):
+    """Wait until somebody listens on a port."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"nobody listens on port {port} after {patience} s.")
+
+
 @contextlib.contextmanager
 def network(folder, data):
     """A SuperLink and a SuperNode for each airport, as processes of their own."""
@@ -111,6 +121,7 @@ def network(folder, data):
         subprocess.Popen(c, env=environment, start_new_session=True, **quiet) for c in commands
     ]
     try:
+        wait_for(port)
         yield environment
     finally:
         for process in reversed(running):
@@ -128,7 +139,6 @@ def over_the_network(folder, data, config):
     output = folder / "draws.npz"
     told = " ".join(f"{name}={value}" for name, value in config.items()) + f' output="{output}"'
     with network(folder, data) as environment:
-        time.sleep(3)
         command = ["flwr", "run", str(APP), "loop", "--run-config", told, "--stream"]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
         listed = ["flwr", "ls", "loop", "--format", "json"]
@@ -222,7 +232,7 @@ def main():
     args = parser.parse_args()
     data = load(args.smoke)
     print("rows:", {a: len(late) for a, (_, late) in data.items()})
-    config = {"visits": 3, "chains": 3, "steps": 400, "rounds": 4} if args.smoke else {}
+    config = {"visits": 2, "chains": 3, "steps": 400, "rounds": 2} if args.smoke else {}
     config = {"visits": 8, "chains": 3, "steps": 2000, "rounds": 15} | config
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

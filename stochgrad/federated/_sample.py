@@ -111,8 +111,9 @@ def sample(
         reference: A position near the mode; found by default, from ``init``.
         init: Where to start: a position. By default the reference.
         on_unsafe: What to do where long visits to a client would run away
-            (``stochgrad.federated.stability``), as a surrogate's curvature can make them:
-            ``"warn"``, ``"cap"`` (shrink it), ``"raise"`` or ``"ignore"``.
+            (``stochgrad.federated.stability``), as a surrogate's curvature can make them, or a
+            likelihood that is not log-concave: ``"warn"``, ``"cap"`` (shrink it), ``"raise"`` or
+            ``"ignore"``.
         **options: ``num_samples``, ``num_warmup``, ``thin``, ``num_chains`` and all others of
             ``stochgrad.sample``.
 

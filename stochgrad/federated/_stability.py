@@ -1,6 +1,7 @@
 """Whether visits to a client are drawn back, and what to do where they are not."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from stochgrad.core import Posterior, clients_of, compiled, likelihood_sum, of_prior
+from stochgrad.core import (
+    Posterior,
+    clients_of,
+    compiled,
+    likelihood_sum,
+    of_prior,
+    tree_size,
+)
 from stochgrad.federated._curvature import extreme_eigenvalues
 from stochgrad.federated._local import hessian_product
-from stochgrad.gradients import Surrogates
+from stochgrad.gradients import Precision, Surrogates
 
 _TOLERANCE, _SHRINK, _ROUNDS = 1e-3, 0.7, 40
+_MOST_DIMENSIONS = 1000
 
 
 class StabilityWarning(UserWarning):
@@ -70,59 +79,85 @@ def stability(posterior: Posterior, surrogates: Surrogates) -> Stability:
     Raises:
         TypeError: the posterior's data belong to no clients.
     """
+    return _margins(posterior, surrogates.origin)(surrogates.precision)
+
+
+def _margins(posterior: Posterior, origin: Any) -> Callable[[Precision | None], Stability]:
+    """The stability of precisions about an origin, compiled once for all of a form."""
     clients = clients_of(posterior)
     shares = clients.shares.astype(np.float32)
-    flat, unravel = ravel_pytree(surrogates.origin)
+    flat, unravel = ravel_pytree(origin)
     bend = hessian_product(posterior)
     own = likelihood_sum(posterior, bend)
 
-    def times(client, near, v):
+    def times(client, near, v, precision):
         v = unravel(v)
         share = jnp.asarray(shares)[client]
-        total = surrogates.total_precision(v)
-        prior = of_prior(posterior, bend)(surrogates.origin, v)
-        here = jax.tree.map(lambda x: near * x, own(client, surrogates.origin, v))
-        if surrogates.precision is not None:
-            here = jax.tree.map(jnp.subtract, here, surrogates.precision.times(client, v))
-        return ravel_pytree(jax.tree.map(lambda p, t, x: p + t + x / share, prior, total, here))[0]
+        prior = of_prior(posterior, bend)(origin, v)
+        here = jax.tree.map(lambda x: near * x / share, own(client, origin, v))
+        if precision is not None:
+            rest = jax.tree.map(
+                lambda all_, x: all_ - x / share, precision.total(v), precision.times(client, v)
+            )
+            here = jax.tree.map(jnp.add, here, rest)
+        return ravel_pytree(jax.tree.map(jnp.add, prior, here))[0]
 
     run = compiled(times)
 
-    def extremes(client, near):
+    def extremes(precision, client, near):
         def product(v):
-            return np.asarray(run(np.int32(client), np.float32(near), jnp.asarray(v, flat.dtype)))
+            v = jnp.asarray(v, flat.dtype)
+            return np.asarray(run(np.int32(client), np.float32(near), v, precision))
 
         return extreme_eigenvalues(product, flat.size)
 
-    near = np.array([extremes(s, 1.0) for s in range(clients.count)])
-    far = np.array([extremes(s, 0.0)[0] for s in range(clients.count)])
-    return Stability(near[:, 0], far, near[:, 1])
+    def of(precision):
+        near = np.array([extremes(precision, s, 1.0) for s in range(clients.count)])
+        far = np.array([extremes(precision, s, 0.0)[0] for s in range(clients.count)])
+        return Stability(near[:, 0], far, near[:, 1])
+
+    return of
 
 
 def capped(posterior: Posterior, surrogates: Surrogates, *, far: bool = True) -> Surrogates:
     """The surrogates with the curvature of unsafe clients shrunk until all are safe.
 
     Slopes at the origin remain, so that what is shrunk to nothing is a surrogate of first order.
+    Where a likelihood is convex in some direction even that may be unsafe: then the safest that was
+    seen on the way.
 
     Args:
         posterior: A posterior of data that clients own, visited as it will be.
         surrogates: The surrogates.
         far: Whether visits must be safe far from the origin too.
     """
-    scale = np.ones(surrogates.count)
-    for _ in range(_ROUNDS if surrogates.precision is not None else 0):
-        found = stability(posterior, surrogates.scaled(scale)).unsafe(far=far)
-        if not found.any():
+    if surrogates.precision is None:
+        return surrogates
+    margins = _margins(posterior, surrogates.origin)
+    scale = best = np.ones(surrogates.count)
+    least = -np.inf
+    for _ in range(_ROUNDS):
+        precision = surrogates.scaled(scale).precision
+        found = margins(precision)
+        worst = np.minimum(found.margin, found.far_margin) if far else found.margin
+        worst = np.min(worst / found.largest)
+        if worst > least:
+            least, best = worst, scale
+        unsafe = found.unsafe(far=far)
+        if not unsafe.any():
             break
-        scale = np.where(found, np.where(scale < 0.02, 0.0, scale * _SHRINK), scale)
-    return surrogates.scaled(scale)
+        scale = np.where(unsafe, np.where(scale < 0.02, 0.0, scale * _SHRINK), scale)
+    return surrogates.scaled(best)
 
 
 def made_safe(
     posterior: Posterior, surrogates: Surrogates, on_unsafe: str, *, far: bool
 ) -> Surrogates:
     """What is to be done with surrogates before a run."""
-    if on_unsafe == "ignore" or surrogates.precision is None:
+    if on_unsafe == "ignore" or clients_of(posterior).steps.max() == 1:
+        return surrogates
+    flat = surrogates.precision is None
+    if flat and tree_size(surrogates.origin) > _MOST_DIMENSIONS:
         return surrogates
     found = stability(posterior, surrogates)
     if not found.unsafe(far=far).any():
@@ -130,9 +165,13 @@ def made_safe(
     if on_unsafe == "cap":
         return capped(posterior, surrogates, far=far)
     message = (
-        f"long visits may run away from {found.describe(far=far)}: take on_unsafe='cap', fewer "
-        "local_steps, probabilities in proportion to the clients' rows, or "
-        "surrogate='global_first_order'."
+        f"long visits may run away from {found.describe(far=far)}: take fewer local_steps or "
+        "probabilities in proportion to the clients' rows"
+        + (
+            ", or a surrogate with the likelihood's curvature."
+            if flat
+            else ", on_unsafe='cap', or surrogate='global_first_order'."
+        )
     )
     if on_unsafe == "raise":
         raise ValueError(message)

@@ -233,7 +233,13 @@ def test_an_unsafe_surrogate_is_named_with_its_margin_and_capped():
     np.testing.assert_array_equal(safe.slope, exact.slope)
     wrong = exact.scaled([1.0, 3.0, 1.0])
     assert federated.stability(target, wrong).unsafe(far=False).tolist() == [False, True, False]
-    run = {"step_size": 1e-3, "init": jnp.zeros(2), "num_samples": 2, "progress": False}
+    run = {
+        "step_size": 1e-3,
+        "local_steps": 9,
+        "init": jnp.zeros(2),
+        "num_samples": 2,
+        "progress": False,
+    }
     call = lambda **more: federated.sample(
         jax.random.key(0), target, surrogate=wrong, reference=jnp.zeros(2), **run, **more
     )
@@ -273,3 +279,21 @@ def test_data_without_clients_are_refused():
     plain = stochgrad.posterior(lambda p: 0.0 * p, lambda p, x: x * p, jnp.ones(3), order="full")
     with pytest.raises(TypeError, match="belong to no clients"):
         conducive(plain, Surrogates(jnp.zeros(()), jnp.zeros((2,))))
+
+
+def test_what_shrinking_makes_worse_is_left_alone():
+    """A likelihood that is convex somewhere needs its surrogate's curvature."""
+    x = np.linspace(1.0, 2.0, 12, dtype=np.float32)
+
+    def bent(theta, row):
+        return 0.5 * (row[:, 1] * theta[0] ** 2 - 2.0 * row[:, 0] * theta[1] ** 2)
+
+    rows = [np.stack([x, x], axis=1), np.stack([x, -2 * x], axis=1)]
+    target = federated.posterior(lambda t: -0.5 * jnp.sum(t**2), bent, rows, batch_size=3)
+    exact = federated.global_quadratic(target, jnp.zeros(2))
+    assert not federated.stability(target, exact).unsafe(far=False).any()
+    first = federated.global_first_order(target, jnp.zeros(2))
+    assert federated.stability(target, first).unsafe().tolist() == [True, False]
+    safe = federated.capped(target, exact)
+    before, after = (federated.stability(target, s).margin.min() for s in (first, safe))
+    assert after > before
