@@ -144,6 +144,7 @@ def plot(errors, visits, at_100, truth, path):
         handles + pool, labels + name, ncols=6, frameon=False, loc="lower center", fontsize=9
     )
     figure.tight_layout(rect=(0, 0.07, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     print(f"picture: {path}")
 
@@ -152,7 +153,7 @@ def main():
     """Run all contenders at all lengths of visits."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("federated.png"))
+    parser.add_argument("--output", type=Path, default=Path("examples/output/federated.png"))
     args = parser.parse_args()
     start = time.perf_counter()
     data = simulate(np.random.default_rng(4))

@@ -198,6 +198,7 @@ def plot(network, alone, visited, warm, path):
     right.set_xlabel("step")
     right.set_title(f"One chain, from airport to airport: {names[worst]}", loc="left")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     print(f"picture: {path}")
 
@@ -228,7 +229,7 @@ def main():
     """Both runs, their comparison, and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("flower.png"))
+    parser.add_argument("--output", type=Path, default=Path("examples/output/flower.png"))
     args = parser.parse_args()
     data = load(args.smoke)
     print("rows:", {a: len(late) for a, (_, late) in data.items()})

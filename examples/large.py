@@ -180,6 +180,7 @@ def picture(path, notes, killed, draws, mode, sd, megabytes, resident):
     right.set_xticks(place[::2])
     right.set_title("90% intervals")
     right.legend(fontsize=8, ncols=3, loc="lower center")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
@@ -187,7 +188,7 @@ def main():
     """Simulate, sample, kill, go on, compare, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a small table")
-    parser.add_argument("--output", type=Path, default=Path("large.png"))
+    parser.add_argument("--output", type=Path, default=Path("examples/output/large.png"))
     options = parser.parse_args()
     size, resident, num_samples = (
         (200_000, 2**20, 1000) if options.smoke else (5_000_000, 2**24, 4000)
