@@ -293,3 +293,38 @@ def test_a_server_app_hands_its_draws_on():
     served = flower.server_app(lambda draws, context: found.update(draws=draws), make)
     served(grid(), Context(1, 1, {}, RecordDict(), {"visits": 2}))
     assert found["draws"].positions.shape == (1, 20, 2)
+
+
+@pytest.mark.slow
+def test_a_numpyro_model_visits_clients_too():
+    """Positions are dicts; the client app knows their shapes from the model."""
+    import numpyro
+    import numpyro.distributions as dist
+
+    def model(x):
+        mean = numpyro.sample("mean", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with numpyro.plate("rows", len(x), subsample_size=5):
+            row = numpyro.subsample(x, event_dim=1)
+            numpyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=row)
+
+    data = rows(SIZES)
+    of_node = lambda context: stochgrad.from_numpyro(
+        model, clients=[(data[NAMES.index(context.node_config["name"])],)]
+    )
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        mine = flower.client_app(of_node, kernel)
+        nodes = {i: (mine, {"name": name}) for i, name in enumerate(NAMES)}
+        draws = flower.federate(
+            flower.LoopbackGrid(nodes),
+            kernel,
+            {"mean": INIT},
+            jax.random.key(0),
+            clients=NAMES,
+            num_visits=4,
+            num_chains=2,
+            local_steps=400,
+            thin=20,
+            poll=0.0,
+        )
+    truth = np.concatenate(data).sum(axis=0) / 101
+    assert np.all(np.abs(draws.positions["mean"].mean(axis=(0, 1)) - truth) < 0.1)
