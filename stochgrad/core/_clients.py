@@ -1,6 +1,6 @@
 """Minibatches of data that several clients own: a chain visits one client after the other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -230,6 +230,8 @@ def pooled(clients: Sequence[PyTree]) -> tuple[PyTree, list[int]]:
 
     What is not an array with rows must be the same for all.
     """
+    if isinstance(clients, Mapping):
+        raise ValueError("clients must be a list, got a dict: list(clients.values()) is one.")
     if not isinstance(clients, Sequence) or isinstance(clients, str) or not clients:
         raise ValueError(
             f"clients must be a list with the data of at least one client, got {clients!r:.60}."
@@ -263,7 +265,8 @@ def _joined(name: str, parts: Sequence[Any]) -> Any:
             if _has_rows(part) or part != parts[0]:
                 raise ValueError(
                     f"{name} is not an array with rows, so it must be the same for all clients: "
-                    f"client 0 has {parts[0]!r:.40}, client {s} has {part!r:.40}."
+                    f"client 0 has {parts[0]!r:.40}, client {s} has {part!r:.40}. What "
+                    "differs goes in as a column, np.full(rows, value)."
                 )
         return parts[0]
     for s, part in enumerate(parts):

@@ -19,6 +19,7 @@ from stochgrad.core import (
     PRNGKey,
     Selection,
     check_key,
+    check_position,
     clients_of,
     tree_bytes,
     visiting,
@@ -44,6 +45,7 @@ from stochgrad.integrators import integrator_of
 SURROGATES: dict[str, Callable[[PRNGKey, Posterior, Any], Surrogates]] = {
     "global_first_order": lambda key, target, at: global_first_order(target, at),
     "global_quadratic": lambda key, target, at: global_quadratic(target, at),
+    "global_diagonal": lambda key, target, at: global_quadratic(target, at, form="diagonal"),
     "exact": lambda key, target, at: exact(target, at),
     "laplace_local": lambda key, target, at: laplace_local(target, at),
     "sampled": lambda key, target, at: sampled(target, key, at),
@@ -82,7 +84,7 @@ def sample(
       \sum_t\nabla\log q_t(\theta) - \frac{1}{f_s}\nabla\log q_s(\theta).$$
 
     Everything is simulated in one process and one compiled program, many chains at once;
-    ``stochgrad.interop.flower`` does the same over a network.
+    ``stochgrad.flower`` does the same over a network.
 
     Args:
         key: A typed PRNG key.
@@ -97,8 +99,9 @@ def sample(
             ``local_steps`` steps; ``stochgrad.federated.fald``) and ``"QLSD++"``
             (``stochgrad.federated.qlsd``).
         surrogate: How likelihoods are approximated: ``"global_first_order"``,
-            ``"global_quadratic"``, ``"exact"``, ``"laplace_local"``, ``"sampled"``; surrogates; or
-            a function ``(posterior, reference) -> surrogates``.
+            ``"global_quadratic"``, ``"global_diagonal"``, ``"exact"``, ``"laplace_local"``,
+            ``"sampled"``; surrogates; or a function ``(posterior, reference) -> surrogates``, as
+            ``functools.partial(stochgrad.federated.global_quadratic, form="low_rank", rank=5)``.
         strength: $\alpha$ of ``stochgrad.gradients.conducive``.
         local_steps: Steps of a visit, as in ``stochgrad.federated.visiting``.
         probabilities: Likewise.
@@ -240,7 +243,9 @@ def _start(target: Posterior, init: Any, reference: Any, key: PRNGKey) -> Positi
 
 
 def _as_position(given: Any) -> Position:
-    return jax.tree.map(jnp.asarray, getattr(given, "position", given))
+    position = jax.tree.map(jnp.asarray, getattr(given, "position", given))
+    check_position(position)
+    return position
 
 
 def _surrogates(surrogate, key, target: Posterior, reference: Position) -> Surrogates:

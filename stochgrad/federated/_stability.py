@@ -133,6 +133,11 @@ def capped(posterior: Posterior, surrogates: Surrogates, *, far: bool = True) ->
     """
     if surrogates.precision is None:
         return surrogates
+    return surrogates.scaled(_safe_scale(posterior, surrogates, far))
+
+
+def _safe_scale(posterior: Posterior, surrogates: Surrogates, far: bool) -> np.ndarray:
+    """What to multiply each client's curvature with."""
     margins = _margins(posterior, surrogates.origin)
     scale = best = np.ones(surrogates.count)
     least = -np.inf
@@ -147,7 +152,7 @@ def capped(posterior: Posterior, surrogates: Surrogates, *, far: bool = True) ->
         if not unsafe.any():
             break
         scale = np.where(unsafe, np.where(scale < 0.02, 0.0, scale * _SHRINK), scale)
-    return surrogates.scaled(best)
+    return best
 
 
 def made_safe(
@@ -162,17 +167,15 @@ def made_safe(
     found = stability(posterior, surrogates)
     if not found.unsafe(far=far).any():
         return surrogates
-    if on_unsafe == "cap":
-        return capped(posterior, surrogates, far=far)
     message = (
-        f"long visits may run away from {found.describe(far=far)}: take fewer local_steps or "
-        "probabilities in proportion to the clients' rows"
-        + (
-            ", or a surrogate with the likelihood's curvature."
-            if flat
-            else ", on_unsafe='cap', or surrogate='global_first_order'."
-        )
+        f"long visits may run away from {found.describe(far=far)}: take fewer local_steps, a "
+        "smaller step, or probabilities in proportion to the clients' rows."
     )
+    if on_unsafe == "cap" and not flat:
+        scale = _safe_scale(posterior, surrogates, far)
+        shrunk = [f"{s} to {x:.2g}" for s, x in enumerate(scale) if x < 1]
+        message = f"the curvature of clients {', '.join(shrunk)} of itself: {message}"
+        surrogates = surrogates.scaled(scale)
     if on_unsafe == "raise":
         raise ValueError(message)
     warnings.warn(message, StabilityWarning, stacklevel=3)

@@ -31,7 +31,7 @@ from stochgrad.interop._flower_client import position_like, state_like, total_li
 from stochgrad.interop._flower_network import Network, log
 from stochgrad.interop._flower_wire import Refused, check_reply, tree_limit, unpack
 
-FORMS = {"global_first_order": "none", "diagonal": "diagonal", "global_quadratic": "full"}
+FORMS = {"global_first_order": "none", "global_diagonal": "diagonal", "global_quadratic": "full"}
 
 
 class Chain(NamedTuple):
@@ -96,7 +96,7 @@ def federate(
         local_steps: Steps of a visit; many, where a message takes seconds.
         thin: Steps per draw; a divisor of ``local_steps``.
         probabilities: As in ``stochgrad.federated.visiting``, in the order of ``clients``.
-        surrogate: ``"global_first_order"``, ``"diagonal"`` or ``"global_quadratic"`` (full).
+        surrogate: ``"global_first_order"``, ``"global_diagonal"`` or ``"global_quadratic"`` (full).
         curvature: ``"hessian"`` or ``"fisher"``, for the last two.
         strength: $\alpha$.
         control_variate: Whether clients centre their minibatch gradients.

@@ -87,7 +87,7 @@ def records(content):
 def test_nothing_but_states_surrogates_and_counts_crosses_the_wire():
     """Every number of every message is accounted for; rows of data would be too many, or known."""
     seen = []
-    run(grid(tap=lambda way, message: seen.append((way, message))), surrogate="diagonal")
+    run(grid(tap=lambda way, message: seen.append((way, message))), surrogate="global_diagonal")
     arrays = {
         "down": {"position", "state", "key", "origin", "total"},
         "up": {"slope", "precision", "state", "draws"},
