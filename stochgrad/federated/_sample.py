@@ -158,7 +158,6 @@ def sample(
     setup_key, key = jax.random.split(key)
     start = _start(target, init, reference, setup_key)
     position = _as_position(start)
-    size = tree_bytes(position)
     setup = np.zeros(2, np.int64)
 
     if method in ("FALD", "VR-FALD*", "QLSD++"):
@@ -213,7 +212,8 @@ def sample(
     )
     made = with_visits(made)
     draws = run(key, made, init=position if init is None else init, **options)
-    return _communication(draws, {"visits": (carried, carried)}, size, setup)
+    costs = {"visits": (carried, carried)}
+    return _communication(draws, costs, tree_bytes(position), setup)
 
 
 def _target(clients, prior, likelihood, batch_size, order) -> Posterior:
