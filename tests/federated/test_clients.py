@@ -104,6 +104,7 @@ def test_a_client_gives_each_of_its_minibatches_once_an_epoch():
             np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(data[s], axis=0))
 
 
+@pytest.mark.slow
 def test_a_thousand_clients_are_one_program():
     sizes = np.random.default_rng(0).integers(1, 40, 1000)
     target, _, mean = gaussian_mean(sizes=tuple(sizes), batch_size=4)

@@ -125,6 +125,7 @@ def test_label_skew_does_not_move_the_posterior_at_any_length_of_visits(local_st
     assert np.all(np.abs(ratio - 1) < 0.1 + Z * 0.01)
 
 
+@pytest.mark.slow
 def test_what_is_sent_is_counted():
     """A visit sends the state there and back, a draw within a visit comes on top."""
     target, _, _ = gaussian_mean(batch_size=5)

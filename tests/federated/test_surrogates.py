@@ -73,6 +73,7 @@ def test_global_surrogates_are_the_expansion_of_each_clients_likelihood(federati
     assert made.bytes_each == {"full": 48, "diagonal": 24, "low_rank": 56}[form]
 
 
+@pytest.mark.slow
 def test_fisher_and_gauss_newton_are_their_formulas(federation):
     data, target, reference = federation
     at = reference.position
@@ -156,6 +157,7 @@ def test_its_value_is_what_its_gradient_is_the_gradient_of():
     np.testing.assert_allclose(score(at)[1], automatic, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_with_a_control_variate_and_first_order_surrogates_there_is_no_noise_at_the_reference(
     federation,
 ):
@@ -217,6 +219,7 @@ def test_means_and_precisions_make_surrogates():
         federated.gaussian(mean, -mean)
 
 
+@pytest.mark.slow
 def test_an_unsafe_surrogate_is_named_with_its_margin_and_capped():
     target, _, _ = gaussian_mean()
     target = federated.visiting(target, probabilities=[0.8, 0.1, 0.1])
@@ -282,6 +285,7 @@ def test_data_without_clients_are_refused():
         conducive(plain, Surrogates(jnp.zeros(()), jnp.zeros((2,))))
 
 
+@pytest.mark.slow
 def test_what_shrinking_makes_worse_is_left_alone():
     """A likelihood that is convex somewhere needs its surrogate's curvature."""
     x = np.linspace(1.0, 2.0, 12, dtype=np.float32)

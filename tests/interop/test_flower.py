@@ -62,9 +62,16 @@ def run(over, **options):
 
 
 @pytest.mark.slow
-def test_the_posterior_is_that_of_all_data(surrogate="global_quadratic"):
+def test_the_posterior_is_that_of_all_data():
     """A prior counted thrice, a wrong share, a surrogate of the wrong client would show."""
-    draws = run(grid(), surrogate=surrogate, num_visits=60, num_chains=8, local_steps=200, thin=20)
+    draws = run(
+        grid(),
+        surrogate="global_quadratic",
+        num_visits=60,
+        num_chains=8,
+        local_steps=200,
+        thin=20,
+    )
     mean, error = mean_and_error(draws.positions[:, 20:])
     truth = np.concatenate(rows(SIZES)).sum(axis=0) / 101
     assert np.all(np.abs(mean - truth) < Z * error)

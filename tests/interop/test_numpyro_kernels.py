@@ -28,6 +28,7 @@ def run(kernel, chain_method="vectorized", num_chains=2, progress_bar=False, **o
     return mcmc
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])
 @pytest.mark.parametrize("kernel", ["SGLD", "SGHMC"])
 def test_mcmc_runs_and_resumes(kernel, chain_method, capsys):

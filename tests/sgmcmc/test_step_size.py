@@ -63,6 +63,7 @@ def test_sgld_has_its_closed_form(key):
     np.testing.assert_allclose(1 / (1 - h * K / 2) - 1, 0.1, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_bias_of_gradient_noise_is_predicted(key):
     """hV/2C, with V known: rows of a Gaussian mean, independent blocks of a fixed partition."""
     target, mean, precision = gaussian_posterior(num_rows=400, dim=3, batch_size=20, order="iid")
