@@ -21,7 +21,10 @@ from stochgrad.core import sample as sample
 from stochgrad.gradients import control_variate as control_variate
 from stochgrad.gradients import saga as saga
 from stochgrad.gradients import svrg as svrg
+from stochgrad.kernels import Fit as Fit
 from stochgrad.kernels import ascend as ascend
+from stochgrad.kernels import fit as fit
+from stochgrad.kernels import independence as independence
 from stochgrad.sgmcmc import Center as Center
 from stochgrad.sgmcmc import StepSizeReport as StepSizeReport
 from stochgrad.sgmcmc import cyclical as cyclical
@@ -39,6 +42,7 @@ from stochgrad.sgmcmc import swag as swag
 if TYPE_CHECKING:
     from stochgrad import diagnostics as diagnostics
     from stochgrad import flower as flower
+    from stochgrad import flows as flows
     from stochgrad import numpyro as numpyro
     from stochgrad.interop import ParquetColumns as ParquetColumns
     from stochgrad.interop import from_numpyro as from_numpyro
@@ -50,6 +54,13 @@ def __getattr__(name: str) -> Any:
     """Import what needs numpyro or ArviZ on first use, so that importing stochgrad stays cheap."""
     if name in ("from_numpyro", "ParquetColumns"):
         return getattr(import_module("stochgrad.interop"), name)
-    if name in ("diagnostics", "flower", "numpyro"):
-        return import_module(f"stochgrad.{name}")
+    if name in ("diagnostics", "flower", "flows", "numpyro"):
+        try:
+            return import_module(f"stochgrad.{name}")
+        except ModuleNotFoundError as error:
+            if name not in ("flower", "flows") or str(error.name).startswith("stochgrad"):
+                raise
+            raise ImportError(
+                f"stochgrad.{name} needs {error.name}: pip install 'stochgrad[{name}]'."
+            ) from error
     raise AttributeError(f"module 'stochgrad' has no attribute {name!r}")

@@ -1,8 +1,24 @@
-"""Kernels for ``numpyro.infer.MCMC``."""
+"""What numpyro users meet: kernels for ``MCMC``, an objective and a guide for ``SVI``."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from stochgrad.interop import PSGLD as PSGLD
 from stochgrad.interop import SGHMC as SGHMC
 from stochgrad.interop import SGLD as SGLD
 from stochgrad.interop import SGNHT as SGNHT
 from stochgrad.interop import Cyclical as Cyclical
+from stochgrad.interop import GradientVariances as GradientVariances
+from stochgrad.interop import PathGradientELBO as PathGradientELBO
+from stochgrad.interop import PathGradientWarning as PathGradientWarning
 from stochgrad.interop import ReplicaExchange as ReplicaExchange
+
+if TYPE_CHECKING:
+    from stochgrad.interop._auto_flow import AutoFlow as AutoFlow
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs flowjax on first use."""
+    if name == "AutoFlow":
+        return import_module("stochgrad.interop._auto_flow").AutoFlow
+    raise AttributeError(f"module 'stochgrad.numpyro' has no attribute {name!r}")

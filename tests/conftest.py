@@ -12,8 +12,8 @@ Z = 5.5
 
 @pytest.fixture(autouse=True)
 def _strict(request):
-    """No silent promotion in our code; numpyro's own and its users' models do promote."""
-    if "numpyro" in request.module.__name__ or "example" in request.module.__name__:
+    """No silent promotion in our code; numpyro, flowjax and their users' models do promote."""
+    if any(name in request.module.__name__ for name in ("numpyro", "example", "flows", "fit")):
         yield
         return
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):

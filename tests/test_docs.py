@@ -28,6 +28,7 @@ def public_names():
         stochgrad.gradients,
         stochgrad.federated,
         stochgrad.flower,
+        stochgrad.flows,
     ):
         for name, value in vars(module).items():
             if not name.startswith("_") and not inspect.ismodule(value) and callable(value):
@@ -58,7 +59,7 @@ def test_every_link_between_pages_leads_somewhere():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", ["guide", "samplers", "orders", "scale", "federated"])
+@pytest.mark.parametrize("page", ["guide", "samplers", "orders", "scale", "federated", "flows"])
 def test_the_pages_run(page, monkeypatch, tmp_path):
     import matplotlib
 

@@ -61,6 +61,7 @@ class Program(NamedTuple):
         capacity: The most draws of one chunk.
         traced: The kernel.
         shapes: Shapes of the arrays of one draw.
+        done: ``summary -> bool``, whether an ``Online`` has learnt enough of every chain, or None.
     """
 
     start: Callable[..., Carry]
@@ -70,6 +71,7 @@ class Program(NamedTuple):
     capacity: int
     traced: "Traced"
     shapes: PyTree
+    done: Callable[[PyTree], Array] | None = None
 
 
 def position_of(state: Any) -> PyTree:
@@ -258,6 +260,11 @@ def build(
         kept = keep(carry.state), scalars(info, keys.shape)
         return carry, *jax.tree.map(lambda leaf: leaf[None], kept)
 
+    enough = online.done or (lambda summary: False)
+
+    def done(summary):
+        return jnp.all((jax.vmap(enough) if several else enough)(summary))
+
     return Program(
         start,
         compiled(start, mesh),
@@ -266,6 +273,7 @@ def build(
         capacity,
         traced,
         shapes,
+        None if online.done is None else jax.jit(done),
     )
 
 

@@ -56,8 +56,9 @@ class Journey:
     ) -> tuple[Carry, dict[str, float]]:
         """Go from draw number ``done`` to the last, or to where it ends.
 
-        Ctrl-C ends it, a chain that is the last to leave the finite numbers does, and an error, of
-        the disk or of the data, after which the state is saved.
+        Ctrl-C ends it, a chain that is the last to leave the finite numbers does, an ``Online``
+        that has learnt enough, and an error, of the disk or of the data, after which the state is
+        saved.
 
         Returns:
             The last carry, and the seconds that compilation, warm-up and sampling took.
@@ -72,7 +73,9 @@ class Journey:
                 before = time.perf_counter()
                 try:
                     following = self._piece(carry, done, offset, min(count, self.most, end - done))
-                    lost = bool(np.all(to_host(following[0].first_bad) >= 0))
+                    over = bool(np.all(to_host(following[0].first_bad) >= 0))
+                    if self.program.done is not None and not over:
+                        over = bool(to_host(self.program.done(following[0].summary)))
                 except Exception as error:
                     if not _consumed(carry):  # the host's failure: of data, most likely
                         if offset == 0:
@@ -89,7 +92,7 @@ class Journey:
                 done += draws
                 if draws and not warming:
                     keeper.add(kept, stats, draws)
-                stop = bool(agree(lost or interrupted()))
+                stop = bool(agree(over or interrupted()))
                 if offset == 0:
                     keeper.save(done, carry, now=stop or done == self.total)
                 update(draws)

@@ -159,7 +159,7 @@ def sample(
     )
     keeper = Keeper(as_draws, program.shapes, online)
     if store is not None or checkpoint is not None:
-        told = {**run_attributes(kernel, run), "num_chains": num_chains, "collect": repr(collect)}
+        told = {**run_attributes(kernel, run), "num_chains": num_chains, "collect": collect}
         keeper.open(
             identity(program.traced, told, example, stream),
             store,
@@ -222,8 +222,9 @@ def sample(
 
 def _starting_points(key, kernel, init, num_chains, stream):
     """Positions with a chain axis if there are several chains, and the structure of one."""
-    posterior = getattr(kernel, "posterior", None)
-    initial = posterior.initial if posterior is not None else None
+    posterior, initial = getattr(kernel, "posterior", None), getattr(kernel, "initial", None)
+    if initial is None and posterior is not None:
+        initial = posterior.initial
     if init is None:
         if initial is None:
             raise ValueError("init is needed: this kernel's target does not know where to start.")

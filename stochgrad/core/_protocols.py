@@ -107,11 +107,15 @@ class Gradient(NamedTuple):
             and points uphill.
         posterior: The posterior whose score it estimates, if there is one; gives starting points,
             names and constraints to the results.
+        initial: ``key -> position``, where to start if no posterior says so.
+        model: ``position -> model``, what a position stands for: a flow, a network.
     """
 
     init: Callable[[PRNGKey, Position], Any]
     next: Callable[[PRNGKey, Position, Any], tuple[Score, Any]]
     posterior: Posterior | None = None
+    initial: Callable[[PRNGKey], Position] | None = None
+    model: Callable[[Position], Any] | None = None
 
 
 class Kernel(NamedTuple):
@@ -127,6 +131,7 @@ class Kernel(NamedTuple):
         settings: Its hyper-parameters as ``(name, value)`` pairs.
         posterior: The posterior that it samples, if it knows one; gives starting points, names and
             constraints to the results.
+        initial: ``key -> position``, where to start if no posterior says so.
     """
 
     init: Callable[[Position, PRNGKey], Any]
@@ -134,6 +139,7 @@ class Kernel(NamedTuple):
     method: str = "kernel"
     settings: tuple[tuple[str, Any], ...] = ()
     posterior: Posterior | None = None
+    initial: Callable[[PRNGKey], Position] | None = None
 
 
 class Online(NamedTuple):
@@ -142,10 +148,13 @@ class Online(NamedTuple):
     Attributes:
         init: ``position -> summary``, a pytree of arrays.
         update: ``(summary, position) -> summary``, once a draw after warm-up.
+        done: ``summary -> bool``, whether enough is known. When all chains' summaries say so, the
+            run ends with the chunk, so that a summary should not change any more once it is done.
     """
 
     init: Callable[[Position], Any]
     update: Callable[[Any, Position], Any]
+    done: Callable[[Any], Any] | None = None
 
 
 Target: TypeAlias = Posterior | Gradient

@@ -1,11 +1,24 @@
 """Stochastic estimates of gradients."""
 
+from stochgrad.gradients._blend import Blend as Blend
+from stochgrad.gradients._blend import leave_one_out_blend as leave_one_out_blend
 from stochgrad.gradients._conducive import conducive as conducive
 from stochgrad.gradients._control_variate import control_variate as control_variate
 from stochgrad.gradients._minibatch import as_gradient as as_gradient
 from stochgrad.gradients._minibatch import minibatch as minibatch
+from stochgrad.gradients._path import Pushed as Pushed
+from stochgrad.gradients._path import by_inverse as by_inverse
+from stochgrad.gradients._path import dense as dense
+from stochgrad.gradients._path import elementwise as elementwise
+from stochgrad.gradients._path import freeze as freeze
+from stochgrad.gradients._path import path_log_density as path_log_density
+from stochgrad.gradients._path import push_score as push_score
+from stochgrad.gradients._path import triangular as triangular
 from stochgrad.gradients._saga import SAGAState as SAGAState
 from stochgrad.gradients._saga import saga as saga
+from stochgrad.gradients._score_function import Baseline as Baseline
+from stochgrad.gradients._score_function import leave_one_out as leave_one_out
+from stochgrad.gradients._score_function import score_function as score_function
 from stochgrad.gradients._surrogates import Diagonal as Diagonal
 from stochgrad.gradients._surrogates import Full as Full
 from stochgrad.gradients._surrogates import LowRank as LowRank

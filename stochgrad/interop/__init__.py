@@ -1,5 +1,6 @@
 """Bridges to other libraries, each imported on first use."""
 
+from stochgrad.interop import _numpyro_transforms as _numpyro_transforms
 from stochgrad.interop._numpyro_kernels import PSGLD as PSGLD
 from stochgrad.interop._numpyro_kernels import SGHMC as SGHMC
 from stochgrad.interop._numpyro_kernels import SGLD as SGLD
@@ -8,3 +9,6 @@ from stochgrad.interop._numpyro_kernels import Cyclical as Cyclical
 from stochgrad.interop._numpyro_kernels import ReplicaExchange as ReplicaExchange
 from stochgrad.interop._numpyro_model import from_numpyro as from_numpyro
 from stochgrad.interop._parquet import ParquetColumns as ParquetColumns
+from stochgrad.interop._path_elbo import GradientVariances as GradientVariances
+from stochgrad.interop._path_elbo import PathGradientELBO as PathGradientELBO
+from stochgrad.interop._path_elbo import PathGradientWarning as PathGradientWarning

@@ -8,3 +8,8 @@ from stochgrad.kernels._affine import open_step as open_step
 from stochgrad.kernels._ascend import AscendInfo as AscendInfo
 from stochgrad.kernels._ascend import AscendState as AscendState
 from stochgrad.kernels._ascend import ascend as ascend
+from stochgrad.kernels._fit import Fit as Fit
+from stochgrad.kernels._fit import fit as fit
+from stochgrad.kernels._independence import IndependenceInfo as IndependenceInfo
+from stochgrad.kernels._independence import IndependenceState as IndependenceState
+from stochgrad.kernels._independence import independence as independence

@@ -79,4 +79,4 @@ def ascend(target: Target, optimizer: Any) -> Kernel:
         info = AscendInfo(value, jnp.sqrt(tree_dot(g, g)))
         return AscendState(position, optimizer_state, gradient_state), info
 
-    return Kernel(init, step, "ascend", posterior=gradient.posterior)
+    return Kernel(init, step, "ascend", posterior=gradient.posterior, initial=gradient.initial)

@@ -1,0 +1,272 @@
+"""From a trained flow to draws of the density: weights, a Markov kernel, a change of variables."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flowjax.distributions import AbstractDistribution, AbstractTransformed
+from jax.flatten_util import ravel_pytree
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float
+
+from stochgrad.core import Draws, Kernel, Position, Posterior, PRNGKey, check_count, check_key
+from stochgrad.flows._draw import unwrapped
+from stochgrad.flows._objective import LogDensity, check_density
+from stochgrad.kernels import independence
+
+
+class WeightedDraws(NamedTuple):
+    r"""Draws of a flow, weighted to a density $p$.
+
+    Attributes:
+        value: The draws, of shape (n, \*shape).
+        log_weight: $\log p - \log q$ at each, unnormalised.
+        smoothed: Log weights that sum to one, the largest smoothed by a Pareto tail.
+        khat: Shape of that tail. Below 0.7 the weights can be trusted, above they cannot, however
+            high the effective sample size [Vehtari et al. 2024].
+        log_z: Log of the normaliser of p, $\log\frac1n\sum_i w_i$.
+        log_z_error: Its standard error, by the delta method.
+        key: What ``resample`` draws with.
+    """
+
+    value: Float[Array, "n ..."]
+    log_weight: Float[Array, " n"]
+    smoothed: Float[Array, " n"]
+    khat: float
+    log_z: float
+    log_z_error: float
+    key: PRNGKey
+
+    @property
+    def ess(self) -> float:
+        r"""Relative effective sample size under q, $(\sum w)^2 / (n\sum w^2)$, between 0 and 1."""
+        return float(_ess(self.log_weight))
+
+    def expectation(self, function: Callable[[Array], Array]) -> Array:
+        """The weighted mean of a function of one draw, with the smoothed weights."""
+        values = jax.vmap(function)(self.value)
+        weights = jnp.exp(self.smoothed).astype(values.dtype)
+        return jnp.tensordot(weights, values, 1)
+
+    def resample(self, num_samples: int | None = None) -> Float[Array, "n ..."]:
+        """Draws of the density, equally weighted: systematic resampling, in random order.
+
+        Args:
+            num_samples: How many; by default as many as there are.
+        """
+        count = len(self.value) if num_samples is None else check_count("num_samples", num_samples)
+        start_key, order_key = jax.random.split(self.key)
+        edges = jnp.cumsum(jnp.exp(self.smoothed))
+        steps = (jnp.arange(count) + jax.random.uniform(start_key)) / count * edges[-1]
+        chosen = jnp.minimum(jnp.searchsorted(edges, steps), len(self.value) - 1)
+        return self.value[jax.random.permutation(order_key, chosen)]
+
+    def to_arviz(self, num_samples: int | None = None) -> Any:
+        """Resampled draws as one chain, in what the installed ArviZ takes.
+
+        The attributes have the effective sample size, k-hat and log Z.
+
+        Args:
+            num_samples: How many draws.
+        """
+        positions = np.asarray(self.resample(num_samples))[None]
+        finite = np.ones(positions.shape[:2], bool)
+        attrs = {
+            "method": "importance resampling",
+            "ess_q": self.ess,
+            "pareto_khat": self.khat,
+            "log_z": self.log_z,
+            "log_z_error": self.log_z_error,
+        }
+        draws = Draws(positions, {}, finite, np.array([-1]), attrs=attrs)
+        return draws.to_arviz()
+
+
+def sample(
+    flow: AbstractDistribution,
+    key: PRNGKey,
+    num_samples: int,
+    log_density: LogDensity,
+    condition: Any = None,
+) -> WeightedDraws:
+    """Draw from a flow and weight the draws to a density: neural importance sampling.
+
+    Args:
+        flow: A flowjax distribution, or a ``Fit`` whose model is one.
+        key: A PRNG key.
+        num_samples: How many draws.
+        log_density: ``x -> scalar``, unnormalised.
+        condition: The condition of a conditional flow.
+
+    Raises:
+        ValueError: flow and density do not fit; no draw has a finite weight.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stochgrad
+        >>> from flowjax.distributions import Normal
+        >>> flow = Normal(jnp.zeros(2), 1.2)
+        >>> draws = stochgrad.flows.sample(
+        ...     flow, jax.random.key(0), 10_000, lambda x: -0.5 * jnp.sum(x**2)
+        ... )
+        >>> abs(draws.log_z - jnp.log(2 * jnp.pi)) < 4 * draws.log_z_error
+        Array(True, dtype=bool)
+        >>> draws.ess > 0.8, draws.khat < 0.7
+        (True, True)
+    """
+    from blackjax.diagnostics import psis_weights
+
+    check_key(key)
+    count = check_count("num_samples", num_samples)
+    flow = getattr(flow, "model", flow)
+    check_density(flow, log_density, condition)
+    flow = unwrapped(flow)
+    draw_key, resample_key = jax.random.split(key)
+
+    @jax.jit
+    def weigh(key):
+        x, log_q = flow.sample_and_log_prob(key, (count,), condition)
+        log_w = jax.vmap(log_density)(x) - log_q
+        log_w = jnp.where(jnp.isnan(log_w), -jnp.inf, log_w)
+        mean = logsumexp(log_w) - jnp.log(float(count))
+        spread = jnp.std(jnp.exp(log_w - mean)) / jnp.sqrt(float(count))
+        return x, log_w, mean, spread, *psis_weights(log_w)
+
+    x, log_w, log_z, error, smoothed, khat = weigh(draw_key)
+    if not np.isfinite(log_z):
+        raise ValueError(
+            f"no draw of the flow has a finite weight, log Z came out as {float(log_z)}: is "
+            "log_density finite where the flow draws?"
+        )
+    return WeightedDraws(x, log_w, smoothed, float(khat), float(log_z), float(error), resample_key)
+
+
+def _ess(log_weight):
+    twice = 2 * logsumexp(log_weight) - logsumexp(2 * log_weight)
+    return jnp.exp(twice) / log_weight.size
+
+
+def ess_under_target(
+    flow: AbstractDistribution,
+    samples: Float[Array, "n ..."],
+    log_density: LogDensity,
+    condition: Any = None,
+) -> float:
+    r"""Relative effective sample size from samples of the density, between 0 and 1.
+
+    $$\mathrm{ESS}_p = \Bigl(\frac1n\sum_i w_i\;\frac1n\sum_i w_i^{-1}\Bigr)^{-1},
+      \qquad x_i \sim p,$$
+
+    which, unlike the one from the flow's own draws, sees a mode that the flow misses.
+
+    Args:
+        flow: A flowjax distribution, or a ``Fit`` whose model is one.
+        samples: Samples of the density.
+        log_density: ``x -> scalar``, unnormalised.
+        condition: The condition of a conditional flow.
+    """
+    flow = getattr(flow, "model", flow)
+
+    @jax.jit
+    def relative(x):
+        log_w = jax.vmap(log_density)(x) - flow.log_prob(x, condition)
+        log_n = jnp.log(float(len(x)))
+        return jnp.exp(2 * log_n - logsumexp(log_w) - logsumexp(-log_w))
+
+    return float(relative(jnp.asarray(samples)))
+
+
+def metropolis(
+    flow: AbstractDistribution, log_density: LogDensity, condition: Any = None
+) -> Kernel:
+    """Metropolised independence sampling with a flow's draws as proposals.
+
+    Exact, whatever the flow; how well it moves is the acceptance rate. For ``stochgrad.sample``,
+    started at draws of the flow unless told otherwise.
+
+    Args:
+        flow: A flowjax distribution, or a ``Fit`` whose model is one.
+        log_density: ``x -> scalar``, unnormalised.
+        condition: The condition of a conditional flow.
+
+    Raises:
+        ValueError: flow and density do not fit.
+    """
+    flow = getattr(flow, "model", flow)
+    check_density(flow, log_density, condition)
+    flow = unwrapped(flow)
+
+    def propose(key):
+        x, log_q = flow._sample_and_log_prob(key, condition)
+        return x, log_density(x) - log_q
+
+    def log_weight(x):
+        return log_density(x) - flow._log_prob(x, condition)
+
+    kernel = independence(propose, log_weight)
+    return kernel._replace(
+        method="flow independence", initial=lambda key: flow._sample(key, condition)
+    )
+
+
+def through(flow: AbstractDistribution, posterior: Posterior, condition: Any = None) -> Posterior:
+    r"""A posterior in the coordinates of a flow's base: a transport map as preconditioner.
+
+    $$\log\pi_z(z) = \log\pi\bigl(T(z)\bigr) + \log|\det J_T(z)|.$$
+
+    Where the flow fits, $\pi_z$ is near its base, a standard normal mostly, whatever the shape of
+    $\pi$: any kernel of ours, or of blackjax, moves there with one step size for all directions.
+    Results come back in the old coordinates.
+
+    Args:
+        flow: A flowjax distribution of vectors, as long as the posterior's position raveled.
+        posterior: A posterior, its position one vector.
+        condition: The condition of a conditional flow.
+
+    Raises:
+        ValueError: the flow has no layers, or its shape is not that of the position.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stochgrad
+        >>> from flowjax.distributions import Normal
+        >>> target = stochgrad.posterior(
+        ...     lambda m: -0.5 * jnp.sum(m**2), lambda m, x: -0.5 * jnp.sum((x - m) ** 2, -1),
+        ...     jnp.ones((9, 2)), order="full",
+        ... )
+        >>> flow = Normal(jnp.full(2, 0.9), 0.1**0.5)
+        >>> moved = stochgrad.flows.through(flow, target)
+        >>> kernel = stochgrad.sghmc(moved, step_size=0.3, friction=2.0, integrator="BAOAB")
+        >>> draws = stochgrad.sample(jax.random.key(0), kernel, num_samples=2000)
+        >>> round(float(draws.constrained()["x"].mean()), 1)
+        0.9
+    """
+    flow = unwrapped(getattr(flow, "model", flow))
+    if not isinstance(flow, AbstractTransformed):
+        raise ValueError("the flow must have layers, got a base distribution.")
+    transport, base = flow.bijection, flow.base_dist
+
+    back: Callable[[Any], Any] = lambda x: x
+    if posterior.initial is not None:
+        shapes = jax.eval_shape(posterior.initial, jax.random.key(0))
+        flat, back = ravel_pytree(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+        if flow.shape != flat.shape:
+            raise ValueError(
+                f"the flow must have the position's shape {flat.shape}, got {flow.shape}: a "
+                "position of several arrays is taken as one vector."
+            )
+
+    def log_density(z: Position, batch: Any):
+        x, log_det = transport.transform_and_log_det(z, condition)
+        return posterior.log_density(back(x), batch) + log_det
+
+    def constrain(z: Position):
+        x = back(transport.transform(z, condition))
+        return posterior.constrain(x) if posterior.constrain is not None else {"x": x}
+
+    return posterior._replace(
+        log_density=log_density,
+        initial=lambda key: base._sample(key, condition),
+        constrain=constrain,
+        unconstrain=None,
+    )

@@ -1,0 +1,187 @@
+"""Any flowjax flow as a numpyro autoguide."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from flowjax.bijections import AbstractBijection
+from flowjax.distributions import AbstractDistribution, AbstractTransformed
+from flowjax.experimental.numpyro import distribution_to_numpyro
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
+from numpyro.infer.autoguide import AutoContinuous
+from numpyro.infer.initialization import init_to_uniform
+
+from stochgrad.flows._draw import split, unwrapped
+from stochgrad.gradients import Pushed, push_score
+
+
+class FlowTransform(Transform):
+    r"""A flowjax bijection as a numpyro transform, differentiable in its condition as well.
+
+    Args:
+        bijection: The bijection.
+        condition: Its condition, of shape (\*batch, \*cond_shape), or None.
+    """
+
+    def __init__(self, bijection: AbstractBijection, condition: Any = None):
+        self.bijection = bijection
+        self.condition = condition
+
+    @property
+    def domain(self):
+        return constraints.independent(constraints.real, len(self.bijection.shape))
+
+    codomain = domain
+
+    def __call__(self, x):
+        return self.call_with_intermediates(x)[0]
+
+    def _inverse(self, y):
+        return self.over_batch(lambda b, y, c: b.inverse(y, c), y)
+
+    def call_with_intermediates(self, x):
+        return self.over_batch(lambda b, x, c: b.transform_and_log_det(x, c), x)
+
+    def log_abs_det_jacobian(self, x, y, intermediates=None):
+        return self.call_with_intermediates(x)[1] if intermediates is None else intermediates
+
+    def over_batch(self, function, *arrays):
+        """A function of ``(bijection, *points, condition)`` over the leading axes."""
+        event, cond = len(self.bijection.shape), self.bijection.cond_shape
+        batch = arrays[0].shape[: arrays[0].ndim - event]
+        condition = self.condition
+        if cond is not None:
+            condition = jnp.broadcast_to(condition, (*batch, *cond))
+
+        def one(arrays, condition):
+            return function(self.bijection, *arrays, condition)
+
+        for _ in batch:
+            one = jax.vmap(one, in_axes=(0, None if cond is None else 0))
+        return one(arrays, condition)
+
+    def tree_flatten(self):
+        arrays, rest = eqx.partition((self.bijection, self.condition), eqx.is_array)
+        return (arrays,), (("arrays",), {"rest": rest})
+
+    @classmethod
+    def tree_unflatten(cls, aux_data, params):
+        bijection, condition = eqx.combine(params[0], aux_data[1]["rest"])
+        return cls(bijection, condition)
+
+    def eq(self, other: object, static: bool = False):
+        return isinstance(other, FlowTransform) and self.bijection is other.bijection
+
+
+@push_score.register(FlowTransform)
+def _flow_transform(layer, x, score, condition=None) -> Pushed:
+    return Pushed(*layer.over_batch(push_score, x, score))
+
+
+class AutoFlow(AutoContinuous):
+    """A guide over all latent variables, in unconstrained space, from a flowjax flow.
+
+    Draws are made by the flow's forward map, which should be its cheap direction (flowjax:
+    ``invert=False``).
+
+    Args:
+        model: A numpyro model.
+        flow: A flowjax distribution of vectors as long as there are latent numbers, or a function
+            ``latent_dim -> flow``.
+        condition: For a conditional flow: ``(*args, **kwargs) -> array``, computed from the
+            arguments of the guide; its gradient is kept. With ``flowjax.bijections.EmbedCondition``
+            the flow has a network of its own for it.
+        prefix: Prefix of the parameters' names.
+        init_loc_fn: As in numpyro; where the model is first looked at.
+
+    Raises:
+        ValueError: the flow has no layers, is of another dimension than the model, or conditional
+            without a ``condition``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
+        >>> from flowjax.distributions import StandardNormal
+        >>> from flowjax.flows import coupling_flow
+        >>> from numpyro.infer import SVI
+        >>> from stochgrad.numpyro import AutoFlow, PathGradientELBO
+        >>> def model():
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x**2, 0.5))
+        >>> guide = AutoFlow(model, lambda dim: coupling_flow(
+        ...     jax.random.key(0), base_dist=StandardNormal((dim,)), invert=False, flow_layers=4))
+        >>> svi = SVI(model, guide, optax.adam(3e-3), loss=PathGradientELBO())
+        >>> result = svi.run(jax.random.key(1), 500, progress_bar=False)
+        >>> guide.sample_posterior(jax.random.key(2), result.params, sample_shape=(5,))["x"].shape
+        (5,)
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        flow: AbstractDistribution | Callable[[int], AbstractDistribution],
+        *,
+        condition: Callable[..., Any] | None = None,
+        prefix: str = "auto",
+        init_loc_fn: Callable[..., Any] = init_to_uniform,
+    ):
+        self._flow, self._condition, self._given = flow, condition, None
+        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+
+    def _setup_prototype(self, *args, **kwargs):
+        super()._setup_prototype(*args, **kwargs)
+        flow = self._flow
+        if not isinstance(flow, AbstractDistribution):
+            flow = flow(self.latent_dim)
+        plain = unwrapped(flow)
+        if not isinstance(plain, AbstractTransformed):
+            raise ValueError("the flow must have layers, got a base distribution.")
+        if plain.shape != (self.latent_dim,):
+            raise ValueError(
+                f"the flow must have shape ({self.latent_dim},), as many as the model has latent "
+                f"numbers, got {plain.shape}."
+            )
+        if plain.cond_shape is not None and self._condition is None:
+            raise ValueError("a conditional flow needs condition, a function of the arguments.")
+        self._arrays, self._static = split(flow)
+
+    def _sample_latent(self, *args, **kwargs):
+        shape = kwargs.pop("sample_shape", ())
+        if self._condition is not None:
+            self._given = jnp.asarray(self._condition(*args, **kwargs))
+        return super()._sample_latent(sample_shape=shape)
+
+    def _get_posterior(self):
+        arrays = numpyro.param(f"{self.prefix}_flow", lambda key: self._arrays)
+        flow = self._made(arrays)
+        transform = FlowTransform(flow.bijection, self._given)
+        return dist.TransformedDistribution(distribution_to_numpyro(flow.base_dist), [transform])
+
+    def get_base_dist(self):
+        """The flow's base distribution."""
+        return distribution_to_numpyro(self._made(self._arrays).base_dist)
+
+    def _made(self, arrays) -> AbstractTransformed:
+        flow = unwrapped(eqx.combine(arrays, self._static))
+        assert isinstance(flow, AbstractTransformed)  # checked when the guide was set up
+        return flow
+
+    def sample_posterior(self, rng_key, params, *args, sample_shape=(), **kwargs):
+        """Draws of the posterior in the model's own space.
+
+        Args:
+            rng_key: A PRNG key.
+            params: Parameters, as ``svi.run`` returns them.
+            *args: Arguments of the guide, for a conditional flow.
+            sample_shape: Shape of the draws.
+            **kwargs: Keyword arguments likewise.
+        """
+        seeded = numpyro.handlers.seed(self._sample_latent, rng_key)
+        latent = numpyro.handlers.substitute(seeded, params)(
+            *args, sample_shape=sample_shape, **kwargs
+        )
+        return self._unpack_and_constrain(latent, params)

@@ -1,0 +1,175 @@
+"""Scores carried along the forward pass, and path gradients, are exact."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro.distributions import transforms
+
+import stochgrad
+from stochgrad.flows import draw_with_score, parameters, reverse_kl
+from stochgrad.gradients import dense, push_score
+from tests.conftest import Z
+from tests.flows import toys
+
+NAMES = [
+    "affine coupling", "inverted coupling", "spline coupling", "implicit coupling",
+    "autoregressive", "inverted autoregressive", "block autoregressive", "triangular spline",
+    "continuous", "containers", "conditional",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    with jax.enable_x64(True):
+        yield
+
+
+def log_density(x):
+    return -0.5 * jnp.sum((x - 0.3) ** 2) - 0.1 * jnp.sum(x**4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_score_and_path_gradient_are_those_of_brute_force(name, key):
+    """Would catch a wrong rule of any layer, and a surrogate that leaks another gradient."""
+    flow = toys.make(name)
+    condition = jnp.linspace(0.0, 1.0, 3) if name == "conditional" else None
+    params, static = eqx.partition(flow, eqx.is_inexact_array)
+
+    def forced(params):
+        return toys.scores_by_force(eqx.combine(params, static), key, 5, condition)
+
+    @jax.jit
+    def both(params):
+        draws = draw_with_score(eqx.combine(params, static), key, 5, condition)
+        x, log_q, score = forced(params)
+        up = jax.vmap(jax.grad(log_density))(x) - score
+        _, pull = jax.vjp(lambda p: forced(p)[0], params)
+        objective = reverse_kl(flow, log_density, num_samples=5, condition=condition)
+        value, gradient = objective.next(key, None, ())[0](parameters(flow))
+        return draws, (x, log_q, score), gradient, pull(up / 5)[0], value
+
+    draws, forced_draws, gradient, wanted, value = both(params)
+    for got, want in zip(draws, forced_draws, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+    got, want = (jax.flatten_util.ravel_pytree(g)[0] for g in (gradient, wanted))
+    assert jnp.max(jnp.abs(got - want)) < 1e-10 * jnp.max(jnp.abs(want))
+    bound = jnp.mean(jax.vmap(log_density)(forced_draws[0]) - forced_draws[1])
+    np.testing.assert_allclose(value, bound, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["affine coupling", "spline coupling", "autoregressive"])
+def test_path_gradient_is_sticking_the_landing(name, key):
+    """The same as flowjax's own estimator, which inverts the flow."""
+    from flowjax.train.losses import ElboLoss
+
+    flow = toys.make(name)
+    params, static = eqx.partition(flow, eqx.is_inexact_array)
+    theirs = jax.grad(lambda p: ElboLoss(log_density, 6, stick_the_landing=True)(p, static, key))(
+        params
+    )
+    score, _ = reverse_kl(flow, log_density, num_samples=6).next(key, None, ())
+    ours = jax.jit(score)(params)[1]
+    a, b = (jax.flatten_util.ravel_pytree(g)[0] for g in (ours, theirs))
+    assert jnp.max(jnp.abs(a + b)) < 1e-10 * jnp.max(jnp.abs(a))
+
+
+@pytest.mark.parametrize("estimator", ["path", 0.3, "auto", "score"])
+def test_every_estimator_has_the_total_gradients_mean(estimator, key):
+    """Paired differences with the total gradient, in random directions."""
+    flow = toys.make("affine coupling")
+    params, count = parameters(flow), 3000
+
+    def gradients(estimator):
+        objective = reverse_kl(flow, log_density, estimator, num_samples=12)
+
+        def one(key):
+            score, _ = objective.next(key, params, ())
+            return jax.flatten_util.ravel_pytree(score(params)[1])[0]
+
+        return one
+
+    @jax.jit
+    def differences(keys):
+        ours, total = gradients(estimator), gradients("total")
+        size = ours(keys[0]).size
+        directions = jax.random.normal(jax.random.key(3), (size, 5))
+        return jax.vmap(lambda key: (ours(key) - total(key)) @ directions)(keys)
+
+    d = np.asarray(differences(jax.random.split(key, count)))
+    assert np.all(np.abs(d.mean(0)) < Z * d.std(0) / np.sqrt(count))
+    assert np.all(d.std(0) > 0)
+
+
+@pytest.mark.parametrize("estimator", ["path", "auto"])
+def test_no_variance_is_left_where_the_flow_fits(estimator, key):
+    flow = toys.make("affine coupling")
+    params = parameters(flow)
+    gradient = reverse_kl(flow, flow.log_prob, estimator, num_samples=6).next(key, None, ())[0]
+    total = reverse_kl(flow, flow.log_prob, "total", num_samples=6).next(key, None, ())[0]
+    ours, theirs = jax.jit(lambda p: (gradient(p)[1], total(p)[1]))(params)
+    largest = [
+        max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
+        for tree in (ours, theirs)
+    ]
+    assert largest[0] < 1e-12
+    assert largest[1] > 1e-2
+
+
+def test_layers_of_numpyro(key):
+    """Rules of numpyro's transforms against the dense solve."""
+    from numpyro.distributions.flows import (
+        BlockNeuralAutoregressiveTransform,
+        InverseAutoregressiveTransform,
+    )
+    from numpyro.nn import AutoregressiveNN, BlockNeuralAutoregressiveNN
+
+    init, arn = AutoregressiveNN(4, [6], permutation=jnp.arange(4))
+    weights = init(key, (4,))[1]
+    init, block = BlockNeuralAutoregressiveNN(4, [3, 3])
+    block_weights = init(key, (4,))[1]
+    scale = jnp.tril(jax.random.normal(key, (4, 4)), -1) + 2 * jnp.eye(4)
+    layers = [
+        InverseAutoregressiveTransform(lambda x: arn(weights, x)),
+        BlockNeuralAutoregressiveTransform(lambda x: block(block_weights, x)),
+        transforms.LowerCholeskyAffine(jnp.ones(4), scale),
+        transforms.IndependentTransform(transforms.SigmoidTransform(), 1),
+        transforms.PermuteTransform(jnp.array([2, 0, 1, 3])),
+        transforms.LowerCholeskyAffine(jnp.ones(4), scale).inv,
+    ]
+    x, score = jax.random.normal(key, (2, 2, 4))
+    for layer in [*layers, transforms.ComposeTransform([layers[0], layers[4], layers[2]])]:
+
+        def forward(x, layer=layer):
+            y, between = layer.call_with_intermediates(x)
+            log_det = layer.log_abs_det_jacobian(x, y, between)
+            return y, jnp.sum(log_det)
+
+        pushed = push_score(layer, x, score)
+        wanted = [dense(forward, a, b, "it") for a, b in zip(x, score, strict=True)]
+        np.testing.assert_allclose(pushed.score, jnp.stack(wanted), rtol=1e-9, atol=1e-9)
+        assert pushed.log_det.shape == (2,)
+
+
+def test_a_rule_of_ones_own():
+    class Double:
+        pass
+
+    with pytest.raises(TypeError, match="no rule for the score behind a layer of type Double"):
+        push_score(Double(), jnp.ones(2), jnp.ones(2))
+    push_score.register(Double, lambda layer, x, s, c=None: (2 * x, jnp.log(2.0) * x.size, s / 2))
+    assert push_score(Double(), jnp.ones(2), jnp.ones(2))[2][0] == 0.5
+
+
+def test_too_large_to_solve_densely():
+    with pytest.raises(ValueError, match="no inverse and no rule of its own, and with 65 dim"):
+        dense(lambda x: (x, jnp.sum(x)), jnp.ones(65), jnp.ones(65), "a layer")
+
+
+def test_single_precision_stays_single():
+    with jax.enable_x64(False):
+        flow = toys.make("autoregressive")
+        draws = draw_with_score(flow, jax.random.key(0), 3)
+        assert {leaf.dtype for leaf in draws} == {jnp.dtype("float32")}
+        assert stochgrad.flows.parameters(flow) is not None
