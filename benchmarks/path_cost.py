@@ -64,9 +64,10 @@ class Contender(NamedTuple):
 class Work(NamedTuple):
     """Contenders of which the first is the measure of the others.
 
-    ``unrolled`` has the same gradients of a flow whose layers are not in a loop, ``limits`` what the
-    path gradient is to keep to and ``counted`` says whether operations can be counted, which they
-    cannot where their number depends on the numbers.
+    ``unrolled`` has the same gradients of a flow whose layers are not in a loop, ``limits`` what
+    the path gradient is to keep to and ``counted`` says whether operations can be counted, which
+    they cannot where their number depends on the numbers. Short work is called several times in a
+    round, ``calls``.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Work(NamedTuple):
     limits: dict[str, float]
     unrolled: dict[str, Contender] | None = None
     counted: bool = True
+    calls: int = 1
 
 
 class Figures(NamedTuple):
@@ -261,6 +263,7 @@ def guide(dim, flows, particles, steps):
         },
         {"wall": 2.5},
         counted=False,
+        calls=10,
     )
 
 
@@ -284,10 +287,14 @@ def flops_and_memory(programs):
     return {name: of(program) / base for name, program in programs.items()}
 
 
-def seconds(program, params, key):
-    begun = time.perf_counter()
-    jax.block_until_ready(program(params, key))
-    return time.perf_counter() - begun
+def seconds(program, params, key, calls):
+    """Median of a few calls one after the other."""
+    times = []
+    for _ in range(calls):
+        begun = time.perf_counter()
+        jax.block_until_ready(program(params, key))
+        times.append(time.perf_counter() - begun)
+    return np.median(times)
 
 
 def timed(work, programs, rounds):
@@ -299,7 +306,7 @@ def timed(work, programs, rounds):
         for name in names[first:] + names[:first]:
             contender = work.contenders[name]
             if turn <= (contender.rounds or rounds):
-                times[name].append(seconds(programs[name], contender.params, key))
+                times[name].append(seconds(programs[name], contender.params, key, work.calls))
     return {name: np.array(each[1:]) for name, each in times.items()}
 
 
@@ -387,14 +394,15 @@ def introduction(rounds):
         "",
         "Made by `python benchmarks/path_cost.py`: one value and gradient in a flow's trainable "
         f"arrays, compiled, on {device.device_kind} ({device.platform}), matrix products on one "
-        "thread where it is a CPU. The measure, 1, is the total gradient as flowjax and numpyro have "
-        "it (maximum likelihood as stochgrad has it). *Wall* is the median of the ratios of "
-        f"{rounds} rounds in which all take turns, *least wall* the ratio of the least times. *Flops* "
-        "and *memory*, the temporary one, are the compiler's. It counts what is in a loop once: "
-        "where the layers are in one, operations before and after it weigh too much, so limits are "
-        "for the layers unrolled, and for autoregressive flows, which solve in a loop, they say "
-        "nothing. Memory is that of the layers in a loop, as flowjax builds them. The target costs "
-        "next to nothing; with one that costs as much as the flow, all ratios are nearer to 1.",
+        "thread where it is a CPU. The measure, 1, is the total gradient as flowjax and numpyro "
+        "have it (maximum likelihood as stochgrad has it). *Wall* is the median of the ratios of "
+        f"{rounds} rounds in which all take turns, *least wall* the ratio of the least times. "
+        "*Flops* and *memory*, the temporary one, are the compiler's. It counts what is in a loop "
+        "once: where the layers are in one, operations before and after it weigh too much, so "
+        "limits are for the layers unrolled, and for autoregressive flows, which solve in a loop, "
+        "they say nothing. Memory is that of the layers in a loop, as flowjax builds them. The "
+        "target costs next to nothing; with one that costs as much as the flow, all ratios are "
+        "nearer to 1.",
         "",
     ]
 

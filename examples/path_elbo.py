@@ -5,13 +5,16 @@ A hierarchical logistic regression of 3,000 flights that left New York in 2013 (
 effects of 14 carriers and 28 destinations whose scales are unknown. The posterior of its 47 numbers
 has a funnel: the effects of the destinations are small and may all be nearly zero.
 
-Three guides, a coupling flow of flowjax (``AutoFlow``), numpyro's ``AutoIAFNormal`` and its
-``AutoMultivariateNormal``, which cannot fit a funnel, are each fitted with three gradients of the
-same bound: ``PathGradientELBO`` as it comes, which measures how much of the score to keep; the path
-gradient alone (``score_coef=0.0``); and numpyro's ``Trace_ELBO``. Starts, optimiser, particles and
-number of steps are the same. Shown are the gap between the bound and the log evidence, by steps and
-by seconds, the variances of the gradients along the way, Pareto's k of the fitted guides, and their
-means and sds against NUTS.
+Two guides, a coupling flow of flowjax (``AutoFlow``) and numpyro's ``AutoIAFNormal``, are each
+fitted with three gradients of the same bound: ``PathGradientELBO`` as it comes, which measures how
+much of the score to keep; the path gradient alone (``score_coef=0.0``); and numpyro's
+``Trace_ELBO``. Starts, optimiser, particles and number of steps are the same. Shown are the gap
+between the bound and the log evidence, by steps and by seconds, the variances of the gradients
+along the way, Pareto's k of the fitted guides, and their means and sds against NUTS.
+
+Path gradients are where ``Trace_ELBO`` ends after some 0.7 of its steps. By seconds that hardly
+pays here: the flows are small and the model is cheap, so that the further passes through the guide
+are a large part of a step. No guide finds the neck of the funnel, the smallest scales.
 
 Run ``python examples/path_elbo.py``; ``--smoke`` is a short version of the same.
 """
@@ -35,7 +38,7 @@ from flowjax.distributions import StandardNormal
 from flowjax.flows import coupling_flow
 from numpyro.handlers import reparam, replay, seed
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal
+from numpyro.infer.autoguide import AutoIAFNormal
 from numpyro.infer.reparam import LocScaleReparam
 from numpyro.infer.util import log_density
 
@@ -44,15 +47,16 @@ from stochgrad.numpyro import AutoFlow, PathGradientELBO
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FLIGHTS, DESTINATIONS, PARTICLES, LEARNING_RATE = 3000, 28, 16, 3e-3
+FLIGHTS, DESTINATIONS, PARTICLES, LEARNING_RATE = 3000, 28, 16, 1e-2
 LOSSES = {
     "PathGradientELBO": PathGradientELBO(PARTICLES),
     "path gradient alone": PathGradientELBO(PARTICLES, score_coef=0.0),
     "Trace_ELBO": Trace_ELBO(PARTICLES),
 }
 SHADE = dict(zip(LOSSES, ["#1f6f8b", "#d9822b", "#3b3b3b"], strict=True))
-GUIDES = ["coupling flow", "IAF", "normal"]
-INK = dict(zip(GUIDES, ["#3a7d44", "#7a4fa3", "#c2477f"], strict=True))
+GUIDES = ["coupling flow", "IAF"]
+PLAIN = matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}")
+INK = dict(zip(GUIDES, ["#3a7d44", "#7a4fa3"], strict=True))
 
 
 def load():
@@ -76,7 +80,7 @@ def load():
         late,
     ]
     arrays = [jnp.asarray(a, jnp.float32) for a in arrays]
-    names = airlines[carriers].str.replace(r" (Inc|Co|Corporation)\..*$", "", regex=True)
+    names = airlines[carriers].str.replace(r" (Inc\.|Co\.|Airways Corporation).*$", "", regex=True)
     return arrays, names.to_list(), np.bincount(carrier)
 
 
@@ -99,8 +103,6 @@ def make_guide(kind, number):
     """One of the guides; the number picks the weights that the flow starts from."""
     if kind == "IAF":
         return AutoIAFNormal(model)
-    if kind == "normal":
-        return AutoMultivariateNormal(model)
 
     def flow(dim):
         key = jax.random.key(number)
@@ -177,6 +179,7 @@ class Contest:
             self.compiling[name] = time.perf_counter() - begun
         measured = LOSSES["PathGradientELBO"]
         self.weights = jax.jit(self._weights, static_argnums=2)
+        self.sample = jax.jit(self._sample, static_argnums=2)
         self.variances = jax.jit(
             lambda key, params: measured.variances(key, params, model, self.guide, *args)
         )
@@ -188,6 +191,9 @@ class Contest:
         keys = jax.random.split(key, count)
         one = partial(log_weight, params=params, guide=self.guide, args=self.args)
         return jax.lax.map(one, keys, batch_size=500)
+
+    def _sample(self, key, params, count):
+        return self.guide.sample_posterior(key, params, *self.args, sample_shape=(count,))
 
     def start(self, number):
         """Where a race starts, the same for all."""
@@ -214,9 +220,7 @@ class Contest:
         weights = self.weights(jax.random.key(7), params, count)
         evidence = float(jax.nn.logsumexp(weights) - np.log(count))
         _, k = psis_weights(weights)
-        samples = self.guide.sample_posterior(
-            jax.random.key(8), params, *self.args, sample_shape=(count,)
-        )
+        samples = self.sample(jax.random.key(8), params, count)
         ours = flat(jax.tree.map(np.asarray, samples))
         sd = truth.std(axis=0)
         return {
@@ -280,7 +284,7 @@ def report(found, evidence, marks):
             )
     print("\nvariance of a one-particle gradient, where PathGradientELBO has led the guide:")
     for kind, r in found.items():
-        v = {name: np.exp(np.log(x).mean(axis=0)) for name, x in r["variances"].items()}
+        v = {name: np.median(x, axis=0) for name, x in r["variances"].items()}
         share = r["variances"]["score_coef"].mean(axis=0)
         for at in sorted({0, 1, 3, middle, len(marks) - 1}):
             print(
@@ -299,7 +303,7 @@ def conclude(found, evidence, marks):
             gap = np.median(evidence - r["bounds"][name], axis=0)
             steps = first_at(gap, marks, goal)
             if steps is None:
-                print(f"{kind}: the {name} never gets to where Trace_ELBO ends")
+                print(f"{kind}: {name} never gets to where Trace_ELBO ends")
                 continue
             of_time = steps * r["pace"][name] / (marks[-1] * r["pace"]["Trace_ELBO"])
             print(
@@ -331,8 +335,9 @@ def _times(x):
 
 def picture(found, evidence, marks, truth, names, path):
     """Gaps by steps and seconds, variances along the way, and effects against NUTS."""
-    figure = plt.figure(figsize=(17, 2.9 * len(found) + 1))
-    grid = figure.add_gridspec(len(found), 4, width_ratios=[1, 1, 1, 1.15])
+    figure = plt.figure(figsize=(17, 3.6 * len(found) + 0.6))
+    grid = figure.add_gridspec(len(found), 3, left=0.05, right=0.69, wspace=0.2, hspace=0.15)
+    beside = figure.add_gridspec(1, 1, left=0.795, right=0.985)
     for row, (kind, r) in enumerate(found.items()):
         by_steps = figure.add_subplot(grid[row, 0])
         by_seconds = figure.add_subplot(grid[row, 1], sharey=by_steps)
@@ -343,17 +348,17 @@ def picture(found, evidence, marks, truth, names, path):
         if row == 0:
             by_steps.set_title("How far from the posterior, by steps ...", loc="left", fontsize=11)
             by_seconds.set_title("... and by seconds, without compilation", loc="left", fontsize=11)
-            spread.set_title("Variance of the gradient", loc="left", fontsize=11)
+            spread.set_title("Variance of the gradient / Trace_ELBO's", loc="left", fontsize=11)
         if row == len(found) - 1:
             by_steps.set_xlabel("steps")
             by_seconds.set_xlabel("seconds of training")
             spread.set_xlabel("steps")
-    intervals(figure.add_subplot(grid[:, 3]), found, truth, names)
+    intervals(figure.add_subplot(beside[0]), found, truth, names)
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout(w_pad=1.5)
+    figure.subplots_adjust(top=0.94, bottom=0.08)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def gaps(by_steps, by_seconds, r, evidence, marks, label):
@@ -376,9 +381,10 @@ def gaps(by_steps, by_seconds, r, evidence, marks, label):
     by_steps.set(yscale="log")
     by_seconds.set(xscale="log")
     by_seconds.tick_params(labelleft=False)
-    plain = matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}")
-    by_steps.yaxis.set_major_formatter(plain)
-    by_seconds.xaxis.set_major_formatter(plain)
+    by_seconds.xaxis.set_major_formatter(PLAIN)
+    by_steps.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    by_steps.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    by_steps.yaxis.set_major_formatter(PLAIN)
 
 
 def variances(axis, r, marks, label):
@@ -391,15 +397,15 @@ def variances(axis, r, marks, label):
     axis.axhline(1, color=SHADE["Trace_ELBO"], linewidth=2.2)
     axis.set(xscale="log", yscale="log")
     low, high = axis.get_ylim()
-    axis.set_ylim(min(low, 0.01), max(high, 3))
+    axis.set_ylim(min(0.8 * low, 0.1), max(high, 2))
     axis.axhspan(1, axis.get_ylim()[1], color="#b03a2e", alpha=0.07, linewidth=0)
-    plain = matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}")
-    axis.yaxis.set_major_formatter(plain)
-    axis.xaxis.set_major_formatter(plain)
-    axis.set_ylabel("times that of Trace_ELBO")
+    axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(PLAIN)
+    axis.xaxis.set_major_formatter(PLAIN)
     if label:
-        axis.text(1.1, 1.25, "worse than Trace_ELBO", color="#b03a2e", fontsize=9)
-        axis.text(1.1, 0.55, "better", color="0.35", fontsize=9)
+        axis.text(x[-1], 1.15, "more than Trace_ELBO", color="#b03a2e", fontsize=9, ha="right")
+        axis.text(1.1, 0.72, "less", color="0.35", fontsize=9)
 
 
 def intervals(axis, found, truth, names):
@@ -419,7 +425,7 @@ def intervals(axis, found, truth, names):
     axis.plot(middle, place, "|", color="0.35", markersize=11, markeredgewidth=1.5)
     for at, (kind, r) in enumerate(found.items()):
         low, middle, high = chosen(r["ends"]["PathGradientELBO"][0]["draws"])
-        y = place + 0.22 * (1 - at)
+        y = place + 0.16 * (1 - 2 * at)
         axis.hlines(y, low, high, color=INK[kind], linewidth=1.6)
         axis.plot(middle, y, "o", color=INK[kind], markersize=3)
     axis.axvline(0, color="0.6", linewidth=1, zorder=0)
@@ -427,11 +433,11 @@ def intervals(axis, found, truth, names):
     axis.set_yticks(place, labels, fontsize=9)
     axis.set_ylim(-0.7, place[-1] + 2.2)
     axis.set_xlabel("log odds of being late (90% interval)")
-    axis.set_title("Carriers, all else equal: guides and NUTS", loc="left", fontsize=11)
+    axis.set_title("Carriers, all else equal", loc="left", fontsize=11)
     for at, (kind, shade) in enumerate([("NUTS", "0.5"), *INK.items()]):
         if kind == "NUTS" or kind in found:
             axis.text(
-                0.02 + 0.16 * at + 0.1 * (at > 1), 0.975, kind, color=shade, fontsize=10,
+                (0.02, 0.24, 0.66)[at], 0.965, kind, color=shade, fontsize=10,
                 transform=axis.transAxes,
             )  # fmt: skip
 
@@ -445,7 +451,7 @@ def main():
     marks = [0, 3, 10, 30, 100, 200, 300, 400, 600, 800, 1000, 1200, 1400, 1600, 1800, 2000]
     options = {"marks": marks, "starts": 3, "draws": 2000, "last_draws": 20_000}
     if given.smoke:
-        options = {"marks": [0, 3, 10, 30, 60], "starts": 1, "draws": 200, "last_draws": 1000}
+        options = {"marks": [0, 3, 10, 30], "starts": 1, "draws": 500, "last_draws": 500}
 
     begun = time.perf_counter()
     args, names, counts = load()
@@ -453,7 +459,7 @@ def main():
         f"{FLIGHTS:,} flights of {len(names)} carriers ({counts.min()} to {counts.max()} flights) "
         f"to {DESTINATIONS} destinations, {float(args[-1].mean()):.0%} late"
     )
-    truth = reference(args, *((50, 50) if given.smoke else (500, 1500)))
+    truth = reference(args, *((20, 20) if given.smoke else (500, 1500)))
     found = {}
     for kind in GUIDES[:1] if given.smoke else GUIDES:
         found[kind] = contend(kind, args, truth, options)

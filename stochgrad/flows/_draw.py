@@ -54,7 +54,7 @@ def draw_with_score(
     flow = unwrapped(flow)
 
     def one(key):
-        return _one(flow, key, condition)
+        return one_draw(flow, key, condition)
 
     return jax.vmap(one)(jax.random.split(key, num_samples))
 
@@ -67,7 +67,8 @@ def unwrapped(flow: AbstractDistribution) -> AbstractDistribution:
     return flow.merge_transforms() if isinstance(flow, AbstractTransformed) else flow
 
 
-def _one(flow, key, condition) -> FlowDraws:
+def one_draw(flow, key, condition) -> FlowDraws:
+    """One draw of an unwrapped flow."""
     if not isinstance(flow, AbstractTransformed):
         x, log_density = flow._sample_and_log_prob(key, condition)
         return FlowDraws(x, log_density, score_of(flow, x, condition))

@@ -9,7 +9,7 @@ from flowjax.distributions import AbstractDistribution
 from jax import lax
 
 from stochgrad.core import Gradient, check_count, check_number
-from stochgrad.flows._draw import draw_with_score, split
+from stochgrad.flows._draw import draw_with_score, one_draw, split, unwrapped
 from stochgrad.flows._objective import (
     LogDensity,
     as_objective,
@@ -17,9 +17,7 @@ from stochgrad.flows._objective import (
     objective,
     valued,
 )
-from stochgrad.gradients import leave_one_out, leave_one_out_blend, path_log_density
-
-_GROUPS = 8
+from stochgrad.gradients import leave_one_out, measured_coefficients, path_log_density
 
 
 def reverse_kl(
@@ -40,8 +38,8 @@ def reverse_kl(
     - ``"total"``: the reparameterised gradient of the integrand, with the term
       $-\partial_\theta\log q_\theta(x)|_x$ of mean zero.
     - a number c between: $P_i - c\,\partial_\theta\log q_\theta(x_i)|_{x_i}$; 1 is ``"total"``.
-    - ``"auto"``: c of least variance, measured at each step between groups of draws, each group's
-      from the others so that the estimate stays unbiased. It costs one backward pass more.
+    - ``"auto"``: c of least variance, measured at each step on some of the draws, each draw's from
+      the others so that the estimate stays unbiased: ``gradients.measured_coefficients``.
     - ``"score"``: $\nabla\log q$ times the integrand, less a leave-one-out baseline. It does not
       differentiate ``log_density``, and is by far the noisiest.
 
@@ -74,7 +72,7 @@ def reverse_kl(
     coefficient = {"path": 0.0, "total": 1.0}.get(estimator, estimator)  # type: ignore[arg-type]
     log_densities = jax.vmap(log_density)
     if estimator in ("score", "auto"):
-        least = 3 if estimator == "auto" else 2
+        least = 4 if estimator == "auto" else 2
         if count < least:
             raise ValueError(f"estimator={estimator!r} needs num_samples >= {least}, got {count}.")
     elif isinstance(coefficient, str):
@@ -86,7 +84,7 @@ def reverse_kl(
         raise ValueError(f"estimator must be between 0 and 1, got {coefficient:g}.")
 
     if estimator == "auto":
-        return _blended(flow, log_densities, count, condition)
+        return _blended(flow, log_density, count, condition)
 
     def bound(flow, key):
         x, log_q, score = draw_with_score(flow, key, count, condition)
@@ -104,32 +102,26 @@ def _at_fixed(x, log_q, score):
     return log_q - path_log_density(x, log_q, score) + lax.stop_gradient(log_q)
 
 
-def _blended(flow, log_densities, count, condition) -> Gradient:
-    """Path and score parts, group by group, put together with measured coefficients."""
-    groups = max(n for n in range(3, min(count, _GROUPS) + 1) if count % n == 0 or n == 3)
-    if count % groups:
-        raise ValueError(f"estimator='auto' needs a num_samples divisible by 3 to 8, got {count}.")
+def _blended(flow, log_density, count, condition) -> Gradient:
+    """The path gradient with as much of the score as is measured to be best."""
     params, static = split(flow)
 
+    def parts(position, key):
+        flow = unwrapped(eqx.combine(position, static))
+        x, log_q, score = one_draw(flow, key, condition)
+        along = path_log_density(x, log_q, score)
+        return log_density(x) - along, along - log_q
+
     def next(key, position, state):
-        keys = jax.random.split(key, groups)
+        draw_key, direction_key = jax.random.split(key)
+        keys = jax.random.split(draw_key, count)
 
-        def score(position):
-            def parts(position, key):
-                flow = eqx.combine(position, static)
-                x, log_q, s = draw_with_score(flow, key, count // groups, condition)
-                along = path_log_density(x, log_q, s)
-                path = jnp.mean(log_densities(x) - along)
-                return path, jnp.mean(along - log_q)
+        def bound(position):
+            path, score = jax.vmap(parts, (None, 0))(position, keys)
+            return jnp.mean(
+                path + measured_coefficients(parts, position, keys, direction_key) * score
+            )
 
-            def one(key):
-                (value, _), pull = jax.vjp(lambda p: parts(p, key), position)
-                one, none = jnp.ones_like(value), jnp.zeros_like(value)
-                return value, pull((one, none))[0], pull((none, one))[0]
-
-            values, path, rest = jax.vmap(one)(keys)
-            return jnp.mean(values), leave_one_out_blend(path, rest).gradient
-
-        return score, state
+        return jax.value_and_grad(bound), state
 
     return as_objective(params, static, next)

@@ -1,7 +1,9 @@
 """Stochastic estimates of gradients."""
 
-from stochgrad.gradients._blend import Blend as Blend
-from stochgrad.gradients._blend import leave_one_out_blend as leave_one_out_blend
+from stochgrad.gradients._blend import (
+    leave_one_out_coefficients as leave_one_out_coefficients,
+)
+from stochgrad.gradients._blend import measured_coefficients as measured_coefficients
 from stochgrad.gradients._conducive import conducive as conducive
 from stochgrad.gradients._control_variate import control_variate as control_variate
 from stochgrad.gradients._minibatch import as_gradient as as_gradient

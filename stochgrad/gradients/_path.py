@@ -208,6 +208,8 @@ def path_log_density(
         score: Scores, constant.
         score_coef: c.
     """
+    if isinstance(score_coef, float) and score_coef == 1.0:
+        return log_density
     moved = score * (value - lax.stop_gradient(value))
     along = lax.stop_gradient(log_density) + moved.reshape(*log_density.shape, -1).sum(-1)
     return score_coef * log_density + (1.0 - score_coef) * along

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer import autoguide
@@ -20,7 +21,8 @@ from numpyro.util import check_model_guide_match
 from stochgrad.core import check_count, check_number
 from stochgrad.gradients import (
     freeze,
-    leave_one_out_blend,
+    leave_one_out,
+    measured_coefficients,
     path_log_density,
     push_score,
     score_function,
@@ -29,7 +31,6 @@ from stochgrad.interop._numpyro_transforms import score_of_base
 
 SiteEstimator = Literal["score", "optimal", "straight_through"]
 
-_MOST_GROUPS = 8
 _DAIS = (autoguide.AutoDAIS, autoguide.AutoSurrogateLikelihoodDAIS, autoguide.AutoSemiDAIS)
 
 
@@ -71,10 +72,10 @@ class PathGradientELBO(ELBO):
 
     $c = 1$ being exactly ``Trace_ELBO``'s, $c = 0$ the path gradient, whose variance vanishes where
     the guide fits. Far from there the path gradient can have the *larger* variance, by orders of
-    magnitude from numpyro's narrow starting scales. So by default c is measured, at each step: of
-    least variance between groups of particles, each group's from the others, so that the gradient
-    stays unbiased. That needs three particles, and one backward pass more through the guide, none
-    through the model.
+    magnitude from numpyro's narrow starting scales. So by default c is measured, at each step, for
+    the least variance between particles, each particle's from the others, so that the gradient
+    stays unbiased (``gradients.measured_coefficients``). That needs four particles, and one
+    derivative more of each, of sixteen at most, in one random direction.
 
     Scores of flows are carried along the forward pass; nothing is inverted but cheap layers. It
     works for autoguides and reparameterised guides, hierarchical ones, plates, subsampling, masks,
@@ -92,7 +93,7 @@ class PathGradientELBO(ELBO):
         estimators: Names of sites that cannot be reparameterised, and their estimators.
 
     Raises:
-        ValueError: ``"auto"`` with fewer than three particles; an unknown estimator. When run: a
+        ValueError: ``"auto"`` with fewer than four particles; an unknown estimator. When run: a
             site that cannot be reparameterised has no estimator, or a distribution no way to its
             score.
 
@@ -120,10 +121,10 @@ class PathGradientELBO(ELBO):
     ):
         num_particles = check_count("num_particles", num_particles)
         if score_coef == "auto":
-            if num_particles < 3:
+            if num_particles < 4:
                 raise ValueError(
                     "score_coef='auto' measures variances between particles and needs "
-                    f"num_particles >= 3, got {num_particles}; with fewer, 0.0 is the path "
+                    f"num_particles >= 4, got {num_particles}; with fewer, 0.0 is the path "
                     "gradient and 1.0 that of Trace_ELBO."
                 )
         elif check_number("score_coef", score_coef, zero=True) > 1:
@@ -157,25 +158,20 @@ class PathGradientELBO(ELBO):
                 stacklevel=2,
             )
         particle = partial(self._particle, model=model, guide=guide, args=args, kwargs=kwargs)
+        key = jax.random.fold_in(rng_key, self.num_particles)
         keys = jax.random.split(rng_key, self.num_particles)
         if self.num_particles == 1:
             keys = rng_key[None]  # the draw of Trace_ELBO with one particle
-        if self.score_coef == "auto" or self.scored:
-            value, gradient, mutable = self._gradient(particle, keys, param_map)
-            moving, _ = _floating(param_map)
-            along = sum(
-                (
-                    jnp.sum(g * (p - lax.stop_gradient(p)))
-                    for g, p in zip(gradient, moving, strict=True)
-                ),
-                start=jnp.zeros_like(value),
-            )
-            loss = -lax.stop_gradient(value) - along
-        else:
-            found, mutable = self._over(particle, keys, param_map)
-            constant = lax.stop_gradient(found.score)
-            loss = -jnp.mean(found.path + self.score_coef * (found.score - constant))
-        return {"loss": loss, "mutable_state": _mean(mutable) if mutable else None}
+        found, mutable = self._over(particle, keys, param_map)
+        constant = lax.stop_gradient(found.path)
+        c = self.score_coef
+        if c == "auto":
+            c = self._measured(particle, keys, param_map, key)
+        bound = jnp.mean(found.path + c * found.score)
+        if self.scored:
+            bound = bound + self._discrete(particle, keys, param_map, found, constant)
+        bound = bound + lax.stop_gradient(jnp.mean(constant) - bound)
+        return {"loss": -bound, "mutable_state": _mean(mutable) if mutable else None}
 
     def variances(
         self, rng_key, param_map, model, guide, *args, num_particles: int = 64, **kwargs
@@ -191,16 +187,31 @@ class PathGradientELBO(ELBO):
             num_particles: How many particles to measure with.
             **kwargs: Keyword arguments of both.
         """
-        keys = jax.random.split(rng_key, check_count("num_particles", num_particles, least=3))
+        keys = jax.random.split(rng_key, check_count("num_particles", num_particles, least=4))
 
         particle = partial(self._particle, model=model, guide=guide, args=args, kwargs=kwargs)
 
         @jax.jit
         def measure(keys, params):
-            _, path, score, *_ = self._parts(particle, keys[:, None], params)
-            blend = leave_one_out_blend(path, score)
+            moving, whole = _floating(params)
+
+            def of_one(key):
+                found, pull = jax.vjp(lambda p: particle(key, whole(p))[0], moving)
+                one, none = jnp.ones_like(found.path), jnp.zeros_like(found.path)
+                (path,), (score,) = (
+                    pull(_Particles(one, none, none)),
+                    pull(_Particles(none, one, none)),
+                )
+                return tuple(ravel_pytree(part)[0] for part in (path, score))
+
+            path, score = jax.vmap(of_one)(keys)
+            c = self._measured(particle, keys, params, rng_key)
+
+            def spread(rows):
+                return jnp.sum(jnp.var(rows, axis=0, ddof=1))
+
             return GradientVariances(
-                blend.path_variance, blend.total_variance, blend.blend_variance, blend.score_coef
+                spread(path), spread(path + score), spread(path + c[:, None] * score), jnp.mean(c)
             )
 
         return measure(keys, param_map)
@@ -211,44 +222,26 @@ class PathGradientELBO(ELBO):
             return jax.tree.map(lambda x: x[None], particle(keys[0], params))
         return self.vectorize_particles_fn(lambda key: particle(key, params), keys)
 
-    def _gradient(self, particle, keys, params):
-        """Value and gradient of the bound, from per-group gradients."""
-        groups = self.num_particles
-        if not self.scored:
-            most = min(groups, _MOST_GROUPS)
-            groups = next((n for n in range(most, 2, -1) if groups % n == 0), groups)
-        grouped = keys.reshape(groups, -1)
-        values, path, score, discrete, mutable = self._parts(particle, grouped, params)
-        if self.score_coef == "auto":
-            gradient = leave_one_out_blend(path, score).gradient
-        else:
-            gradient = jax.tree.map(
-                lambda p, s: jnp.mean(p + self.score_coef * s, axis=0), path, score
-            )
-        if self.scored:
-            kind = next(iter(self.scored.values()))
-            baseline = "optimal" if kind == "optimal" else "leave_one_out"
-            more = score_function(values, discrete, baseline)
-            gradient = jax.tree.map(jnp.add, gradient, more)
-        return jnp.mean(values), gradient, _mean(mutable)
+    def _measured(self, particle, keys, params, key):
+        """The particles' coefficients of least variance."""
+        moving, whole = _floating(params)
+        return measured_coefficients(
+            lambda p, key: particle(key, whole(p))[0][:2], moving, keys, key
+        )
 
-    def _parts(self, particle, keys, params):
-        """Values, and gradients of the path, score and discrete parts, group by group."""
+    def _discrete(self, particle, keys, params, found, rewards):
+        """The score-function part of a gradient, as the gradient of something of value zero."""
+        if "score" in self.scored.values():
+            moved = found.discrete - lax.stop_gradient(found.discrete)
+            return jnp.mean((rewards - leave_one_out(rewards)) * moved)
         moving, whole = _floating(params)
 
-        def of_group(keys):
-            def means(moving):
-                found, mutable = self._over(particle, keys, whole(moving))
-                return jax.tree.map(lambda x: jnp.mean(x, axis=0), found), mutable
+        def scores(key):
+            return jax.grad(lambda p: particle(key, whole(p))[0].discrete)(freeze(moving))
 
-            found, pull, mutable = jax.vjp(means, moving, has_aux=True)
-            one, none = jnp.ones_like(found.path), jnp.zeros_like(found.path)
-            (path,) = pull(_Particles(one, none, none))
-            (score,) = pull(_Particles(none, one, none))
-            (discrete,) = pull(_Particles(none, none, one)) if self.scored else (None,)
-            return found.path, path, score, discrete, mutable
-
-        return jax.vmap(of_group)(keys)
+        gradient = freeze(score_function(rewards, jax.vmap(scores)(keys), "optimal"))
+        products = jax.tree.map(lambda g, p: jnp.sum(g * (p - freeze(p))), gradient, moving)
+        return sum(products, start=jnp.zeros_like(rewards[0]))
 
     def _particle(self, rng_key, param_map, *, model, guide, args, kwargs):
         """One particle: the bound by path, total minus path, log density of discrete sites."""

@@ -155,7 +155,7 @@ def test_bad_input(key):
         (ValueError, "estimator must be 'path'", lambda: flows.reverse_kl(FLOW, jnp.sum, "stl")),
         (ValueError, "between 0 and 1, got 2", lambda: flows.reverse_kl(FLOW, jnp.sum, 2.0)),
         (
-            ValueError, "needs num_samples >= 3",
+            ValueError, "needs num_samples >= 4",
             lambda: flows.reverse_kl(FLOW, jnp.sum, "auto", num_samples=2),
         ),
         (ValueError, "needs score_of_target", lambda: flows.forward_kl(FLOW, x)),

@@ -254,15 +254,15 @@ def test_refusals(key):
         numpyro.sample("k", dist.Bernoulli(0.5))
 
     with pytest.raises(ValueError, match="'k' of the guide, a BernoulliLogits, cannot be repar"):
-        PathGradientELBO(3).loss(key, {}, plain, discrete)
-    with pytest.raises(ValueError, match="num_particles >= 3, got 1"):
+        PathGradientELBO(4).loss(key, {}, plain, discrete)
+    with pytest.raises(ValueError, match="num_particles >= 4, got 1"):
         PathGradientELBO(1)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        PathGradientELBO(3, score_coef=1.5)
+        PathGradientELBO(4, score_coef=1.5)
     with pytest.raises(ValueError, match="must be 'score', 'optimal' or"):
-        PathGradientELBO(3, estimators={"k": "stl"})
+        PathGradientELBO(4, estimators={"k": "stl"})
     with pytest.raises(ValueError, match=r"the guide lacks: \['j'\]"):
-        PathGradientELBO(3, estimators={"j": "score", "k": "score"}).loss(key, {}, plain, discrete)
+        PathGradientELBO(4, estimators={"j": "score", "k": "score"}).loss(key, {}, plain, discrete)
     with pytest.raises(ValueError, match=r"must have shape \(3,\)"):
         SVI(correlated, AutoFlow(correlated, coupled(2)), optax.adam(0.1), PathGradientELBO()).init(
             key
