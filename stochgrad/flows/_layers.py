@@ -87,7 +87,7 @@ def _scanned(layers, x, score, condition, invert: bool) -> Pushed:
         layer = eqx.combine(arrays, rest)
         layer = Invert(layer) if invert else layer
         value, more, score = push_score(layer, carry.value, carry.score, condition)
-        return Pushed(value, carry.log_det + more, score), None
+        return Pushed(value, carry.log_det + more.astype(carry.log_det.dtype), score), None
 
     first = Pushed(x, jnp.zeros((), x.dtype), score)
     return lax.scan(step, first, arrays, reverse=invert)[0]
