@@ -130,7 +130,7 @@ def mixture(d, spline, draws, steps):
     )
 
 
-def phi4(size, kappa, place):
+def phi4(size, kappa, place, steps=1600):
     """Scalar fields on a periodic lattice: all even sites first, then all odd."""
     i, j = np.indices((size, size))
     back = np.argsort(np.argsort(((i + j) % 2).reshape(-1), kind="stable"))
@@ -149,7 +149,7 @@ def phi4(size, kappa, place):
         "8 affine couplings of even and odd sites in turns",
         draws=128,
         rows=2000,
-        steps={"reverse": 1600, "forward": 800},
+        steps={"reverse": steps, "forward": steps // 2},
     )
 
 
@@ -252,7 +252,11 @@ def plaquettes(d, beta, key, count):
 def problems(kind):
     return {
         "mixture": lambda: [mixture(6, False, 256, 3000), mixture(12, True, 128, 800)],
-        "phi4": lambda: [phi4(8, 0.3, "near critical"), phi4(8, 0.2, "off critical")],
+        "phi4": lambda: [
+            phi4(8, 0.3, "near critical"),
+            phi4(8, 0.2, "off critical"),
+            phi4(16, 0.2, "off critical", 800),
+        ],
         "gauge": lambda: [gauge(4, 3.0, 6, 128, 1200), gauge(8, 1.0, 4, 64, 800)],
     }[kind]()
 
@@ -427,7 +431,7 @@ def section(problem, origin, curves):
 def picture(kind, found, path):
     """ESS against steps and seconds: two columns for each problem, a row for each divergence."""
     columns = 2 * len(found)
-    figure, axes = plt.subplots(2, columns, figsize=(3.5 * columns, 6.6))
+    figure, axes = plt.subplots(2, columns, figsize=(min(3.5 * columns, 17), 6.6))
     pairs = np.split(axes, len(found), axis=1)
     for pair, (problem, curves) in zip(pairs, found, strict=True):
         for (way, both), row in zip(curves.items(), pair, strict=True):
@@ -474,12 +478,13 @@ def draw(panels, way, both):
         ax.yaxis.set_major_locator(FixedLocator(ticks))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.margins(y=0.12)
         ax.grid(axis="y", color="0.9", linewidth=0.7)
         ax.spines[["top", "right"]].set_visible(False)
     if way == "forward":  # what runs away leaves through the top
         least = max(min(np.min(c.kl) for c in both.values()), 0.003)
         for ax in panels:
-            ax.set_ylim(0.8 * least, 60 * least)
+            ax.set_ylim(0.55 * least, 30 * least)
 
 
 def work(kind, smoke, output):

@@ -14,8 +14,7 @@ Parts = Callable[[Any, Any], tuple[Array, Array]]
 """``(position, key) -> (path, score)``: one draw's value with the path gradient, and with the
 gradient that is to be added for the total one."""
 
-_MEASURED = 16
-_FEW = 8
+_MEASURED = 8
 
 
 def measured_coefficients(
@@ -23,7 +22,7 @@ def measured_coefficients(
 ) -> Float[Array, " n"]:
     r"""How much of the score each draw's gradient should keep, for the least variance.
 
-    Sixteen draws at most are differentiated along random directions v of signs, forward, which
+    Eight draws at most are differentiated along random directions v of signs, forward, which
     costs about two evaluations of each and holds no gradient per draw. What is found there is as in
     ``leave_one_out_coefficients``; other draws get the coefficient of all that were measured. Each
     draw's coefficient is thus independent of the draw, and the estimate unbiased.
@@ -48,7 +47,7 @@ def measured_coefficients(
             lambda p: jax.vmap(parts, (None, 0))(p, keys[:count]), position, direction
         )
 
-    path, score = jax.vmap(along, out_axes=1)(jax.random.split(key, 1 if count >= _FEW else 2))
+    path, score = jax.vmap(along, out_axes=1)(jax.random.split(key, 1 if count == _MEASURED else 2))
     own, pooled = leave_one_out_coefficients(path + score, score)
     rest = jnp.broadcast_to(pooled, (len(keys) - count,))
     return freeze(jnp.concatenate([own, rest]))

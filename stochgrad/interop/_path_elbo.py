@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
@@ -15,7 +14,6 @@ from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer import autoguide
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.util import compute_log_probs
-from numpyro.primitives import Messenger
 from numpyro.util import check_model_guide_match
 
 from stochgrad.core import check_count, check_number
@@ -23,11 +21,9 @@ from stochgrad.gradients import (
     freeze,
     leave_one_out,
     measured_coefficients,
-    path_log_density,
-    push_score,
     score_function,
 )
-from stochgrad.interop._numpyro_transforms import score_of_base
+from stochgrad.interop._guide_sites import StraightThrough, along_the_path, is_delta, kind_of
 
 SiteEstimator = Literal["score", "optimal", "straight_through"]
 
@@ -75,7 +71,7 @@ class PathGradientELBO(ELBO):
     magnitude from numpyro's narrow starting scales. So by default c is measured, at each step, for
     the least variance between particles, each particle's from the others, so that the gradient
     stays unbiased (``gradients.measured_coefficients``). That needs four particles, and one
-    derivative more of each, of sixteen at most, in one random direction.
+    derivative more of each, of eight at most, in a random direction.
 
     Scores of flows are carried along the forward pass; nothing is inverted but cheap layers. It
     works for autoguides and reparameterised guides, hierarchical ones, plates, subsampling, masks,
@@ -178,6 +174,8 @@ class PathGradientELBO(ELBO):
     ) -> GradientVariances:
         """Measure how the path, the total and the blended gradient vary at given parameters.
 
+        It compiles at every call; wrap it in ``jax.jit`` to measure often.
+
         Args:
             rng_key: A PRNG key.
             param_map: Parameters, as ``svi.get_params(state)`` gives them.
@@ -248,7 +246,7 @@ class PathGradientELBO(ELBO):
         params, still = dict(param_map), freeze(param_map)
         model_key, guide_key = jax.random.split(rng_key)
         through = {s for s, e in self.estimators.items() if e == "straight_through"}
-        with _StraightThrough(through):
+        with StraightThrough(through):
             log_q, drawn = compute_log_probs(seed(guide, guide_key), args, kwargs, params)
         mutable = _mutable(drawn)
         params.update(mutable)
@@ -262,14 +260,14 @@ class PathGradientELBO(ELBO):
         known = {
             name: site["value"]
             for name, site in drawn.items()
-            if (site["type"] == "sample" and not site["is_observed"] and not _is_delta(site["fn"]))
+            if (site["type"] == "sample" and not site["is_observed"] and not is_delta(site["fn"]))
             or site["type"] == "plate"
         }
         again = substitute(seed(guide, guide_key), data={**still, **known})
         frozen = trace(again).get_trace(*args, **kwargs)
         along = sum(
             (
-                _along(site, drawn[name])
+                along_the_path(site, drawn[name])
                 for name, site in frozen.items()
                 if site["type"] == "sample"
             ),
@@ -288,34 +286,14 @@ class PathGradientELBO(ELBO):
         for name, site in drawn.items():
             if site["type"] != "sample" or site["is_observed"] or name in self.estimators:
                 continue
-            if not (_is_delta(site["fn"]) or site["fn"].has_rsample):
+            if not (is_delta(site["fn"]) or site["fn"].has_rsample):
                 raise ValueError(
-                    f"site {name!r} of the guide, a {_kind(site['fn'])}, cannot be "
+                    f"site {name!r} of the guide, a {kind_of(site['fn'])}, cannot be "
                     f"reparameterised: give it an estimator, estimators={{{name!r}: 'score'}}."
                 )
         missing = set(self.estimators) - {n for n, s in drawn.items() if s["type"] == "sample"}
         if missing:
             raise ValueError(f"estimators are given for sites the guide lacks: {sorted(missing)}.")
-
-
-class _StraightThrough(Messenger):
-    """Gives discrete draws the gradient of their probabilities."""
-
-    def __init__(self, sites: set[str]):
-        self.sites = sites
-        super().__init__(None)
-
-    def postprocess_message(self, msg):
-        if msg["type"] != "sample" or msg["name"] not in self.sites:
-            return
-        probs = getattr(msg["fn"], "probs", None)
-        if probs is None or jnp.shape(probs) != jnp.shape(msg["value"]):
-            raise ValueError(
-                f"straight_through is for Bernoulli and Multinomial(1), site {msg['name']!r} is "
-                f"a {_kind(msg['fn'])}."
-            )
-        hard = msg["value"].astype(probs.dtype)
-        msg["value"] = lax.stop_gradient(hard - probs) + probs
 
 
 def _floating(tree):
@@ -344,64 +322,3 @@ def _mean(mutable):
 
 def _mutable(found) -> dict[str, Any]:
     return {name: site["value"] for name, site in found.items() if site["type"] == "mutable"}
-
-
-def _is_delta(fn) -> bool:
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
-
-
-def _kind(fn) -> str:
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return type(fn).__name__
-
-
-def _along(site, drawn) -> Array:
-    """Log density of a site, whose parameters are constant, along the path of its draw."""
-    fn, value = site["fn"], site["value"]
-    flow = _layers_of(fn)
-    if drawn["intermediates"] and flow is not None:
-        log_prob = _along_layers(fn, flow, drawn["intermediates"][0][0], drawn["value"])
-    else:
-        try:
-            log_prob = fn.log_prob(value)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"site {site['name']!r} of the guide, a {_kind(fn)}, has no score: {error}"
-            ) from error
-    if site["scale"] is not None:
-        log_prob = site["scale"] * log_prob
-    return jnp.sum(log_prob)
-
-
-def _layers_of(fn) -> dist.TransformedDistribution | None:
-    """The transformed distribution within, where nothing around it changes shapes of draws."""
-    while isinstance(fn, dist.Independent) or (
-        isinstance(fn, dist.ExpandedDistribution) and fn.batch_shape == fn.base_dist.batch_shape
-    ):
-        fn = fn.base_dist
-    return fn if isinstance(fn, dist.TransformedDistribution) else None
-
-
-def _along_layers(fn, flow, start, value) -> Array:
-    r"""The same for a flow, forward from the start of its draw.
-
-    With the flow's parameters $\varphi$ depending on other latents, at the fixed start $z_0$,
-
-    $$\partial_\varphi\log q_\varphi(x)|_x
-      = \partial_\varphi\bigl[\log q_\varphi(T_\varphi(z_0))\bigr]
-      - s^\top\partial_\varphi T_\varphi(z_0).$$
-    """
-    x = lax.stop_gradient(start)
-    score, between = score_of_base(flow.base_dist, x), []
-    for layer in flow.transforms:
-        y, more = layer.call_with_intermediates(x)
-        between.append([x, more])
-        score = push_score(layer, lax.stop_gradient(x), score).score
-        x = y
-    log_prob = fn.log_prob(x, between)
-    constant = lax.stop_gradient(log_prob)
-    moved = log_prob - path_log_density(x, constant, score)
-    return moved + path_log_density(value, constant, score)

@@ -75,46 +75,40 @@ def test_path_gradient_is_sticking_the_landing(name, key):
     assert jnp.max(jnp.abs(a + b)) < 1e-10 * jnp.max(jnp.abs(a))
 
 
-@pytest.mark.parametrize("estimator", ["path", 0.3, "auto", "score"])
-def test_every_estimator_has_the_total_gradients_mean(estimator, key):
+def test_every_estimator_has_the_total_gradients_mean(key):
     """Paired differences with the total gradient, in random directions."""
     flow = toys.make("affine coupling")
-    params, count = parameters(flow), 3000
+    params, count = parameters(flow), 2000
+    names = "path", "auto", "score", "total"
+    objectives = [reverse_kl(flow, log_density, name, num_samples=12) for name in names]
+    size = jax.flatten_util.ravel_pytree(params)[0].size
+    directions = jax.random.normal(jax.random.key(3), (size, 5))
 
-    def gradients(estimator):
-        objective = reverse_kl(flow, log_density, estimator, num_samples=12)
+    def one(key):
+        scores = [objective.next(key, params, ())[0] for objective in objectives]
+        return [jax.flatten_util.ravel_pytree(s(params)[1])[0] @ directions for s in scores]
 
-        def one(key):
-            score, _ = objective.next(key, params, ())
-            return jax.flatten_util.ravel_pytree(score(params)[1])[0]
-
-        return one
-
-    @jax.jit
-    def differences(keys):
-        ours, total = gradients(estimator), gradients("total")
-        size = ours(keys[0]).size
-        directions = jax.random.normal(jax.random.key(3), (size, 5))
-        return jax.vmap(lambda key: (ours(key) - total(key)) @ directions)(keys)
-
-    d = np.asarray(differences(jax.random.split(key, count)))
-    assert np.all(np.abs(d.mean(0)) < Z * d.std(0) / np.sqrt(count))
-    assert np.all(d.std(0) > 0)
+    *ours, total = map(np.asarray, jax.jit(jax.vmap(one))(jax.random.split(key, count)))
+    for name, gradient in zip(names, ours, strict=False):
+        # "auto" has draws of its own
+        d = gradient - total if name != "auto" else gradient - total.mean(0)
+        noise = d.std(0) if name != "auto" else np.hypot(d.std(0), total.std(0))
+        assert np.all(np.abs(d.mean(0)) < Z * noise / np.sqrt(count)), name
+        assert np.all(d.std(0) > 0)
 
 
-@pytest.mark.parametrize("estimator", ["path", "auto"])
-def test_no_variance_is_left_where_the_flow_fits(estimator, key):
+def test_no_variance_is_left_where_the_flow_fits(key):
     flow = toys.make("affine coupling")
     params = parameters(flow)
-    gradient = reverse_kl(flow, flow.log_prob, estimator, num_samples=6).next(key, None, ())[0]
-    total = reverse_kl(flow, flow.log_prob, "total", num_samples=6).next(key, None, ())[0]
-    ours, theirs = jax.jit(lambda p: (gradient(p)[1], total(p)[1]))(params)
-    largest = [
-        max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
-        for tree in (ours, theirs)
-    ]
-    assert largest[0] < 1e-12
-    assert largest[1] > 1e-2
+
+    def size(estimator):
+        score = reverse_kl(flow, flow.log_prob, estimator, num_samples=6).next(key, None, ())[0]
+        return jnp.max(jnp.abs(jax.flatten_util.ravel_pytree(score(params)[1])[0]))
+
+    path, auto, total = jax.jit(lambda: [size(e) for e in ("path", "auto", "total")])()
+    assert path < 1e-12
+    assert auto < 1e-12
+    assert total > 1e-2
 
 
 def test_layers_of_numpyro(key):

@@ -84,15 +84,17 @@ def fitted(request, key):
     return svi, unravel(start + 0.1 * jax.random.normal(key, start.shape))
 
 
+@pytest.mark.slow
 def test_gradients_have_one_mean_and_coefficient_one_is_numpyros(fitted, key):
     """Plates, subsampling, masks, flows without inverse, latents that others depend on."""
     svi, params = fitted
     elbos = {
         "total": Trace_ELBO(4),
-        "one": PathGradientELBO(4, score_coef=1.0),
         "path": PathGradientELBO(4, score_coef=0.0),
         "auto": PathGradientELBO(4),
     }
+    if svi.guide is by_hand:
+        elbos["one"] = PathGradientELBO(4, score_coef=1.0)
     count = 1000
 
     @jax.jit
@@ -102,14 +104,15 @@ def test_gradients_have_one_mean_and_coefficient_one_is_numpyros(fitted, key):
             return {n: (v, jax.flatten_util.ravel_pytree(g)[0]) for n, (v, g) in both.items()}
 
         found = jax.lax.map(one, keys, batch_size=500)
-        directions = jax.random.normal(jax.random.key(1), (found["one"][1].shape[1], 4))
+        directions = jax.random.normal(jax.random.key(1), (found["path"][1].shape[1], 4))
         return {n: (v, g[0], g @ directions) for n, (v, g) in found.items()}
 
     found = all_of(jax.random.split(key, count))
     value, first, total = map(np.asarray, found["total"])
-    np.testing.assert_allclose(found["one"][1], first, rtol=1e-9, atol=1e-9 * abs(first).max())
-    for name in ("one", "path", "auto"):
-        np.testing.assert_allclose(found[name][0], value, rtol=1e-9)
+    for name, (same, *_) in found.items():
+        np.testing.assert_allclose(same, value, rtol=1e-9, err_msg=name)
+    if "one" in found:
+        np.testing.assert_allclose(found["one"][1], first, rtol=1e-9, atol=1e-9 * abs(first).max())
     for name in ("path", "auto"):
         d = np.asarray(found[name][2]) - total
         noise = d.std(0) / np.sqrt(count)
