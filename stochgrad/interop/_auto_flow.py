@@ -113,9 +113,9 @@ class AutoFlow(AutoContinuous):
         ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
         ...     numpyro.sample("y", dist.Normal(x**2, 0.5))
         >>> guide = AutoFlow(model, lambda dim: coupling_flow(
-        ...     jax.random.key(0), base_dist=StandardNormal((dim,)), invert=False, flow_layers=4))
+        ...     jax.random.key(0), base_dist=StandardNormal((dim,)), invert=False, flow_layers=2))
         >>> svi = SVI(model, guide, optax.adam(3e-3), loss=PathGradientELBO())
-        >>> result = svi.run(jax.random.key(1), 500, progress_bar=False)
+        >>> result = svi.run(jax.random.key(1), 100, progress_bar=False)
         >>> guide.sample_posterior(jax.random.key(2), result.params, sample_shape=(5,))["x"].shape
         (5,)
     """

@@ -38,6 +38,7 @@ def log_z():
     return float(2 * jnp.log(one))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -60,6 +61,7 @@ def test_path_and_total_gradient_have_one_mean(make, key):
     assert np.linalg.norm(total.mean(0)) > 4 * np.linalg.norm(error)
 
 
+@pytest.mark.slow
 def test_forward_path_gradient_has_the_mean_of_maximum_likelihoods(key):
     flow = toys.make("inverted coupling")
     x = 0.3 + 0.7 * jax.random.normal(key, (4000, toys.DIM))
@@ -80,6 +82,7 @@ def test_forward_path_gradient_has_the_mean_of_maximum_likelihoods(key):
     assert np.all(np.abs(z) < Z)
 
 
+@pytest.mark.slow
 def test_forward_path_gradient_vanishes_where_the_flow_fits(key):
     """Sample by sample, while maximum likelihood still follows the samples."""
     flow = toys.make("inverted coupling")
@@ -95,6 +98,7 @@ def test_forward_path_gradient_vanishes_where_the_flow_fits(key):
     assert sizes["ml"] > 1e-2
 
 
+@pytest.mark.slow
 def test_a_flow_learns_its_target_and_says_so(key):
     """The whole way: fit, weights, log Z, resampling, Metropolis, transport."""
 

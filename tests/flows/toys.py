@@ -90,7 +90,7 @@ def make(name):
             Continuous(
                 Field(eqx.nn.MLP(DIM + 1, DIM, 8, 1, jnp.tanh, key=key)),
                 shape=(DIM,),
-                num_steps=40,
+                num_steps=20,
             ),
         ),
         "conditional": lambda: Transformed(
@@ -117,13 +117,23 @@ def make(name):
     return eqx.combine(jax.tree.unflatten(structure, moved), rest)
 
 
+def draws(flow, key, count):
+    """Draws by the flow's own forward map, with the keys that the library takes."""
+    flow = paramax.unwrap(flow)
+
+    def one(key):
+        return flow.bijection.transform(flow.base_dist._sample(key, None), None)
+
+    return jax.vmap(one)(jax.random.split(key, count))
+
+
 def scores_by_force(flow, key, count, condition=None):
     r"""Draws, and scores from $J^\top s = \nabla_z\log q(T(z))$ with the whole Jacobian."""
     flow = paramax.unwrap(flow)
     flow = flow.merge_transforms() if hasattr(flow, "merge_transforms") else flow
 
     def one(key):
-        z = flow.base_dist._sample(key, condition)
+        z = flow.base_dist._sample(key, condition)  # as the library draws
 
         def log_density(z):
             x, log_det = flow.bijection.transform_and_log_det(z, condition)

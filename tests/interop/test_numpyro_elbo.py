@@ -16,6 +16,8 @@ from numpyro.primitives import mutable
 from stochgrad.numpyro import AutoFlow, PathGradientELBO, PathGradientWarning
 from tests.conftest import Z
 
+pytestmark = pytest.mark.slow
+
 X = np.random.default_rng(0).normal(1.0, 1.0, (20, 2))
 
 
@@ -59,7 +61,6 @@ def block(m):
 
 
 GUIDES = {
-    "normal": autoguide.AutoNormal,
     "inverse autoregressive": autoguide.AutoIAFNormal,
     "block autoregressive": block,
     "flow": lambda m: AutoFlow(m, coupled),
@@ -84,7 +85,6 @@ def fitted(request, key):
     return svi, unravel(start + 0.1 * jax.random.normal(key, start.shape))
 
 
-@pytest.mark.slow
 def test_gradients_have_one_mean_and_coefficient_one_is_numpyros(fitted, key):
     """Plates, subsampling, masks, flows without inverse, latents that others depend on."""
     svi, params = fitted
