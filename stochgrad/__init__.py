@@ -60,7 +60,8 @@ def __getattr__(name: str) -> Any:
         except ModuleNotFoundError as error:
             if name not in ("flower", "flows") or str(error.name).startswith("stochgrad"):
                 raise
+            missing = str(error.name).split(".")[0]
             raise ImportError(
-                f"stochgrad.{name} needs {error.name}: pip install 'stochgrad[{name}]'."
+                f"stochgrad.{name} needs {missing}: pip install 'stochgrad[{name}]'."
             ) from error
     raise AttributeError(f"module 'stochgrad' has no attribute {name!r}")

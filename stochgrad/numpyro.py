@@ -20,5 +20,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Import what needs flowjax on first use."""
     if name == "AutoFlow":
-        return import_module("stochgrad.interop._auto_flow").AutoFlow
+        try:
+            return import_module("stochgrad.interop._auto_flow").AutoFlow
+        except ModuleNotFoundError as error:
+            raise ImportError("AutoFlow needs flowjax: pip install 'stochgrad[flows]'.") from error
     raise AttributeError(f"module 'stochgrad.numpyro' has no attribute {name!r}")

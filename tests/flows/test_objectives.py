@@ -147,6 +147,7 @@ def test_effective_sample_sizes_of_two_normals(key):
     np.testing.assert_allclose([under_p, under_q], wanted, atol=0.01)
 
 
+@pytest.mark.slow
 def test_bad_input(key):
     x = jnp.zeros((5, 2))
     cases = [

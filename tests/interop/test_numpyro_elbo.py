@@ -61,7 +61,6 @@ def block(m):
 
 
 GUIDES = {
-    "inverse autoregressive": autoguide.AutoIAFNormal,
     "block autoregressive": block,
     "flow": lambda m: AutoFlow(m, coupled),
     "by hand": lambda m: by_hand,
