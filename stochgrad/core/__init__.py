@@ -39,6 +39,7 @@ from stochgrad.core._identity import refuse_other_run as refuse_other_run
 from stochgrad.core._local import for_each_client as for_each_client
 from stochgrad.core._local import likelihood_sum as likelihood_sum
 from stochgrad.core._local import of_prior as of_prior
+from stochgrad.core._loop import initial_of as initial_of
 from stochgrad.core._loop import sample as sample
 from stochgrad.core._noise import Noise as Noise
 from stochgrad.core._noise import key_words as key_words

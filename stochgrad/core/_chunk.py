@@ -260,10 +260,10 @@ def build(
         kept = keep(carry.state), scalars(info, keys.shape)
         return carry, *jax.tree.map(lambda leaf: leaf[None], kept)
 
-    enough = online.done or (lambda summary: False)
-
-    def done(summary):
-        return jnp.all((jax.vmap(enough) if several else enough)(summary))
+    done = None
+    if online.done is not None:
+        enough = jax.vmap(online.done) if several else online.done
+        done = jax.jit(lambda summary: jnp.all(enough(summary)))
 
     return Program(
         start,
@@ -273,7 +273,7 @@ def build(
         capacity,
         traced,
         shapes,
-        None if online.done is None else jax.jit(done),
+        done,
     )
 
 

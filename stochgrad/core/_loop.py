@@ -220,11 +220,15 @@ def sample(
     return draws
 
 
+def initial_of(kernel: Any) -> Callable[[Any], Any] | None:
+    """Where a kernel starts unless told otherwise: its own answer, or its posterior's."""
+    posterior, initial = getattr(kernel, "posterior", None), getattr(kernel, "initial", None)
+    return posterior.initial if initial is None and posterior is not None else initial
+
+
 def _starting_points(key, kernel, init, num_chains, stream):
     """Positions with a chain axis if there are several chains, and the structure of one."""
-    posterior, initial = getattr(kernel, "posterior", None), getattr(kernel, "initial", None)
-    if initial is None and posterior is not None:
-        initial = posterior.initial
+    initial = initial_of(kernel)
     if init is None:
         if initial is None:
             raise ValueError("init is needed: this kernel's target does not know where to start.")

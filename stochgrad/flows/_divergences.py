@@ -22,7 +22,6 @@ from stochgrad.flows._draw import draw_with_score
 from stochgrad.flows._objective import (
     LogDensity,
     check_density,
-    check_path_or_total,
     objective,
     valued,
 )
@@ -63,19 +62,15 @@ def renyi_bound(
     Raises:
         ValueError: as ``reverse_kl``; ``alpha`` is 1, negative or not finite.
     """
-    check_density(flow, log_density, condition)
+    log_weights = _log_weights(flow, log_density, estimator, condition)
     count, importance = check_count("num_samples", num_samples), num_importance
     importance = check_count("num_importance", num_importance)
     alpha = check_number("alpha", alpha, zero=True)
     if alpha == 1:
         raise ValueError("alpha must not be 1: that bound is reverse_kl's.")
-    check_path_or_total(estimator)
-    log_densities = jax.vmap(log_density)
 
     def value(flow, key):
-        x, log_q, score = draw_with_score(flow, key, count * importance, condition)
-        along = path_log_density(x, log_q, score, 1.0 if estimator == "total" else 0.0)
-        log_w = (log_densities(x) - along).reshape(count, importance)
+        log_w = log_weights(flow, key, count * importance).reshape(count, importance)
         powered = (1.0 - alpha) * log_w
         bound = (logsumexp(powered, axis=1) - jnp.log(float(importance))) / (1.0 - alpha)
         if estimator == "path":
@@ -184,15 +179,11 @@ def _divergence(
     For the reparameterised gradient of $f(u)$ is $f'(u)\,u\,(P - \partial_\theta\log q|_x)$, and
     by parts $\mathbb E_q[g\,\partial_\theta\log q|_x]$ is the path gradient of $g = f'(u)\,u$.
     """
-    check_density(flow, log_density, condition)
+    log_weights = _log_weights(flow, log_density, estimator, condition)
     count = check_count("num_samples", num_samples)
-    check_path_or_total(estimator)
-    log_densities = jax.vmap(log_density)
 
     def climbed(flow, key):
-        x, log_q, score = draw_with_score(flow, key, count, condition)
-        along = path_log_density(x, log_q, score, 1.0 if estimator == "total" else 0.0)
-        log_w = log_densities(x) - along
+        log_w = log_weights(flow, key, count)
         known = logsumexp(log_w) - jnp.log(float(count)) if log_z is None else log_z
         log_u = log_w - lax.stop_gradient(known)
         f = -jnp.mean(value(log_u))
@@ -201,3 +192,17 @@ def _divergence(
         return valued(jnp.mean(lax.stop_gradient(coefficient(log_u)) * log_u), f)
 
     return objective(flow, climbed)
+
+
+def _log_weights(flow, log_density, estimator, condition):
+    """``(flow, key, count) -> log weights`` of draws, with the gradient that was asked for."""
+    check_density(flow, log_density, condition)
+    if estimator not in ("path", "total"):
+        raise ValueError(f"estimator must be 'path' or 'total', got {estimator!r}.")
+    score_coef = 1.0 if estimator == "total" else 0.0
+
+    def log_weights(flow, key, count):
+        x, log_q, score = draw_with_score(flow, key, count, condition)
+        return jax.vmap(log_density)(x) - path_log_density(x, log_q, score, score_coef)
+
+    return log_weights

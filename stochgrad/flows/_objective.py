@@ -43,34 +43,22 @@ def objective(
 
         return score, state
 
-    return as_objective(params, static, next, climb, batches)
-
-
-def as_objective(params, static, next, climb=None, batches=None) -> Gradient:
     def initial(key):
         return params
 
     def init(key, position):
         return () if batches is None else batches.init(key)
 
-    posterior = None
-    if batches is not None and climb is not None:
-        posterior = Posterior(climb, batches, initial)
-
     def model(position: Position):
         return eqx.combine(position, static)
 
+    posterior = None if batches is None else Posterior(climb, batches, initial)
     return Gradient(init, next, posterior, initial, model)
 
 
 def valued(surrogate, value):
     """The gradient of one and the value of the other."""
     return surrogate + lax.stop_gradient(value - surrogate)
-
-
-def check_path_or_total(estimator):
-    if estimator not in ("path", "total"):
-        raise ValueError(f"estimator must be 'path' or 'total', got {estimator!r}.")
 
 
 def check_density(flow, log_density, condition) -> None:

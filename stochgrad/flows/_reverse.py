@@ -12,7 +12,6 @@ from stochgrad.core import Gradient, check_count, check_number
 from stochgrad.flows._draw import draw_with_score, one_draw, split, unwrapped
 from stochgrad.flows._objective import (
     LogDensity,
-    as_objective,
     check_density,
     objective,
     valued,
@@ -84,7 +83,7 @@ def reverse_kl(
         raise ValueError(f"estimator must be between 0 and 1, got {coefficient:g}.")
 
     if estimator == "auto":
-        return _blended(flow, log_density, count, condition)
+        return objective(flow, _blended(log_density, count, condition))
 
     def bound(flow, key):
         x, log_q, score = draw_with_score(flow, key, count, condition)
@@ -102,26 +101,21 @@ def _at_fixed(x, log_q, score):
     return log_q - path_log_density(x, log_q, score) + lax.stop_gradient(log_q)
 
 
-def _blended(flow, log_density, count, condition) -> Gradient:
-    """The path gradient with as much of the score as is measured to be best."""
-    params, static = split(flow)
+def _blended(log_density, count, condition):
+    """The bound whose gradient keeps as much of the score as is measured to be best."""
 
-    def parts(position, key):
-        flow = unwrapped(eqx.combine(position, static))
-        x, log_q, score = one_draw(flow, key, condition)
-        along = path_log_density(x, log_q, score)
-        return log_density(x) - along, along - log_q
+    def bound(flow, key):
+        params, static = split(flow)
 
-    def next(key, position, state):
+        def parts(params, key):
+            flow = unwrapped(eqx.combine(params, static))
+            x, log_q, score = one_draw(flow, key, condition)
+            along = path_log_density(x, log_q, score)
+            return log_density(x) - along, along - log_q
+
         draw_key, direction_key = jax.random.split(key)
         keys = jax.random.split(draw_key, count)
+        path, score = jax.vmap(parts, (None, 0))(params, keys)
+        return jnp.mean(path + measured_coefficients(parts, params, keys, direction_key) * score)
 
-        def bound(position):
-            path, score = jax.vmap(parts, (None, 0))(position, keys)
-            return jnp.mean(
-                path + measured_coefficients(parts, position, keys, direction_key) * score
-            )
-
-        return jax.value_and_grad(bound), state
-
-    return as_objective(params, static, next)
+    return bound

@@ -14,7 +14,6 @@ from jaxtyping import Float, PyTree
 from stochgrad.core import (
     DivergenceWarning,
     Gradient,
-    Kernel,
     Online,
     Position,
     PRNGKey,
@@ -22,6 +21,7 @@ from stochgrad.core import (
     check_count,
     check_key,
     check_number,
+    initial_of,
     sample,
 )
 from stochgrad.gradients import as_gradient
@@ -149,7 +149,9 @@ def fit(
 
     judge_key, start_key, run_key = jax.random.split(key, 3)
     kernel = ascend(gradient, optimizer)
-    begin = init if init is not None else _initial(kernel)
+    begin = init if init is not None else initial_of(kernel)
+    if begin is None:
+        raise ValueError("init is needed: this objective does not know where to start.")
     several = num_restarts > 1 and callable(begin)
     if several:
         each = [begin(k) for k in jax.random.split(start_key, num_restarts)]
@@ -182,15 +184,6 @@ def fit(
             resume=resume,
         )
     return _as_fit(run, gradient, every, num_restarts)
-
-
-def _initial(kernel: Kernel):
-    found = kernel.initial
-    if found is None and kernel.posterior is not None:
-        found = kernel.posterior.initial
-    if found is None:
-        raise ValueError("init is needed: this objective does not know where to start.")
-    return found
 
 
 def _refuse_unless_finite(evaluate, begin, several: bool) -> None:

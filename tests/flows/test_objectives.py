@@ -100,7 +100,7 @@ def test_forward_path_gradient_vanishes_where_the_flow_fits(key):
 
 @pytest.mark.slow
 def test_a_flow_learns_its_target_and_says_so(key):
-    """The whole way: fit, weights, log Z, resampling, Metropolis, transport."""
+    """The whole way: fit, weights, log Z, resampling, Metropolis."""
 
     def banana(x):
         return -0.5 * (x[0] ** 2 + (x[1] - x[0] ** 2) ** 2 / 0.25)
