@@ -176,24 +176,30 @@ def couplings(dim, layers, width, dtype="float32", invert=False, transformer=Non
 
 def affine(dim, layers, width, batch, dtype="float32"):
     flow = couplings(dim, layers, width, dtype)
-    return Work(
+    return of_coupling(
         f"Affine coupling, d = {dim}, {layers} layers, batch {batch}",
         f"Conditioners of two hidden layers of {width}, {dtype}.",
-        reverse(flow, batch),
-        {"wall": 1.45, **COUPLING},
-        reverse(without_loop(flow), batch),
+        flow,
+        batch,
+        1.45,
     )
 
 
 def spline(dim, layers, width, batch):
     flow = couplings(dim, layers, width, transformer=RationalQuadraticSpline(knots=8, interval=4))
-    return Work(
+    return of_coupling(
         f"Spline coupling, d = {dim}, {layers} layers, batch {batch}",
         f"Rational quadratic splines of 8 knots, conditioners of two hidden layers of {width}.",
-        reverse(flow, batch),
-        {"wall": 1.6, **COUPLING},
-        reverse(without_loop(flow), batch),
+        flow,
+        batch,
+        1.6,
     )
+
+
+def of_coupling(title, words, flow, batch, wall):
+    """The reverse divergence of a coupling flow, its layers in a loop and one by one."""
+    limits = {"wall": wall, **COUPLING}
+    return Work(title, words, reverse(flow, batch), limits, reverse(without_loop(flow), batch))
 
 
 def samples(dim, layers, width, batch):
