@@ -22,6 +22,7 @@ from stochgrad.core._checks import check_finite as check_finite
 from stochgrad.core._checks import check_key as check_key
 from stochgrad.core._checks import check_number as check_number
 from stochgrad.core._checks import check_position as check_position
+from stochgrad.core._checks import data_rows as data_rows
 from stochgrad.core._chunk import compiled as compiled
 from stochgrad.core._clients import Clients as Clients
 from stochgrad.core._clients import Selection as Selection

@@ -1,5 +1,6 @@
 """Stochastic estimates of gradients."""
 
+from stochgrad.gradients._blend import directional_derivatives as directional_derivatives
 from stochgrad.gradients._blend import (
     leave_one_out_coefficients as leave_one_out_coefficients,
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from stochgrad.core import Position, PRNGKey
 from stochgrad.gradients._path import freeze
@@ -34,20 +34,12 @@ def measured_coefficients(
         key: For the directions.
     """
     count = min(len(keys), _MEASURED)
-    position = freeze(position)
-    leaves, structure = jax.tree.flatten(position)
-
-    def along(key):
-        signs = [
-            jax.random.rademacher(k, leaf.shape, leaf.dtype)
-            for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
-        ]
-        direction = jax.tree.unflatten(structure, signs)
-        return _derivative(
-            lambda p: jax.vmap(parts, (None, 0))(p, keys[:count]), position, direction
-        )
-
-    path, score = jax.vmap(along, out_axes=1)(jax.random.split(key, 1 if count == _MEASURED else 2))
+    path, score = directional_derivatives(
+        lambda p: jax.vmap(parts, (None, 0))(p, keys[:count]),
+        freeze(position),
+        key,
+        1 if count == _MEASURED else 2,
+    )
     own, pooled = leave_one_out_coefficients(path + score, score)
     rest = jnp.broadcast_to(pooled, (len(keys) - count,))
     return freeze(jnp.concatenate([own, rest]))
@@ -90,6 +82,32 @@ def leave_one_out_coefficients(
     shrunk = d * jnp.maximum(1.0 - error / jnp.where(d != 0, d**2, 1.0), 0.0)
     c = 1.0 - jnp.clip(jnp.where(noise > 0, shrunk, 1.0), 0.0, 1.0)
     return c[:-1], c[-1]
+
+
+def directional_derivatives(
+    function: Callable[[Position], PyTree], position: Position, key: PRNGKey, count: int
+) -> PyTree:
+    """Derivatives along random directions of signs, forward: no gradient of a row is ever held.
+
+    Args:
+        function: ``position -> arrays`` of shape (n,).
+        position: Where.
+        key: For the directions, which all rows have in common.
+        count: Number of directions, m.
+
+    Returns:
+        Arrays of shape (n, m).
+    """
+    leaves, structure = jax.tree.flatten(position)
+
+    def along(key):
+        signs = [
+            jax.random.rademacher(k, leaf.shape, leaf.dtype)
+            for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
+        ]
+        return _derivative(function, position, jax.tree.unflatten(structure, signs))
+
+    return jax.vmap(along, out_axes=1)(jax.random.split(key, count))
 
 
 def _derivative(function, position, direction):

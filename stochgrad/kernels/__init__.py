@@ -12,4 +12,5 @@ from stochgrad.kernels._fit import Fit as Fit
 from stochgrad.kernels._fit import fit as fit
 from stochgrad.kernels._independence import IndependenceInfo as IndependenceInfo
 from stochgrad.kernels._independence import IndependenceState as IndependenceState
+from stochgrad.kernels._independence import acceptance as acceptance
 from stochgrad.kernels._independence import independence as independence

@@ -36,6 +36,18 @@ class IndependenceInfo(NamedTuple):
     log_weight: Float[Array, ""]
 
 
+def acceptance(proposed: Float[Array, "..."], held: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Probability of a move between two log weights: none to where there is no weight, 1 from it.
+
+    Args:
+        proposed: Log weight of the proposal.
+        held: Log weight of the state.
+    """
+    finite = jnp.isfinite(proposed)
+    rate = jnp.where(finite, jnp.exp(jnp.minimum(proposed - held, 0.0)), 0.0)
+    return jnp.where(jnp.isfinite(held), rate, finite.astype(rate.dtype))
+
+
 def independence(
     propose: Callable[[PRNGKey], tuple[Position, Scalar]],
     log_weight: Callable[[Position], Scalar],
@@ -73,10 +85,7 @@ def independence(
     def step(rng_key, state: IndependenceState) -> tuple[IndependenceState, IndependenceInfo]:
         propose_key, accept_key = jax.random.split(rng_key)
         proposed, weight = propose(propose_key)
-        ratio = weight - state.log_weight
-        rate = jnp.where(jnp.isfinite(weight), jnp.exp(jnp.minimum(ratio, 0.0)), 0.0)
-        escape = jnp.isfinite(weight).astype(rate.dtype)
-        rate = jnp.where(jnp.isfinite(state.log_weight), rate, escape)
+        rate = acceptance(weight, state.log_weight)
         accepted = jax.random.uniform(accept_key, dtype=rate.dtype) < rate
         new = IndependenceState(proposed, weight)
         state = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, state)

@@ -1,0 +1,29 @@
+"""Latent-variable learning by Markov chain Monte Carlo expectation-maximisation."""
+
+from stochgrad.em._allocate import Allocator as Allocator
+from stochgrad.em._allocate import Tally as Tally
+from stochgrad.em._allocate import gvm as gvm
+from stochgrad.em._allocate import reinforce_ada as reinforce_ada
+from stochgrad.em._allocate import uniform as uniform
+from stochgrad.em._allocate import vade as vade
+from stochgrad.em._e_step import Memory as Memory
+from stochgrad.em._e_step import Stats as Stats
+from stochgrad.em._e_step import Visit as Visit
+from stochgrad.em._estimators import Estimator as Estimator
+from stochgrad.em._estimators import bnpo as bnpo
+from stochgrad.em._estimators import grpo as grpo
+from stochgrad.em._estimators import maxk as maxk
+from stochgrad.em._estimators import raft as raft
+from stochgrad.em._estimators import reinforce as reinforce
+from stochgrad.em._estimators import rest_em as rest_em
+from stochgrad.em._estimators import star as star
+from stochgrad.em._estimators import trice as trice
+from stochgrad.em._mcmc_em import EMState as EMState
+from stochgrad.em._mcmc_em import mcmc_em as mcmc_em
+from stochgrad.em._mcmc_em import unsolved as unsolved
+from stochgrad.em._model import Guide as Guide
+from stochgrad.em._model import LatentModel as LatentModel
+from stochgrad.em._model import Policy as Policy
+from stochgrad.em._model import Questions as Questions
+from stochgrad.em._model import Rationales as Rationales
+from stochgrad.em._model import verified as verified

@@ -1,0 +1,235 @@
+"""How many proposals each question gets."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ops import segment_sum
+from jaxtyping import Array, Bool, Float, Int
+
+from stochgrad.core import check_count, check_number
+
+
+class Tally(NamedTuple):
+    """What is known of M questions.
+
+    Attributes:
+        tries: Proposals.
+        successes: Sum of their rewards.
+        norms: Sum of the gradient's norms at those with a reward.
+        ended: The round in which enough was found, or a large number.
+    """
+
+    tries: Float[Array, " questions"]
+    successes: Float[Array, " questions"]
+    norms: Float[Array, " questions"]
+    ended: Int[Array, " questions"]
+
+    @classmethod
+    def none(cls, questions: int) -> "Tally":
+        """Nothing yet."""
+        zeros = jnp.zeros(questions)
+        return cls(zeros, zeros, zeros, jnp.full(questions, _NEVER))
+
+
+_NEVER = jnp.iinfo(jnp.int32).max
+
+
+class Allocator(NamedTuple):
+    """A rule for the numbers of proposals.
+
+    Attributes:
+        per_round: Proposals drawn in a round, on average over the questions.
+        rounds: Rounds; the proposals of one are drawn together.
+        counts: ``(key, round, past, tally, present) -> (questions,)``: how many of the
+            ``per_round * questions`` proposals of a round each gets. ``past`` is the tally of
+            earlier steps, ``tally`` that of earlier rounds; ``present`` is 1 for questions, 0 for
+            what fills up a last minibatch.
+        enough: ``tally -> (questions,)`` of bool: which questions need no more rounds. What is
+            found in the round that ends a question is not used in averages: it is there because it
+            was a success. None where no round depends on the last one's rewards.
+        directions: Directions along which gradients' norms are measured; zero for none.
+        decay: Of the tally of earlier steps, each time that a question is visited.
+        settings: For the record.
+    """
+
+    per_round: int
+    rounds: int
+    counts: Callable[..., Int[Array, " questions"]]
+    enough: Callable[[Tally], Bool[Array, " questions"]] | None = None
+    directions: int = 0
+    decay: float = 1.0
+    settings: tuple[tuple[str, object], ...] = ()
+
+    def usable(self, tally: Tally, owner: Array, number: Array) -> Bool[Array, " proposals"]:
+        """Which proposals may be averaged over."""
+        ended = tally.ended[owner]
+        return (number < ended) | (ended == 0)
+
+    def record(
+        self,
+        tally: Tally,
+        owner: Int[Array, " p"],
+        asked: Bool[Array, " p"],
+        reward: Float[Array, " p"],
+        norms: Float[Array, " p"],
+        number: Int[Array, ""],
+    ) -> Tally:
+        """The tally with one more round."""
+
+        def sums(values):
+            return segment_sum(jnp.where(asked, values, 0.0), owner, tally.tries.shape[0])
+
+        tally = tally._replace(
+            tries=tally.tries + sums(jnp.ones_like(reward)),
+            successes=tally.successes + sums(reward),
+            norms=tally.norms + sums(jnp.where(reward > 0, norms, 0.0)),
+        )
+        if self.enough is None:
+            return tally
+        now = self.enough(tally) & (tally.ended == _NEVER)
+        return tally._replace(ended=jnp.where(now, number, tally.ended))
+
+
+def uniform(per_question: int = 1) -> Allocator:
+    """The same number for every question.
+
+    Args:
+        per_question: The number.
+    """
+    number = check_count("per_question", per_question)
+
+    def counts(key, round, past, tally, present):
+        return whole(present, number * jnp.sum(present))
+
+    return Allocator(number, 1, counts, settings=(("per_question", number),))
+
+
+def gvm(
+    per_question: int = 8,
+    *,
+    alpha: float = 1e-3,
+    beta: float = 2.0,
+    floor: float = 0.1,
+    directions: int = 4,
+) -> Allocator:
+    r"""Numbers that minimise the variance of a gradient from accepted proposals.
+
+    $$n_i \propto \frac{G_i}{\sqrt{p_i + \alpha / p_i^{\beta - 1}}},$$
+
+    with the share $p_i$ of accepted proposals and the mean gradient norm $G_i$ at them, both from a
+    pilot round of half of all proposals, the same number for each question. The second half goes
+    where the pilot says that it is missing; a question that the pilot did not solve gets a part of
+    the ``floor`` only, since with $n_i = 0$ it never could be [GVM-RAFT, Yao et al. 2025].
+
+    Args:
+        per_question: Proposals for each question on average, pilot included; even.
+        alpha: Keeps questions that are hardly ever solved from taking all.
+        beta: Likewise.
+        floor: Share of the second round that is spread evenly.
+        directions: Random directions along which gradients' norms are measured.
+    """
+    number = check_count("per_question", per_question, least=2)
+    if number % 2:
+        raise ValueError(f"per_question must be even, a half is the pilot, got {number}.")
+    check_number("alpha", alpha, zero=True)
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor must be between 0 and 1, got {floor:g}.")
+    pilot = number // 2
+
+    def counts(key, round, past, tally, present):
+        target = gvm_share(tally, alpha, beta) * number * jnp.sum(present)
+        missing = jnp.maximum(target - pilot, 0.0)
+        evenly = present / jnp.sum(present)
+        share = missing / jnp.where(jnp.sum(missing) > 0, jnp.sum(missing), 1.0)
+        share = jnp.where(jnp.sum(missing) > 0, (1 - floor) * share + floor * evenly, evenly)
+        return whole(jnp.where(round == 0, present, share), pilot * jnp.sum(present))
+
+    settings = (("per_question", number), ("alpha", alpha), ("beta", beta), ("floor", floor))
+    return Allocator(pilot, 2, counts, directions=directions, settings=settings)
+
+
+def gvm_share(tally: Tally, alpha: float, beta: float) -> Float[Array, " questions"]:
+    """The shares of all proposals that minimise the variance, by a tally."""
+    p = tally.successes / jnp.maximum(tally.tries, 1.0)
+    norm = tally.norms / jnp.maximum(tally.successes, 1.0)
+    solved = p > 0
+    safe = jnp.where(solved, p, 1.0)
+    share = jnp.where(solved, norm / jnp.sqrt(safe + alpha / safe ** (beta - 1.0)), 0.0)
+    total = jnp.sum(share)
+    return share / jnp.where(total > 0, total, 1.0)
+
+
+def reinforce_ada(
+    per_round: int = 2,
+    rounds: int = 4,
+    *,
+    positive: int = 1,
+    negative: int = 0,
+    corrected: bool = True,
+) -> Allocator:
+    r"""Rounds of proposals until enough right and enough wrong ones are found.
+
+    Which questions go on depends on what was found, so that an average over all of a question's
+    proposals is biased. The proposals *before* the round in which a question ended are
+    exchangeable, whatever that round was; an average over them, or over the first round where
+    that was enough, has the mean of a single pair of proposals. ``corrected`` leaves the last
+    round of such a question out of averages. Chains take its proposals either way.
+
+    Args:
+        per_round: Proposals for each question that goes on.
+        rounds: The most rounds.
+        positive: Right proposals that are enough.
+        negative: Wrong ones that must be there too; half and half is ``"balance"`` in
+            [Reinforce-Ada, Xiong et al. 2025].
+        corrected: Whether to leave the deciding round out of averages.
+    """
+    each, rounds = check_count("per_round", per_round), check_count("rounds", rounds)
+    check_count("positive", positive)
+    check_count("negative", negative, least=0)
+
+    def enough(tally):
+        return (tally.successes >= positive) & (tally.tries - tally.successes >= negative)
+
+    def counts(key, round, past, tally, present):
+        return jnp.where((present > 0) & ~enough(tally), each, 0)
+
+    settings = (("positive", positive), ("negative", negative), ("corrected", corrected))
+    return Allocator(each, rounds, counts, enough if corrected else None, settings=settings)
+
+
+def vade(per_question: int = 4, *, decay: float = 0.9, floor: float = 0.25) -> Allocator:
+    r"""Thompson sampling: more proposals where a draw of the success rate promises information.
+
+    $$\tilde p_i \sim \mathrm{Beta}(1 + s_i, 1 + f_i),\qquad n_i \propto \tilde p_i(1-\tilde p_i),$$
+
+    with the successes and failures of earlier visits, which fade by ``decay`` each visit as the
+    model moves on [VADE, 2025].
+
+    Args:
+        per_question: Proposals for each question on average.
+        decay: What is left of earlier visits' counts.
+        floor: Share of the proposals that is spread evenly.
+    """
+    number = check_count("per_question", per_question)
+    for name, value in (("decay", decay), ("floor", floor)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value:g}.")
+
+    def counts(key, round, past, tally, present):
+        failures = jnp.maximum(past.tries - past.successes, 0.0)
+        p = jax.random.beta(key, 1.0 + past.successes, 1.0 + failures)
+        worth = present * p * (1.0 - p)
+        share = worth / jnp.maximum(jnp.sum(worth), 1e-12)
+        share = (1 - floor) * share + floor * present / jnp.sum(present)
+        return whole(share, number * jnp.sum(present))
+
+    settings = (("per_question", number), ("decay", decay), ("floor", floor))
+    return Allocator(number, 1, counts, decay=decay, settings=settings)
+
+
+def whole(share: Float[Array, " n"], total: Int[Array, ""]) -> Int[Array, " n"]:
+    """Whole numbers in proportion to shares, with the given sum."""
+    ends = jnp.round(jnp.cumsum(share) / jnp.sum(share) * total).astype(jnp.int32)
+    return jnp.diff(ends, prepend=0)

@@ -1,0 +1,351 @@
+r"""Estimators of the M-step's gradient: each is a weight for every latent that a visit has met.
+
+The gradient is $\sum_i w_i\nabla\log p_\theta(z_i\mid x_i)$ over the proposals and the chains of a
+minibatch, for all of them; they differ in the weights.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.special import betaln, gammaln
+from jaxtyping import Array, Float
+
+from stochgrad.core import check_count, check_number
+from stochgrad.em._e_step import Visit
+
+Weights = tuple[Float[Array, " questions"] | None, Float[Array, " proposals"] | None]
+
+
+class Estimator(NamedTuple):
+    """A rule for the weights.
+
+    Attributes:
+        weights: ``visit -> (chains, proposals)``; None where a kind has no weight.
+        name: Its name.
+        chains: Whether it weighs chains.
+        control: Whether it takes the policy's own proposals for a control variate.
+        greedy: Whether proposals are the policy's most probable rationales.
+        directions: Directions along which derivatives are measured; zero for none, None for whole
+            gradients (small models only).
+        subsample: How many latents to differentiate, drawn by systematic resampling; None for all.
+        least: Proposals that a question needs.
+    """
+
+    weights: Callable[[Visit], Weights]
+    name: str
+    chains: bool = False
+    control: bool = False
+    greedy: bool = False
+    directions: int | None = 0
+    subsample: int | None = None
+    least: int = 1
+
+
+def trice(
+    control_variate: Literal["leave_one_out", "optimal", "none"] | float = "leave_one_out",
+    *,
+    subsample: int | None = None,
+    directions: int | None = 4,
+) -> Estimator:
+    r"""The gradient of the marginal log-likelihood, from the chains, with a control variate.
+
+    $$\hat g = \frac1n\sum_m \bigl[\nabla\log p_\theta(z_m) - \beta_m\nabla\log p_\theta(\tilde z_m)
+      \bigr],$$
+
+    over the n questions whose chain stands at a right latent $z_m$, with the proposals
+    $\tilde z_m$, whose score has mean zero. A proposal that was taken is both, with weight
+    $1 - \beta_m$: as the model learns, $\beta_m\to 1$ and the variance goes to zero
+    [Phan et al. 2023, section 3.2].
+
+    ``"leave_one_out"`` is $\beta_m$ = share of the other questions' proposals that were taken, as
+    in the paper. With V the posterior variance and S the mean square of
+    $\nabla\log p_\theta(\tilde z)$ it lowers a question's variance only if S < 2V, and raises it
+    where there is one right rationale, V = 0. ``"optimal"`` estimates what is best from the other
+    questions: where a chain moves from one posterior draw $z_l$ to the next, $\tilde z_l$, half the
+    squared distance of their gradients has the mean $V_l$, so that
+
+    $$\beta_m^* = \frac{\sum_{l\ne m}p_lV_l}{\sum_{l\ne m}S_l},\qquad
+      \hat\beta_m = \frac{\sum_{l\ne m}\frac12[\text{l moved}]\,
+      \|\nabla\log p(z_l) - \nabla\log p(\tilde z_l)\|^2}
+      {\sum_{l\ne m}\|\nabla\log p(\tilde z_l)\|^2}.$$
+
+    Args:
+        control_variate: As above; ``"none"``; or a number for $\beta$.
+        subsample: How many of the latents to differentiate: drawn by systematic resampling in
+            proportion to the size of their weights, with their signs. As the model learns, the
+            weights shrink and fewer will do.
+        directions: For ``"optimal"``: random directions, or None for whole gradients.
+
+    Raises:
+        ValueError: the control variate is unknown.
+    """
+    if isinstance(control_variate, str):
+        if control_variate not in ("leave_one_out", "optimal", "none"):
+            raise ValueError(
+                "control_variate must be 'leave_one_out', 'optimal', 'none' or a number, got "
+                f"{control_variate!r}."
+            )
+    else:
+        check_number("control_variate", control_variate, zero=True)
+    if subsample is not None:
+        check_count("subsample", subsample)
+
+    def coefficients(visit: Visit):
+        right = visit.right
+        if control_variate == "leave_one_out":
+            taken = right * visit.sums(visit.accept) / jnp.maximum(visit.counts(), 1.0)
+            others = jnp.sum(right) - right
+            return (jnp.sum(taken) - taken) / jnp.maximum(others, 1.0)
+        if control_variate == "optimal":
+            proposals, chains = visit.slopes()
+            mean = visit.sums(proposals * visit.shares()[:, None])
+            moved = visit.before * (visit.chosen >= 0).astype(right.dtype)
+            apart = chains - proposals[jnp.maximum(visit.chosen, 0)]
+            each = jnp.maximum(visit.counts(), 1.0)
+            covariance = 0.5 * moved * jnp.sum(apart**2, axis=1) / each
+            square = right * jnp.sum(mean**2, axis=1)
+            over, under = (jnp.sum(x) - x for x in (covariance, square))
+            return jnp.clip(over / jnp.where(under > 0, under, 1.0), 0.0, 1.0)
+        return jnp.full_like(right, float(control_variate))
+
+    def weights(visit: Visit):
+        right = visit.right
+        each = right / jnp.maximum(jnp.sum(right), 1.0)
+        if control_variate == "none":
+            return each, None
+        beta = lax.stop_gradient(coefficients(visit))
+        return each, -(each * beta)[visit.owner] * visit.shares()
+
+    directions = directions if control_variate == "optimal" else 0
+    control = control_variate != "none"
+    return Estimator(weights, "trice", True, control, directions=directions, subsample=subsample)
+
+
+def star(greedy: bool = False) -> Estimator:
+    r"""Likelihood of the proposals that were right, all alike [STaR, Zelikman et al. 2022].
+
+    $$\hat g = \frac{\sum_i c_i\nabla\log p_\theta(z_i)}{\sum_i c_i}
+      \quad\propto\quad \sum_n p_n\nabla\log p_n \text{ on average:}$$
+
+    a question counts in proportion to how often it is solved already. To start each round from the
+    base model, or to add rationales from a hinted prompt, is up to the caller.
+
+    Args:
+        greedy: Whether proposals are the policy's most probable rationales.
+    """
+
+    def weights(visit: Visit):
+        right = visit.reward * visit.used
+        return None, right / jnp.maximum(jnp.sum(right), 1e-12)
+
+    return Estimator(weights, "star", greedy=greedy)
+
+
+def raft(kept: Literal["one", "all"] = "one") -> Estimator:
+    r"""Likelihood of accepted proposals, every solved question alike.
+
+    $$\hat g = \frac1{\#\text{solved}}\sum_{m\text{ solved}}\nabla\log p_\theta(z_m),\qquad
+      \propto \sum_n\bigl(1 - (1 - p_n)^K\bigr)\nabla\log p_n$$
+
+    on average with K proposals a question [Dong et al. 2023].
+
+    Args:
+        kept: ``"one"``, the first accepted of each question, or ``"all"``, the mean over them, as
+            the M-step of GVM-RAFT does.
+    """
+    if kept not in ("one", "all"):
+        raise ValueError(f"kept must be 'one' or 'all', got {kept!r}.")
+
+    def weights(visit: Visit):
+        right = _right(visit)
+        if kept == "one":
+            right = jnp.where(_rank(right, visit) <= 1, right, 0.0)
+        accepted = visit.sums(right)
+        solved = jnp.maximum(jnp.sum(jnp.minimum(accepted, 1.0)), 1.0)
+        return None, right / jnp.maximum(accepted, 1.0)[visit.owner] / solved
+
+    return Estimator(weights, "raft")
+
+
+def rest_em(most: int = 10) -> Estimator:
+    r"""Likelihood of accepted proposals, at most so many a question [ReST-EM, Singh et al. 2023].
+
+    Args:
+        most: The most proposals that one question contributes; they count alike.
+    """
+    most = check_count("most", most)
+
+    def weights(visit: Visit):
+        right = _right(visit)
+        right = jnp.where(_rank(right, visit) <= most, right, 0.0)
+        return None, right / jnp.maximum(jnp.sum(right), 1.0)
+
+    return Estimator(weights, "rest_em")
+
+
+def reinforce(
+    baseline: Literal["leave_one_out", "optimal", "none"] = "leave_one_out",
+    *,
+    directions: int | None = 4,
+) -> Estimator:
+    r"""The gradient of the mean reward, $\sum_n\nabla p_n$, with a baseline.
+
+    $$\hat g = \frac1M\sum_m\frac1{K_m}\sum_k(c_{mk} - b_{mk})\nabla\log p_\theta(z_{mk}).$$
+
+    Args:
+        baseline: ``"leave_one_out"``, the mean of the question's other proposals
+            [Kool et al. 2019]; ``"optimal"``, their mean weighted by squared gradient norms, which
+            has the least variance; ``"none"``.
+        directions: For ``"optimal"``: random directions, or None for whole gradients.
+    """
+    if baseline not in ("leave_one_out", "optimal", "none"):
+        raise ValueError(
+            f"baseline must be 'leave_one_out', 'optimal' or 'none', got {baseline!r}."
+        )
+
+    def weights(visit: Visit):
+        reward, used = visit.reward, visit.used
+        size = used
+        if baseline == "optimal":
+            size = used * jnp.sum(visit.slopes()[0] ** 2, axis=1)
+        over = visit.sums(reward * size)[visit.owner] - reward * size
+        under = visit.sums(size)[visit.owner] - size
+        advantage = reward - (
+            0.0 if baseline == "none" else over / jnp.where(under > 0, under, 1.0)
+        )
+        if baseline != "none":
+            advantage = jnp.where(under > 0, advantage, 0.0)
+        return None, _averaged(advantage, visit)
+
+    directions = directions if baseline == "optimal" else 0
+    return Estimator(weights, "reinforce", directions=directions, least=1 + (baseline != "none"))
+
+
+def grpo(epsilon: float = 1e-4) -> Estimator:
+    r"""Rewards standardised within a question, on policy [GRPO, Shao et al. 2024].
+
+    $$A_{mk} = \frac{r_{mk} - \bar r_m}{\sigma_m + \epsilon}.$$
+
+    A question whose proposals are all right, or all wrong, has no gradient.
+
+    Args:
+        epsilon: Keeps the quotient finite.
+    """
+    check_number("epsilon", epsilon)
+
+    def weights(visit: Visit):
+        mean, variance = _moments(visit)
+        return None, _averaged(
+            (visit.reward - mean[visit.owner]) / (jnp.sqrt(variance) + epsilon)[visit.owner], visit
+        )
+
+    return Estimator(weights, "grpo", least=2)
+
+
+def bnpo() -> Estimator:
+    r"""Rewards less their question's mean, over a Beta density fitted to the questions' means.
+
+    $$A = \frac{r - \hat p}{f(\hat p;\ \alpha, \beta)},\quad
+      \alpha = \max(1, 1 + a/3),\ \beta = \max(1, 1 + b/3),\quad
+      a = \Bigl(\frac{m(1-m)}v - 1\Bigr)m,\ b = \Bigl(\frac{m(1-m)}v - 1\Bigr)(1-m),$$
+
+    where m and v are the mean and the variance of $\hat p$ over the minibatch. With
+    $\alpha = \beta = 1$ it is ``reinforce`` with a mean baseline; with 3/2, in proportion to
+    ``grpo`` [BNPO, Xiao et al. 2025; not TRL's loss of that name].
+    """
+
+    def weights(visit: Visit):
+        mean, _ = _moments(visit)
+        present = visit.present * jnp.minimum(visit.counts(), 1.0)
+        count = jnp.maximum(jnp.sum(present), 1.0)
+        m = jnp.sum(mean * present) / count
+        v = jnp.sum((mean - m) ** 2 * present) / jnp.maximum(count - 1.0, 1.0)
+        odds = jnp.maximum(m * (1 - m) / jnp.where(v > 0, v, 1.0) - 1.0, 0.0)
+        odds = jnp.where(v > 0, odds, 0.0)
+        alpha = jnp.maximum(1.0, 1.0 + odds * m / 3.0)
+        beta = jnp.maximum(1.0, 1.0 + odds * (1 - m) / 3.0)
+        inside = jnp.clip(mean, 1e-6, 1 - 1e-6)
+        log_density = (
+            (alpha - 1) * jnp.log(inside) + (beta - 1) * jnp.log1p(-inside) - betaln(alpha, beta)
+        )
+        scale = jnp.minimum(jnp.exp(-log_density), 1e6)
+        return None, _averaged((visit.reward - mean[visit.owner]) * scale[visit.owner], visit)
+
+    return Estimator(weights, "bnpo", least=2)
+
+
+def maxk(k: int) -> Estimator:
+    r"""The gradient of the expected best of k proposals, without bias.
+
+    With rewards in rising order, $r_{(1)}\le\dots\le r_{(n)}$, the proposal of rank i weighs
+
+    $$s_i = \binom nk^{-1}\Bigl[\binom{i-1}{k-1}r_{(i)} + \sum_{j>i}\binom{j-2}{k-2}r_{(j)}\Bigr]$$
+
+    [max@k, Bagirov et al. 2025]. With a verifier it is the gradient of pass@k.
+
+    Args:
+        k: Of how many the best counts; a question needs at least as many proposals.
+    """
+    k = check_count("k", k)
+
+    def weights(visit: Visit):
+        reward, used = visit.reward, visit.used
+        count = visit.counts()[visit.owner]
+        key = jnp.where(used > 0, reward, -jnp.inf)
+        order = jnp.lexsort((key, visit.owner))
+        sorted_owner = visit.owner[order]
+        unused = visit.sums(1.0 - used)[sorted_owner]
+        first = jnp.searchsorted(sorted_owner, jnp.arange(visit.present.shape[0]))
+        place = (jnp.arange(order.shape[0]) - first[sorted_owner] + 1).astype(unused.dtype)
+        place = place - unused
+        r = jnp.where(place >= 1, reward[order], 0.0)
+        n = count[order]
+        own = r * _choose_ratio(place - 1, k - 1, n, k)
+        later = r * _choose_ratio(place - 2, k - 2, n, k) if k > 1 else jnp.zeros_like(r)
+        total = visit.sums(later[jnp.argsort(order)])[sorted_owner]
+        running = jnp.cumsum(later)
+        before = running - later
+        start = before[jnp.minimum(first, order.shape[0] - 1)][sorted_owner]
+        after = total - (running - start)
+        s = jnp.where(place >= 1, own + after, 0.0)[jnp.argsort(order)]
+        return None, used * s / jnp.maximum(jnp.sum(visit.present), 1.0)
+
+    return Estimator(weights, "maxk", least=k)
+
+
+def _right(visit: Visit):
+    return visit.used * (visit.reward > 0).astype(visit.used.dtype)
+
+
+def _rank(chosen, visit: Visit):
+    """The how-manieth of its question's chosen proposals each is, in the order of drawing."""
+    same = visit.owner[:, None] == visit.owner[None, :]
+    earlier = jnp.tril(same).astype(chosen.dtype)
+    return earlier @ chosen
+
+
+def _moments(visit: Visit):
+    """Mean and variance of each question's rewards."""
+    shares = visit.shares()
+    mean = visit.sums(visit.reward * shares)
+    return mean, visit.sums((visit.reward - mean[visit.owner]) ** 2 * shares)
+
+
+def _averaged(advantage, visit: Visit):
+    """Advantages over the number of a question's proposals, and over that of questions."""
+    return advantage * visit.shares() / jnp.maximum(jnp.sum(visit.present), 1.0)
+
+
+def _choose_ratio(a, b: int, n, k: int):
+    """``C(a, b) / C(n, k)``, zero where a < b."""
+    if b < 0:
+        return jnp.zeros_like(a)
+    ok = (a >= b) & (n >= k)
+    a, n = jnp.where(ok, a, b), jnp.where(ok, n, k)
+
+    def log_choose(n, k):
+        return gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(n - k + 1.0)
+
+    return jnp.where(ok, jnp.exp(log_choose(a, b) - log_choose(n, k)), 0.0)

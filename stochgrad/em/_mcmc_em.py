@@ -1,0 +1,404 @@
+"""MCMC-EM: the gradient of a marginal log-likelihood, from a chain for each example's latent."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from stochgrad.core import Gradient, Order, Position, PRNGKey, check_count, data_batches, data_rows
+from stochgrad.em._allocate import Allocator, Tally, uniform
+from stochgrad.em._e_step import (
+    Memory,
+    Proposals,
+    Stats,
+    Visit,
+    empty_memory,
+    propose,
+    slopes,
+    walk,
+)
+from stochgrad.em._estimators import Estimator, trice
+from stochgrad.em._model import Guide, LatentModel, Questions, Rationales, take
+
+
+class EMState(NamedTuple):
+    """State of the gradient: chains and what was last seen.
+
+    Attributes:
+        batches: State of the stream of minibatches.
+        memory: Latents of all examples.
+        stats: Of the last E-step.
+    """
+
+    batches: Any
+    memory: Memory
+    stats: Stats
+
+
+class _Items(NamedTuple):
+    """Latents to differentiate, with their questions and weights in prior and likelihood."""
+
+    rows: Questions
+    tokens: PyTree
+    mask: Bool[Array, "items length"]
+    prior: Float[Array, " items"]
+    likelihood: Float[Array, " items"]
+
+
+def mcmc_em(
+    model: LatentModel,
+    questions: Questions,
+    *,
+    batch_size: int,
+    estimator: Estimator | None = None,
+    allocator: Allocator | None = None,
+    proposal: Guide | None = None,
+    start: Guide | None = None,
+    order: Order = "reshuffled",
+    pieces: int = 1,
+) -> Gradient:
+    r"""A stochastic gradient of the marginal log-likelihood of the answers.
+
+    $$L(\theta) = \frac1N\sum_n\log\sum_z p_\theta(z\mid x_n)\,p_\theta(y_n\mid z, x_n),\qquad
+      \nabla\log p_\theta(y\mid x) =
+      \mathbb E_{p_\theta(z\mid x, y)}\bigl[\nabla\log p_\theta(z, y\mid x)\bigr].$$
+
+    Each step visits a minibatch of questions. The E-step draws proposals from the policy, or from a
+    guide q, and moves each question's chain by independence Metropolis-Hastings, whose weight is
+    $w(z) = p_\theta(z, y\mid x)/q(z)$, of the proposal and of the latent at hand under the
+    parameters of today. With proposals from the policy and a verifier that is: take it if it is
+    right. The M-step's gradient is the estimator's.
+
+    ``stochgrad.fit`` and ``stochgrad.ascend`` drive it as any gradient. The value of its score is
+    the mean likelihood of the proposals: with a verifier, their accuracy. What the E-step reports
+    is in the kernel's state, at ``state.gradient_state.stats``, the chains at
+    ``state.gradient_state.memory``; a checkpoint holds both.
+
+    Args:
+        model: What ``stochgrad.em.verified`` or ``stochgrad.numpyro.latent_model`` make.
+        questions: Prompts and answers, with a leading axis of N examples.
+        batch_size: Questions in a minibatch, M.
+        estimator: ``trice()`` by default; ``star``, ``raft``, ``rest_em``, ``reinforce``, ``grpo``,
+            ``bnpo``, ``maxk``.
+        allocator: How many proposals each question gets: one by default; ``uniform``, ``gvm``,
+            ``reinforce_ada``, ``vade``.
+        proposal: A guide to draw proposals from, instead of the policy. Then only the estimator
+            ``trice("none")`` is right.
+        start: A guide for the first latents of the chains, ``log_likelihood`` decides which are
+            right; without, a chain begins with its first right proposal. Its policy is called with
+            the model's parameters at the start.
+        order: Order of the minibatches.
+        pieces: In how many pieces the M-step's latents are differentiated, one after another, with
+            the memory of one.
+
+    Raises:
+        TypeError: the model is no ``LatentModel``.
+        ValueError: there are no questions, or the minibatch does not fit them; the estimator needs
+            more proposals than there are, the policy's own proposals, or a likelihood that is free
+            of parameters; a guide is without hints.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, stochgrad
+        >>> from stochgrad import em
+        >>> def log_probs(logits, prompts):
+        ...     return jax.nn.log_softmax(logits)[prompts]
+        >>> def sample(logits, key, prompts):
+        ...     z = jax.random.categorical(key, log_probs(logits, prompts))
+        ...     chosen = jnp.take_along_axis(log_probs(logits, prompts), z[:, None], 1)[:, 0]
+        ...     return em.Rationales(z[:, None], chosen, jnp.ones((len(z), 1), bool))
+        >>> def log_prob(logits, prompts, tokens, mask):
+        ...     return jnp.take_along_axis(log_probs(logits, prompts), tokens, 1)[:, 0]
+        >>> model = em.verified(
+        ...     em.Policy(sample, log_prob), lambda tokens, mask, answers: tokens[:, 0] < answers)
+        >>> questions = em.Questions(jnp.arange(3), jnp.array([1, 2, 1]))
+        >>> gradient = em.mcmc_em(model, questions, batch_size=3, order="full")
+        >>> fit = stochgrad.fit(
+        ...     gradient, jax.random.key(0), 300, init=jnp.zeros((3, 8)), learning_rate=0.1)
+        >>> bool(jax.nn.softmax(fit.model)[1, :2].sum() > 0.95)
+        True
+    """
+    estimator = trice() if estimator is None else estimator
+    allocator = uniform() if allocator is None else allocator
+    _check(model, questions, estimator, allocator, proposal, start)
+    pieces = check_count("pieces", pieces)
+    size = data_rows(questions)
+    batches = data_batches(
+        (questions, jnp.arange(size, dtype=jnp.int32)),
+        size if order == "full" else batch_size,
+        order,
+    )
+    learned = proposal is not None and proposal.learned
+
+    def of(position: Position) -> tuple[Any, Any]:
+        """The model's parameters, and those that a guide is called with."""
+        return position if learned else (position, position)  # type: ignore[return-value]
+
+    def log_weight(theta, phi, rows: Questions, latent: Rationales, log_likelihood):
+        """Log of joint over proposal."""
+        if proposal is None:
+            return log_likelihood
+        prior = model.policy.log_prob(theta, rows.prompts, latent.tokens, latent.mask)
+        return prior + log_likelihood - latent.log_prob
+
+    def e_step(key: PRNGKey, position: Position, rows: Questions, index, present, memory: Memory):
+        theta, phi = lax.stop_gradient(of(position))
+        draw_key, walk_key, direction_key = jax.random.split(key, 3)
+        held: Memory = take(memory, index)
+        past = Tally(held.tries, held.successes, held.tries, held.age)
+        if proposal is not None:
+            draw = lambda key, rows: proposal.policy.sample(phi, key, rows.hints)  # type: ignore
+        elif estimator.greedy:
+            draw = lambda key, rows: model.policy.greedy(theta, rows.prompts)  # type: ignore
+        else:
+            draw = lambda key, rows: model.policy.sample(theta, key, rows.prompts)
+        found = propose(draw_key, draw, model, theta, rows, present, allocator, past)
+        asking = take(rows, found.owner)
+
+        likelihood = held.log_likelihood
+        if not model.fixed:
+            known = jnp.isfinite(likelihood)
+            again = model.log_likelihood(theta, rows.prompts, held.tokens, held.mask, rows.answers)
+            likelihood = jnp.where(known, again, -jnp.inf)
+        log_q = jnp.zeros_like(likelihood)
+        if proposal is not None:
+            log_q = proposal.policy.log_prob(phi, rows.hints, held.tokens, held.mask)
+        before = log_weight(theta, phi, rows, Rationales(held.tokens, log_q, held.mask), likelihood)
+        proposed = log_weight(theta, phi, asking, found.drawn, found.log_likelihood)
+        chosen, weight, accept = walk(
+            walk_key, before, proposed, found.owner, found.asked & (present > 0)[found.owner]
+        )
+
+        moved = chosen >= 0
+        at = jnp.maximum(chosen, 0)
+        tokens, mask, likelihood = jax.tree.map(
+            lambda drawn, held: jnp.where(
+                moved.reshape(-1, *[1] * (held.ndim - 1)), jnp.take(drawn, at, axis=0), held
+            ),
+            (found.drawn.tokens, found.drawn.mask, found.log_likelihood),
+            (held.tokens, held.mask, likelihood),
+        )
+        reward = jnp.where(found.asked, jnp.exp(found.log_likelihood), 0.0)
+        right = jnp.isfinite(weight).astype(reward.dtype) * present
+
+        def all_slopes():
+            rows_, tokens, mask = _joined(rows, asking, (held.tokens, held.mask), found)
+            along = slopes(
+                lambda p: model.policy.log_prob(p, rows_.prompts, tokens, mask),
+                theta,
+                direction_key,
+                estimator.directions,
+            )
+            return along[present.shape[0] :], along[: present.shape[0]]
+
+        real = lambda flags: flags.astype(reward.dtype)
+        visit = Visit(
+            found.owner,
+            reward,
+            accept,
+            real(found.used),
+            present,
+            real(jnp.isfinite(before)) * present,
+            right,
+            chosen,
+            all_slopes,
+        )
+        tries = visit.sums(real(found.asked))
+        updated = Memory(
+            tokens,
+            mask,
+            likelihood,
+            allocator.decay * held.tries + tries,
+            allocator.decay * held.successes + visit.sums(jnp.minimum(reward, 1.0)),
+            jnp.where(moved, 0, held.age + 1),
+        )
+        into = jnp.where(present > 0, index, size)
+        memory = jax.tree.map(
+            lambda all, rows: all.at[into].set(rows, mode="drop"), memory, updated
+        )
+        stats = _stats(visit, found, updated, memory)
+        return visit, held, found, asking, memory, stats
+
+    def items(visit: Visit, held: Memory, found: Proposals, rows: Questions, asking: Questions):
+        """What to differentiate, with what weights: chains first, then proposals."""
+        chains, proposals = estimator.weights(visit)
+        drawn = jnp.zeros_like(visit.reward) if proposals is None else proposals
+        if chains is None:
+            return _Items(asking, found.drawn.tokens, found.drawn.mask, drawn, 0.0 * drawn)
+        stays = jnp.where(visit.chosen >= 0, 0.0, chains)
+        goes = jnp.zeros_like(drawn).at[jnp.maximum(visit.chosen, 0)].add(chains - stays)
+        both = _joined(rows, asking, (held.tokens, held.mask), found)
+        likelihood = jnp.concatenate([stays, goes])
+        return _Items(*both, jnp.concatenate([stays, goes + drawn]), likelihood)
+
+    def surrogate(position: Position, items: _Items):
+        theta, phi = of(position)
+
+        def value(items: _Items):
+            rows = items.rows
+            prior = model.policy.log_prob(theta, rows.prompts, items.tokens, items.mask)
+            total = jnp.sum(_times(items.prior, prior))
+            if not model.fixed:
+                likelihood = model.log_likelihood(
+                    theta, rows.prompts, items.tokens, items.mask, rows.answers
+                )
+                total += jnp.sum(_times(items.likelihood, likelihood))
+            if learned:
+                assert proposal is not None
+                log_q = proposal.policy.log_prob(phi, rows.hints, items.tokens, items.mask)
+                total += jnp.sum(_times(items.likelihood, log_q))
+            return total
+
+        if pieces == 1:
+            return value(items)
+        parts = jax.tree.map(partial(_in_pieces, pieces=pieces), items)
+        return jnp.sum(lax.map(jax.checkpoint(value), parts))
+
+    def next(key: PRNGKey, position: Position, state: EMState):
+        step_key, subsample_key = jax.random.split(key)
+        batch, batch_state = batches.next(state.batches)
+        rows, index = batch.data
+        present = jnp.broadcast_to(batch.weight > 0, index.shape).astype(jnp.float32)
+        visit, held, found, asking, memory, stats = e_step(
+            step_key, position, rows, index, present, state.memory
+        )
+        chosen = lax.stop_gradient(items(visit, held, found, rows, asking))
+        if estimator.subsample is not None:
+            chosen = _subsampled(subsample_key, chosen, estimator.subsample)
+
+        def score(position: Position):
+            return stats.reward, jax.grad(surrogate)(position, chosen)
+
+        return score, EMState(batch_state, memory, stats)
+
+    def init(key: PRNGKey, position: Position) -> EMState:
+        batch_key, start_key = jax.random.split(key)
+        theta, _ = of(position)
+        memory = empty_memory(model, theta, questions, size)
+        if start is not None:
+            memory = _started(start_key, start, model, theta, questions, memory, batch_size)
+        zero = jnp.zeros(())
+        return EMState(batches.init(batch_key), memory, Stats(*(zero,) * len(Stats._fields)))
+
+    return Gradient(init, next, None, model.initial)
+
+
+def unsolved(state: Any) -> Int[Array, " examples"]:
+    """Numbers of the examples for which no latent was ever right.
+
+    They are masked, and take no part in means.
+
+    Args:
+        state: The kernel's state, the gradient's, or a memory.
+    """
+    while not isinstance(state, Memory):
+        state = getattr(state, "gradient_state", None) or state.memory
+    return jnp.flatnonzero(jnp.isneginf(state.log_likelihood))
+
+
+def _started(key, guide: Guide, model, theta, questions: Questions, memory: Memory, at_once: int):
+    """The memory with a draw of a guide for each example, as many at once as in a minibatch."""
+    size = memory.age.shape[0]
+    blocks = -(-size // at_once)
+    index = jnp.resize(jnp.arange(size), (blocks, at_once))
+
+    def block(given):
+        key, index = given
+        rows = take(questions, index)
+        drawn = guide.policy.sample(theta, key, rows.hints)
+        likelihood = model.log_likelihood(
+            theta, rows.prompts, drawn.tokens, drawn.mask, rows.answers
+        )
+        return drawn.tokens, drawn.mask, likelihood
+
+    out = lax.map(block, (jax.random.split(key, blocks), index))
+    tokens, mask, likelihood = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], out
+    )
+    return memory._replace(tokens=tokens, mask=mask, log_likelihood=likelihood)
+
+
+def _joined(rows: Questions, asking: Questions, held, found: Proposals):
+    """Chains and proposals one after another: their questions, tokens and masks."""
+    drawn = (found.drawn.tokens, found.drawn.mask)
+    join = lambda a, b: jnp.concatenate([a, b])
+    tokens, mask = jax.tree.map(join, held, drawn)
+    return jax.tree.map(join, rows, asking), tokens, mask
+
+
+def _times(weight, value):
+    """A product in which a weight of zero wins over an infinite value."""
+    return weight * jnp.where(weight != 0, value, 0.0)
+
+
+def _subsampled(key: PRNGKey, items: _Items, count: int) -> _Items:
+    """Systematic resampling in proportion to the weights' sizes, signs kept."""
+    size = jnp.abs(items.prior)
+    total = jnp.sum(size)
+    ends = jnp.cumsum(size) / jnp.where(total > 0, total, 1.0)
+    places = (jax.random.uniform(key) + jnp.arange(count, dtype=size.dtype)) / count
+    index = jnp.minimum(jnp.searchsorted(ends, places, side="right"), size.shape[0] - 1)
+    chosen: _Items = take(items, index)
+    weight = jnp.sign(chosen.prior) * total / count
+    return chosen._replace(prior=weight, likelihood=jnp.zeros_like(weight))
+
+
+def _in_pieces(leaf, pieces: int):
+    """An array with its first axis cut in pieces, filled up with copies of row 0 of no weight."""
+    missing = -leaf.shape[0] % pieces
+    fill = jnp.zeros((missing, *leaf.shape[1:]), leaf.dtype)
+    return jnp.concatenate([leaf, fill]).reshape(pieces, -1, *leaf.shape[1:])
+
+
+def _stats(visit: Visit, found: Proposals, updated: Memory, memory: Memory) -> Stats:
+    real = visit.reward.dtype
+    present = visit.present
+    asked = found.asked.astype(real) * present[visit.owner]
+    questions, proposals = jnp.sum(present), jnp.sum(asked)
+    per_proposal = jnp.maximum(proposals, 1.0)
+    return Stats(
+        jnp.sum(visit.accept * asked) / per_proposal,
+        jnp.sum(visit.reward * asked) / per_proposal,
+        jnp.sum(visit.right * present) / questions,
+        jnp.mean(jnp.isfinite(memory.log_likelihood), dtype=real),
+        jnp.sum(updated.age.astype(real) * present) / questions,
+        proposals,
+        jnp.sum(jnp.sum(found.drawn.mask, axis=1, dtype=real) * asked),
+    )
+
+
+def _check(model, questions, estimator: Estimator, allocator: Allocator, proposal, start) -> None:
+    """Raise where parts do not fit each other."""
+    if not isinstance(model, LatentModel):
+        raise TypeError(
+            "model must be a LatentModel, as stochgrad.em.verified makes it, got "
+            f"{type(model).__name__}."
+        )
+    for name, guide in (("proposal", proposal), ("start", start)):
+        if guide is not None and not isinstance(guide, Guide):
+            raise TypeError(f"{name} must be a Guide, got {type(guide).__name__}.")
+        if guide is not None and questions.hints is None:
+            raise ValueError(f"{name} sees hints, but questions.hints is None.")
+    if proposal is not None and not estimator.chains:
+        raise ValueError(
+            f"{estimator.name} needs the policy's own proposals: leave proposal out, or use trice."
+        )
+    if proposal is not None and estimator.control:
+        raise ValueError(
+            "a control variate needs the policy's own proposals: with a proposal use trice('none')."
+        )
+    if not model.fixed and (not estimator.chains or estimator.subsample is not None):
+        raise ValueError(
+            f"{estimator.name} is for likelihoods that are free of the parameters, as a verifier "
+            "is: use trice() without subsample."
+        )
+    if estimator.greedy and model.policy.greedy is None:
+        raise ValueError(f"{estimator.name}(greedy=True) needs a policy with greedy, got None.")
+    most = allocator.per_round * allocator.rounds
+    if most < estimator.least:
+        raise ValueError(
+            f"{estimator.name} needs at least {estimator.least} proposals a question, got {most}: "
+            "set allocator=stochgrad.em.uniform(n)."
+        )

@@ -1,0 +1,260 @@
+"""Estimators of the M-step against full enumeration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stochgrad import em
+from tests.conftest import Z
+from tests.em.toys import every_visit, large, moments, small
+
+THETA = jnp.array([0.4, -0.3], jnp.float32)
+PER_QUESTION = 2
+
+
+def gradient_of(function):
+    return np.asarray(jax.grad(function)(THETA))
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        em.trice(),
+        em.trice("none"),
+        em.trice(0.3),
+        em.trice("optimal", directions=None),
+    ],
+    ids=lambda e: e.name,
+)
+def test_trice_is_the_gradient_of_the_marginal_likelihood(estimator):
+    toy = small()
+    mean, _ = moments(*every_visit(toy, estimator, THETA))
+    assert mean == pytest.approx(gradient_of(toy.log_likelihood), abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        em.reinforce(),
+        em.reinforce("none"),
+        em.reinforce("optimal", directions=None),
+        em.maxk(1),
+    ],
+    ids=["leave one out", "none", "optimal", "maxk"],
+)
+def test_reinforce_is_the_gradient_of_the_accuracy(estimator):
+    toy = small()
+    mean, _ = moments(*every_visit(toy, estimator, THETA, PER_QUESTION))
+    assert mean == pytest.approx(gradient_of(toy.accuracy), abs=2e-6)
+
+
+def test_maxk_is_the_gradient_of_the_best_of_k():
+    toy = small(2)
+    mean, _ = moments(*every_visit(toy, em.maxk(2), THETA, 3))
+    best = gradient_of(lambda theta: jnp.mean(1.0 - (1.0 - toy.solved(theta)) ** 2))
+    assert mean == pytest.approx(best, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    "estimator", [em.star(), em.raft(), em.raft("all"), em.rest_em()], ids=lambda e: e.name
+)
+def test_one_questions_accepted_proposals_count_as_often_as_it_is_solved(estimator):
+    toy = small(1)
+    mean, _ = moments(*every_visit(toy, estimator, THETA, 3))
+    solved = 1.0 - (1.0 - float(toy.accuracy(THETA))) ** 3
+    assert mean == pytest.approx(solved * gradient_of(toy.log_likelihood), abs=2e-6)
+
+
+def test_star_and_raft_lean_to_what_is_solved_already():
+    """Where questions differ in difficulty, their direction is off; TRICE's is not."""
+    toy, theta = small(), jnp.array([2.0, -2.0], jnp.float32)
+    exact = np.asarray(jax.grad(toy.log_likelihood)(theta))
+    cosines = []
+    for estimator, number in ((em.star(), 1), (em.raft(), 2), (em.trice(), 1)):
+        mean, _ = moments(*every_visit(toy, estimator, theta, number))
+        cosines.append(mean @ exact / np.linalg.norm(mean) / np.linalg.norm(exact))
+    assert max(cosines[:2]) < 0.999
+    assert cosines[2] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_grpo_and_bnpo_against_their_formulas():
+    toy = small(2)
+    log_probs = jax.jacobian(toy.log_probs)(THETA)
+    p = np.exp(np.asarray(toy.log_probs(THETA), np.float64))
+    expected = {"grpo": np.zeros(2), "bnpo": np.zeros(2)}
+    for z in np.ndindex(4, 4, 4, 4):
+        pairs = np.array(z).reshape(2, 2)
+        chance = np.prod(p[[0, 0, 1, 1], z])
+        r = np.stack([toy.right[m, pairs[m]] for m in range(2)]).astype(float)
+        means = r.mean(axis=1)
+        m, v = means.mean(), means.var(ddof=1)
+        odds = max(m * (1 - m) / v - 1, 0) if v > 0 else 0.0
+        a, b = max(1, 1 + odds * m / 3), max(1, 1 + odds * (1 - m) / 3)
+        inside = np.clip(means, 1e-6, 1 - 1e-6)
+        beta = inside ** (a - 1) * (1 - inside) ** (b - 1)
+        if a != 1 or b != 1:
+            from scipy.special import beta as normaliser
+
+            beta = beta / normaliser(a, b)
+        weights = {
+            "grpo": (r - means[:, None]) / (r.std(axis=1, keepdims=True) + 1e-4),
+            "bnpo": (r - means[:, None]) / beta[:, None],
+        }
+        for name, advantage in weights.items():
+            for q in range(2):
+                for k in range(2):
+                    score = np.asarray(log_probs[q, pairs[q, k]])
+                    expected[name] += chance * advantage[q, k] * score / 4
+    for estimator in (em.grpo(), em.bnpo()):
+        mean, _ = moments(*every_visit(toy, estimator, THETA, PER_QUESTION))
+        assert mean == pytest.approx(expected[estimator.name], abs=1e-5)
+
+
+def test_maxk_weights_with_ties_and_real_rewards():
+    """Against the mean over all subsets of k."""
+    import itertools
+
+    rewards, owner = (
+        jnp.array([0.3, 0.9, 0.3, 0.1, 0.7, 0.2, 0.5]),
+        jnp.array([0, 0, 0, 0, 1, 1, 1]),
+    )
+    ones, two = jnp.ones(7), jnp.ones(2)
+    visit = em.Visit(owner, rewards, rewards, ones, two, two, two, owner[:2], lambda: None)
+    _, weights = em.maxk(2).weights(visit)
+    expected = np.zeros(7)
+    for question in (0, 1):
+        mine = np.flatnonzero(np.asarray(owner) == question)
+        subsets = list(itertools.combinations(mine, 2))
+        for subset in subsets:
+            for i in subset:
+                expected[i] += max(float(rewards[j]) for j in subset) / len(subsets) / 2
+    # ties share their weight in any way
+    for tied in ([0, 2], [1], [3], [4], [5], [6]):
+        assert float(weights[jnp.array(tied)].sum()) == pytest.approx(
+            expected[tied].sum(), rel=1e-5
+        )
+
+
+ALL = [
+    (em.trice(), 1),
+    (em.trice("optimal", directions=None), 1),
+    (em.star(), 2),
+    (em.raft(), 2),
+    (em.rest_em(1), 2),
+    (em.reinforce(), 2),
+    (em.reinforce("optimal", directions=None), 2),
+    (em.grpo(), 2),
+    (em.bnpo(), 2),
+    (em.maxk(2), 2),
+]
+
+
+def drawn(toy, estimator, theta, number, key, count, **settings):
+    """Estimates of fresh visits, chains at the posterior."""
+    gradient = em.mcmc_em(
+        toy.model(),
+        toy.questions(),
+        batch_size=len(toy.right),
+        estimator=estimator,
+        order="full",
+        **{"allocator": em.uniform(number), **settings},
+    )
+    state = gradient.init(key, theta)
+    log_posterior = jnp.log(jnp.asarray(toy.posterior(theta)))
+
+    def one(key):
+        chain_key, key = jax.random.split(key)
+        held = jax.random.categorical(chain_key, log_posterior)[:, None].astype(jnp.int32)
+        memory = state.memory._replace(tokens=held, log_likelihood=jnp.zeros(len(toy.right)))
+        return gradient.next(key, theta, state._replace(memory=memory))[0](theta)[1]
+
+    return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(key, count)), np.float64)
+
+
+@pytest.mark.parametrize(("estimator", "number"), ALL, ids=lambda e: getattr(e, "name", e))
+def test_draws_have_the_mean_and_variance_of_the_enumeration(estimator, number, key):
+    toy, count = small(2), 20_000
+    found = drawn(toy, estimator, THETA, number, key, count)
+    mean, variance = moments(*every_visit(toy, estimator, THETA, number))
+    error = found.std(axis=0) / np.sqrt(count)
+    assert np.all(abs(found.mean(axis=0) - mean) < Z * error + 1e-6)
+    squares = np.sum((found - found.mean(axis=0)) ** 2, axis=1)
+    assert abs(squares.mean() - variance) < Z * squares.std() / np.sqrt(count) + 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", [em.trice(), em.trice(subsample=16)], ids=["all", "16"])
+def test_forty_thousand_estimates_of_a_larger_toy(estimator):
+    toy = large()
+    theta = 0.5 * jax.random.normal(jax.random.key(1), (20,))
+    found = drawn(toy, estimator, theta, 1, jax.random.key(2), 40_000)
+    off = found.mean(axis=0) - np.asarray(jax.grad(toy.log_likelihood)(theta))
+    chi_square = len(found) * off @ np.linalg.solve(np.cov(found.T), off) / len(off)
+    assert 0.6 < chi_square < 1.5
+
+
+def test_the_variance_follows_its_closed_form():
+    r"""tr Var = V (1 - 2 beta p) + beta^2 S, for each question."""
+    toy = small(1)
+    p = float(toy.accuracy(THETA))
+    log_probs = jax.jacobian(toy.log_probs)(THETA)[0]
+    chance, posterior = np.exp(np.asarray(toy.log_probs(THETA)[0])), toy.posterior(THETA)[0]
+    scores = np.asarray(log_probs, np.float64)
+    s = chance @ np.sum(scores**2, axis=1)
+    mean = posterior @ scores
+    v = posterior @ np.sum((scores - mean) ** 2, axis=1)
+    for beta in (0.2, 0.7, p * v / s):
+        _, variance = moments(*every_visit(toy, em.trice(beta), THETA))
+        assert variance == pytest.approx(v * (1 - 2 * beta * p) + beta**2 * s, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_variance_vanishes_as_the_model_learns():
+    """With the control variate and with the optimal one; without, it stays at the posterior's."""
+    toy = large(16, 8, 4)
+    rng = np.random.default_rng(0)
+    features = np.concatenate([toy.features, toy.right[..., None]], axis=-1).astype(np.float32)
+    toy = toy._replace(features=features)
+    theta = jnp.asarray(rng.normal(size=5), jnp.float32)
+    found = {}
+    for push in (0.0, 4.0, 12.0):
+        at = theta.at[-1].set(push)
+        found[push] = [
+            drawn(toy, estimator, at, 1, jax.random.key(3), 1000).var(axis=0).sum()
+            for estimator in (em.trice("none"), em.trice(), em.trice("optimal"))
+        ]
+    none, loo, optimal = np.array([found[push] for push in (0.0, 4.0, 12.0)]).T
+    assert none[2] > 0.5 * none[1]
+    assert loo[2] < 0.1 * loo[1] < 0.2 * none[1]
+    assert optimal[2] < 0.3 * optimal[1]
+    assert optimal[2] < 0.2 * none[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("single", [False, True])
+def test_the_optimal_control_variate_does_not_lose(single):
+    """Also where one rationale is right, so that the paper's adds variance."""
+    toy = large(32, 8, 6, seed=1)
+    if single:
+        right = np.zeros_like(toy.right)
+        right[:, 0] = True
+        toy = toy._replace(right=right)
+    theta = jax.random.normal(jax.random.key(4), (6,))
+    none, loo, optimal = (
+        drawn(toy, estimator, theta, 1, jax.random.key(5), 2000).var(axis=0).sum()
+        for estimator in (em.trice("none"), em.trice(), em.trice("optimal"))
+    )
+    if single:
+        assert none < 1e-10 < loo
+        assert optimal < 1e-10
+    else:
+        assert optimal < 1.02 * none
+
+
+def test_a_subsample_has_the_same_mean():
+    """Exact for any weights: systematic resampling in proportion to their sizes."""
+    toy = small()
+    found = drawn(toy, em.trice(subsample=2), THETA, 1, jax.random.key(6), 20_000)
+    error = found.std(axis=0) / np.sqrt(len(found))
+    assert np.all(abs(found.mean(axis=0) - gradient_of(toy.log_likelihood)) < Z * error)

@@ -1,0 +1,140 @@
+"""The whole of MCMC-EM: chains, learning, resuming, bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stochgrad
+from stochgrad import em
+from tests.conftest import Z
+from tests.em.toys import small
+
+
+def gradient(toy, batch_size=3, **settings):
+    return em.mcmc_em(toy.model(), toy.questions(), batch_size=batch_size, **settings)
+
+
+def test_a_chain_forgets_its_start_as_often_as_it_is_solved(key):
+    """From a right but fixed latent, total variation after t visits is (1 - p)^t of the first."""
+    toy, theta, runs = small(1), jnp.array([0.4, -0.3]), 20_000
+    target = gradient(toy, 1, order="full")
+    state = target.init(key, theta)
+    held = state.memory._replace(tokens=jnp.zeros((1, 1), jnp.int32), log_likelihood=jnp.zeros(1))
+    p, posterior = float(toy.accuracy(theta)), toy.posterior(theta)[0]
+
+    def walk(key):
+        def visit(state, key):
+            state = target.next(key, theta, state)[1]
+            return state, state.memory.tokens[0, 0]
+
+        return jax.lax.scan(visit, state._replace(memory=held), jax.random.split(key, 4))[1]
+
+    at = np.asarray(jax.jit(jax.vmap(walk))(jax.random.split(key, runs)))
+    for t in range(4):
+        still = (at[:, t] == 0).mean()
+        expected = posterior[0] + (1 - p) ** (t + 1) * (1 - posterior[0])
+        assert abs(still - expected) < Z * np.sqrt(expected * (1 - expected) / runs)
+
+
+def test_a_guides_weight_keeps_the_posterior(key):
+    """Proposals at another temperature, with the ratio of weights: the law does not move."""
+    toy, theta, runs = small(1), jnp.array([0.4, -0.3]), 20_000
+    hot = em.Guide(toy.policy(temperature=3.0))
+    target = em.mcmc_em(
+        toy.model(),
+        toy.questions(hints=jnp.arange(1, dtype=jnp.int32)),
+        batch_size=1,
+        estimator=em.trice("none"),
+        proposal=hot,
+        order="full",
+    )
+    state, posterior = target.init(key, theta), toy.posterior(theta)[0]
+
+    def visit(key):
+        start, key = jax.random.split(key)
+        tokens = jax.random.categorical(start, jnp.log(posterior))[None, None].astype(jnp.int32)
+        held = state.memory._replace(tokens=tokens, log_likelihood=jnp.zeros(1))
+        return target.next(key, theta, state._replace(memory=held))[1].memory.tokens[0, 0]
+
+    at = np.asarray(jax.jit(jax.vmap(visit))(jax.random.split(key, runs)))
+    for z, expected in enumerate(posterior):
+        error = np.sqrt(expected * (1 - expected) / runs)
+        assert abs((at == z).mean() - expected) <= Z * error
+
+
+def test_training_goes_on_from_a_checkpoint_to_the_bit(tmp_path):
+    toy = small()
+    kernel = stochgrad.ascend(gradient(toy, 2), optax.adam(0.1))
+
+    def run(count, **settings):
+        return stochgrad.sample(
+            jax.random.key(0),
+            kernel,
+            init=jnp.zeros(2),
+            num_samples=count,
+            collect=lambda state: (state.position, state.gradient_state),
+            progress=False,
+            **settings,
+        )
+
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        whole = run(30)
+        run(10, checkpoint=tmp_path)
+        again = run(30, checkpoint=tmp_path, resume=True)
+    for a, b in zip(
+        jax.tree.leaves(whole.collected), jax.tree.leaves(again.collected), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_what_is_never_solved_is_named_and_does_not_harm():
+    toy = small()
+    right = toy.right.copy()
+    right[1] = False
+    toy = toy._replace(right=right)
+    target = gradient(toy)
+    state = target.init(jax.random.key(0), jnp.zeros(2))
+    for n in range(12):
+        score, state = target.next(jax.random.key(n), jnp.zeros(2), state)
+        assert np.isfinite(np.asarray(score(jnp.zeros(2))[1])).all()
+    assert em.unsolved(state).tolist() == [1]
+    assert float(state.stats.solved) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "allocator",
+    [em.gvm(4), em.reinforce_ada(2, 3), em.vade(4), em.uniform(4)],
+    ids=["gvm", "reinforce_ada", "vade", "uniform"],
+)
+def test_allocators_hand_out_what_there_is(allocator):
+    toy = small()
+    target = gradient(toy, estimator=em.reinforce(), allocator=allocator)
+    state = target.init(jax.random.key(0), jnp.zeros(2))
+    score, state = target.next(jax.random.key(1), jnp.zeros(2), state)
+    assert np.isfinite(np.asarray(score(jnp.zeros(2))[1])).all()
+    most = allocator.per_round * allocator.rounds * 3
+    drawn = float(state.stats.proposals)
+    assert drawn == most if allocator.enough is None else 6 <= drawn <= most
+
+
+def test_bad_input_gets_one_sentence():
+    toy = small()
+    for settings, words in (
+        ({"estimator": em.reinforce()}, "at least 2 proposals"),
+        ({"proposal": em.Guide(toy.policy())}, "hints"),
+        ({"batch_size": 4}, "number of rows"),
+        ({"batch_size": 0}, "from 1"),
+        ({"pieces": 0}, "pieces"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            gradient(toy, **settings)
+    with pytest.raises(TypeError, match="LatentModel"):
+        em.mcmc_em(toy.policy(), toy.questions(), batch_size=1)
+    with pytest.raises(ValueError, match="at least one row"):
+        em.mcmc_em(toy.model(), em.Questions(jnp.zeros((0, 2)), jnp.zeros(0)), batch_size=1)
+    number = em.verified(toy.policy(), lambda tokens, mask, answers: answers)
+    target = em.mcmc_em(number, toy.questions(), batch_size=1)
+    with pytest.raises(ValueError, match="bools"):
+        target.next(jax.random.key(0), jnp.zeros(2), target.init(jax.random.key(0), jnp.zeros(2)))
