@@ -59,6 +59,7 @@ def test_every_link_between_pages_leads_somewhere():
 
 
 @pytest.mark.slow
+@pytest.mark.pages
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", ["guide", "samplers", "orders", "scale", "federated", "flows"])
 def test_the_pages_run(page, monkeypatch, tmp_path):
