@@ -258,3 +258,12 @@ def test_a_subsample_has_the_same_mean():
     found = drawn(toy, em.trice(subsample=2), THETA, 1, jax.random.key(6), 20_000)
     error = found.std(axis=0) / np.sqrt(len(found))
     assert np.all(abs(found.mean(axis=0) - gradient_of(toy.log_likelihood)) < Z * error)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_stopping_when_enough_is_found_is_biased_unless_the_last_round_is_left_out(corrected):
+    toy, count = small(2), 20_000
+    ada = em.reinforce_ada(2, 3, positive=1, negative=1, corrected=corrected)
+    found = drawn(toy, em.reinforce(), THETA, 1, jax.random.key(7), count, allocator=ada)
+    off = abs(found.mean(axis=0) - gradient_of(toy.accuracy)) * np.sqrt(count) / found.std(axis=0)
+    assert np.all(off < Z) if corrected else np.any(off > Z)

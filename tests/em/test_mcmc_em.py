@@ -138,3 +138,42 @@ def test_bad_input_gets_one_sentence():
     target = em.mcmc_em(number, toy.questions(), batch_size=1)
     with pytest.raises(ValueError, match="bools"):
         target.next(jax.random.key(0), jnp.zeros(2), target.init(jax.random.key(0), jnp.zeros(2)))
+
+
+def test_a_learned_guide_comes_to_the_posterior():
+    """Joint stochastic approximation: model and guide learn together, from the same chains."""
+    toy = small(1)
+
+    def log_prob(phi, prompts, tokens, mask):
+        return jax.nn.log_softmax(phi)[tokens[:, 0]]
+
+    def sample(phi, key, prompts):
+        z = jax.random.categorical(key, phi, shape=prompts.shape)[:, None].astype(jnp.int32)
+        mask = jnp.ones(z.shape, bool)
+        return em.Rationales(z, log_prob(phi, prompts, z, mask), mask)
+
+    target = em.mcmc_em(
+        toy.model(),
+        toy.questions(hints=jnp.arange(1, dtype=jnp.int32)),
+        batch_size=1,
+        estimator=em.trice("none"),
+        proposal=em.Guide(em.Policy(sample, log_prob), learned=True),
+        order="full",
+    )
+    # the model's parameters stand still, so that its posterior is known
+    still = optax.multi_transform(
+        {"model": optax.set_to_zero(), "guide": optax.sgd(0.05)}, ("model", "guide")
+    )
+    theta = jnp.array([0.4, -0.3])
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        path = stochgrad.sample(
+            jax.random.key(0),
+            stochgrad.ascend(target, still),
+            init=(theta, jnp.zeros(4)),
+            num_warmup=1000,
+            num_samples=4000,
+            progress=False,
+        )
+    learned = np.asarray(jax.nn.softmax(path.positions[1], axis=-1)).mean(axis=(0, 1))
+    assert learned[~toy.right[0]].max() < 0.02
+    assert learned == pytest.approx(toy.posterior(theta)[0], abs=0.05)
