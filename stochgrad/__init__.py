@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from stochgrad import em as em
 from stochgrad import federated as federated
 from stochgrad import gradients as gradients
 from stochgrad.core import Batches as Batches

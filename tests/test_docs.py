@@ -29,7 +29,7 @@ def public_names():
         stochgrad.federated,
         stochgrad.flower,
         stochgrad.flows,
-        importlib.import_module("stochgrad.em"),
+        stochgrad.em,
     ):
         for name, value in vars(module).items():
             if not name.startswith("_") and not inspect.ismodule(value) and callable(value):

@@ -51,7 +51,6 @@ class Allocator(NamedTuple):
             was a success. None where no round depends on the last one's rewards.
         directions: Directions along which gradients' norms are measured; zero for none.
         decay: Of the tally of earlier steps, each time that a question is visited.
-        settings: For the record.
     """
 
     per_round: int
@@ -60,7 +59,6 @@ class Allocator(NamedTuple):
     enough: Callable[[Tally], Bool[Array, " questions"]] | None = None
     directions: int = 0
     decay: float = 1.0
-    settings: tuple[tuple[str, object], ...] = ()
 
     def usable(self, tally: Tally, owner: Array, number: Array) -> Bool[Array, " proposals"]:
         """Which proposals may be averaged over."""
@@ -103,7 +101,7 @@ def uniform(per_question: int = 1) -> Allocator:
     def counts(key, round, past, tally, present):
         return whole(present, number * jnp.sum(present))
 
-    return Allocator(number, 1, counts, settings=(("per_question", number),))
+    return Allocator(number, 1, counts)
 
 
 def gvm(
@@ -141,13 +139,13 @@ def gvm(
     def counts(key, round, past, tally, present):
         target = gvm_share(tally, alpha, beta) * number * jnp.sum(present)
         missing = jnp.maximum(target - pilot, 0.0)
+        total = jnp.sum(missing)
         evenly = present / jnp.sum(present)
-        share = missing / jnp.where(jnp.sum(missing) > 0, jnp.sum(missing), 1.0)
-        share = jnp.where(jnp.sum(missing) > 0, (1 - floor) * share + floor * evenly, evenly)
+        share = missing / jnp.where(total > 0, total, 1.0)
+        share = jnp.where(total > 0, (1 - floor) * share + floor * evenly, evenly)
         return whole(jnp.where(round == 0, present, share), pilot * jnp.sum(present))
 
-    settings = (("per_question", number), ("alpha", alpha), ("beta", beta), ("floor", floor))
-    return Allocator(pilot, 2, counts, directions=directions, settings=settings)
+    return Allocator(pilot, 2, counts, directions=directions)
 
 
 def gvm_share(tally: Tally, alpha: float, beta: float) -> Float[Array, " questions"]:
@@ -195,8 +193,7 @@ def reinforce_ada(
     def counts(key, round, past, tally, present):
         return jnp.where((present > 0) & ~enough(tally), each, 0)
 
-    settings = (("positive", positive), ("negative", negative), ("corrected", corrected))
-    return Allocator(each, rounds, counts, enough if corrected else None, settings=settings)
+    return Allocator(each, rounds, counts, enough if corrected else None)
 
 
 def vade(per_question: int = 4, *, decay: float = 0.9, floor: float = 0.25) -> Allocator:
@@ -225,8 +222,7 @@ def vade(per_question: int = 4, *, decay: float = 0.9, floor: float = 0.25) -> A
         share = (1 - floor) * share + floor * present / jnp.sum(present)
         return whole(share, number * jnp.sum(present))
 
-    settings = (("per_question", number), ("decay", decay), ("floor", floor))
-    return Allocator(number, 1, counts, decay=decay, settings=settings)
+    return Allocator(number, 1, counts, decay=decay)
 
 
 def whole(share: Float[Array, " n"], total: Int[Array, ""]) -> Int[Array, " n"]:

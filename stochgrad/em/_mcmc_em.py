@@ -1,12 +1,11 @@
 """MCMC-EM: the gradient of a marginal log-likelihood, from a chain for each example's latent."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Int
 
 from stochgrad.core import Gradient, Order, Position, PRNGKey, check_count, data_batches, data_rows
 from stochgrad.em._allocate import Allocator, Tally, uniform
@@ -21,6 +20,7 @@ from stochgrad.em._e_step import (
     walk,
 )
 from stochgrad.em._estimators import Estimator, trice
+from stochgrad.em._m_step import Items, in_pieces, joined, times, weighed
 from stochgrad.em._model import Guide, LatentModel, Questions, Rationales, take
 
 
@@ -36,16 +36,6 @@ class EMState(NamedTuple):
     batches: Any
     memory: Memory
     stats: Stats
-
-
-class _Items(NamedTuple):
-    """Latents to differentiate, with their questions and weights in prior and likelihood."""
-
-    rows: Questions
-    tokens: PyTree
-    mask: Bool[Array, "items length"]
-    prior: Float[Array, " items"]
-    likelihood: Float[Array, " items"]
 
 
 def mcmc_em(
@@ -147,7 +137,7 @@ def mcmc_em(
         theta, phi = lax.stop_gradient(of(position))
         draw_key, walk_key, direction_key = jax.random.split(key, 3)
         held: Memory = take(memory, index)
-        past = Tally(held.tries, held.successes, held.tries, held.age)
+        past = Tally.none(present.shape[0])._replace(tries=held.tries, successes=held.successes)
         if proposal is not None:
             draw = lambda key, rows: proposal.policy.sample(phi, key, rows.hints)  # type: ignore
         elif estimator.greedy:
@@ -184,7 +174,7 @@ def mcmc_em(
         right = jnp.isfinite(weight).astype(reward.dtype) * present
 
         def all_slopes():
-            rows_, tokens, mask = _joined(rows, asking, (held.tokens, held.mask), found)
+            rows_, tokens, mask = joined(rows, asking, held, found)
             along = slopes(
                 lambda p: model.policy.log_prob(p, rows_.prompts, tokens, mask),
                 theta,
@@ -221,40 +211,25 @@ def mcmc_em(
         stats = _stats(visit, found, updated, memory)
         return visit, held, found, asking, memory, stats
 
-    def items(visit: Visit, held: Memory, found: Proposals, rows: Questions, asking: Questions):
-        """What to differentiate, with what weights: chains first, then proposals."""
-        chains, proposals = estimator.weights(visit)
-        drawn = jnp.zeros_like(visit.reward) if proposals is None else proposals
-        if chains is None:
-            return _Items(asking, found.drawn.tokens, found.drawn.mask, drawn, 0.0 * drawn)
-        stays = jnp.where(visit.chosen >= 0, 0.0, chains)
-        goes = jnp.zeros_like(drawn).at[jnp.maximum(visit.chosen, 0)].add(chains - stays)
-        both = _joined(rows, asking, (held.tokens, held.mask), found)
-        likelihood = jnp.concatenate([stays, goes])
-        return _Items(*both, jnp.concatenate([stays, goes + drawn]), likelihood)
-
-    def surrogate(position: Position, items: _Items):
+    def surrogate(position: Position, items: Items):
         theta, phi = of(position)
 
-        def value(items: _Items):
+        def value(items: Items):
             rows = items.rows
             prior = model.policy.log_prob(theta, rows.prompts, items.tokens, items.mask)
-            total = jnp.sum(_times(items.prior, prior))
+            total = jnp.sum(times(items.prior, prior))
             if not model.fixed:
                 likelihood = model.log_likelihood(
                     theta, rows.prompts, items.tokens, items.mask, rows.answers
                 )
-                total += jnp.sum(_times(items.likelihood, likelihood))
+                total += jnp.sum(times(items.likelihood, likelihood))
             if learned:
                 assert proposal is not None
                 log_q = proposal.policy.log_prob(phi, rows.hints, items.tokens, items.mask)
-                total += jnp.sum(_times(items.likelihood, log_q))
+                total += jnp.sum(times(items.likelihood, log_q))
             return total
 
-        if pieces == 1:
-            return value(items)
-        parts = jax.tree.map(partial(_in_pieces, pieces=pieces), items)
-        return jnp.sum(lax.map(jax.checkpoint(value), parts))
+        return in_pieces(value, items, pieces)
 
     def next(key: PRNGKey, position: Position, state: EMState):
         step_key, subsample_key = jax.random.split(key)
@@ -264,12 +239,11 @@ def mcmc_em(
         visit, held, found, asking, memory, stats = e_step(
             step_key, position, rows, index, present, state.memory
         )
-        chosen = lax.stop_gradient(items(visit, held, found, rows, asking))
-        if estimator.subsample is not None:
-            chosen = _subsampled(subsample_key, chosen, estimator.subsample)
+        items = weighed(subsample_key, estimator, visit, held, found, rows, asking)
+        items = lax.stop_gradient(items)
 
         def score(position: Position):
-            return stats.reward, jax.grad(surrogate)(position, chosen)
+            return stats.reward, jax.grad(surrogate)(position, items)
 
         return score, EMState(batch_state, memory, stats)
 
@@ -318,38 +292,6 @@ def _started(key, guide: Guide, model, theta, questions: Questions, memory: Memo
         lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], out
     )
     return memory._replace(tokens=tokens, mask=mask, log_likelihood=likelihood)
-
-
-def _joined(rows: Questions, asking: Questions, held, found: Proposals):
-    """Chains and proposals one after another: their questions, tokens and masks."""
-    drawn = (found.drawn.tokens, found.drawn.mask)
-    join = lambda a, b: jnp.concatenate([a, b])
-    tokens, mask = jax.tree.map(join, held, drawn)
-    return jax.tree.map(join, rows, asking), tokens, mask
-
-
-def _times(weight, value):
-    """A product in which a weight of zero wins over an infinite value."""
-    return weight * jnp.where(weight != 0, value, 0.0)
-
-
-def _subsampled(key: PRNGKey, items: _Items, count: int) -> _Items:
-    """Systematic resampling in proportion to the weights' sizes, signs kept."""
-    size = jnp.abs(items.prior)
-    total = jnp.sum(size)
-    ends = jnp.cumsum(size) / jnp.where(total > 0, total, 1.0)
-    places = (jax.random.uniform(key) + jnp.arange(count, dtype=size.dtype)) / count
-    index = jnp.minimum(jnp.searchsorted(ends, places, side="right"), size.shape[0] - 1)
-    chosen: _Items = take(items, index)
-    weight = jnp.sign(chosen.prior) * total / count
-    return chosen._replace(prior=weight, likelihood=jnp.zeros_like(weight))
-
-
-def _in_pieces(leaf, pieces: int):
-    """An array with its first axis cut in pieces, filled up with copies of row 0 of no weight."""
-    missing = -leaf.shape[0] % pieces
-    fill = jnp.zeros((missing, *leaf.shape[1:]), leaf.dtype)
-    return jnp.concatenate([leaf, fill]).reshape(pieces, -1, *leaf.shape[1:])
 
 
 def _stats(visit: Visit, found: Proposals, updated: Memory, memory: Memory) -> Stats:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from stochgrad.core import Draws, Kernel, Position, Posterior, PRNGKey, check_count, check_key
 from stochgrad.flows._draw import unwrapped
 from stochgrad.flows._objective import LogDensity, check_density
-from stochgrad.kernels import independence
+from stochgrad.kernels import independence, systematic
 
 
 class WeightedDraws(NamedTuple):
@@ -59,9 +59,7 @@ class WeightedDraws(NamedTuple):
         """
         count = len(self.value) if num_samples is None else check_count("num_samples", num_samples)
         start_key, order_key = jax.random.split(self.key)
-        edges = jnp.cumsum(jnp.exp(self.smoothed))
-        steps = (jnp.arange(count) + jax.random.uniform(start_key)) / count * edges[-1]
-        chosen = jnp.minimum(jnp.searchsorted(edges, steps), len(self.value) - 1)
+        chosen = systematic(start_key, jnp.exp(self.smoothed), count)
         return self.value[jax.random.permutation(order_key, chosen)]
 
     def to_arviz(self, num_samples: int | None = None) -> Any:

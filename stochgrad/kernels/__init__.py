@@ -14,3 +14,4 @@ from stochgrad.kernels._independence import IndependenceInfo as IndependenceInfo
 from stochgrad.kernels._independence import IndependenceState as IndependenceState
 from stochgrad.kernels._independence import acceptance as acceptance
 from stochgrad.kernels._independence import independence as independence
+from stochgrad.kernels._resample import systematic as systematic

@@ -1,0 +1,24 @@
+"""Systematic resampling."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from stochgrad.core import PRNGKey
+
+
+def systematic(key: PRNGKey, weights: Float[Array, " n"], count: int) -> Int[Array, " count"]:
+    r"""Numbers in proportion to weights, from one uniform draw u.
+
+    The cumulative weights are read off at $(i + u)/m$ of their sum, so that a number with the share
+    w of all weights comes $\lfloor mw\rfloor$ or $\lceil mw\rceil$ times [Kitagawa 1996].
+
+    Args:
+        key: A PRNG key.
+        weights: Non-negative, of any sum; where all are zero, the last number comes.
+        count: How many numbers to draw, m.
+    """
+    ends = jnp.cumsum(weights)
+    uniform = jax.random.uniform(key, dtype=ends.dtype)
+    places = (uniform + jnp.arange(count, dtype=ends.dtype)) / count * ends[-1]
+    return jnp.minimum(jnp.searchsorted(ends, places, side="right"), weights.shape[0] - 1)
