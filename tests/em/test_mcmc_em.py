@@ -177,3 +177,17 @@ def test_a_learned_guide_comes_to_the_posterior():
     learned = np.asarray(jax.nn.softmax(path.positions[1], axis=-1)).mean(axis=(0, 1))
     assert learned[~toy.right[0]].max() < 0.02
     assert learned == pytest.approx(toy.posterior(theta)[0], abs=0.05)
+
+
+def test_a_gradient_in_pieces_is_the_gradient():
+    """Also where the pieces do not come out even."""
+    toy, theta = small(), jnp.array([0.4, -0.3])
+    found = []
+    for pieces in (1, 4):
+        target = gradient(toy, pieces=pieces)
+        state = target.init(jax.random.key(0), theta)
+        for n in range(3):
+            score, state = target.next(jax.random.key(n), theta, state)
+        found.append(np.asarray(score(theta)[1]))
+    assert np.abs(found[0]).max() > 0.01
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-7)
