@@ -1,4 +1,4 @@
-"""What numpyro users meet: kernels for ``MCMC``, an objective and a guide for ``SVI``."""
+"""What numpyro users meet: kernels for ``MCMC``, an objective and a guide for ``SVI``, MCMC-EM."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from stochgrad.interop import GradientVariances as GradientVariances
 from stochgrad.interop import PathGradientELBO as PathGradientELBO
 from stochgrad.interop import PathGradientWarning as PathGradientWarning
 from stochgrad.interop import ReplicaExchange as ReplicaExchange
+from stochgrad.interop import latent_guide as latent_guide
+from stochgrad.interop import latent_model as latent_model
 
 if TYPE_CHECKING:
     from stochgrad.interop._auto_flow import AutoFlow as AutoFlow

@@ -6,6 +6,10 @@ from stochgrad.em._allocate import gvm as gvm
 from stochgrad.em._allocate import reinforce_ada as reinforce_ada
 from stochgrad.em._allocate import uniform as uniform
 from stochgrad.em._allocate import vade as vade
+from stochgrad.em._decode import Inputs as Inputs
+from stochgrad.em._decode import Prompts as Prompts
+from stochgrad.em._decode import decoder as decoder
+from stochgrad.em._decode import left_padded as left_padded
 from stochgrad.em._e_step import Memory as Memory
 from stochgrad.em._e_step import Stats as Stats
 from stochgrad.em._e_step import Visit as Visit
@@ -27,3 +31,6 @@ from stochgrad.em._model import Policy as Policy
 from stochgrad.em._model import Questions as Questions
 from stochgrad.em._model import Rationales as Rationales
 from stochgrad.em._model import verified as verified
+from stochgrad.em._on_host import HostVerifier as HostVerifier
+from stochgrad.em._on_host import VerifierWarning as VerifierWarning
+from stochgrad.em._on_host import on_host as on_host

@@ -115,12 +115,19 @@ def mcmc_em(
     _check(model, questions, estimator, allocator, proposal, start)
     pieces = check_count("pieces", pieces)
     size = data_rows(questions)
+    if model.check is not None:
+        model.check(questions.answers)
+    learned = proposal is not None and proposal.learned
+    one = take(questions, jnp.zeros(1, jnp.int32))
+    starts = (model.initial, proposal.initial) if learned else (model.initial,)  # type: ignore
+    for begin in starts:
+        if begin is not None:
+            jax.eval_shape(begin, jax.random.key(0), one)  # what does not fit is refused here
     batches = data_batches(
         (questions, jnp.arange(size, dtype=jnp.int32)),
         size if order == "full" else batch_size,
         order,
     )
-    learned = proposal is not None and proposal.learned
 
     def of(position: Position) -> tuple[Any, Any]:
         """The model's parameters, and those that a guide is called with."""
@@ -256,7 +263,17 @@ def mcmc_em(
         zero = jnp.zeros(())
         return EMState(batches.init(batch_key), memory, Stats(*(zero,) * len(Stats._fields)))
 
-    return Gradient(init, next, None, model.initial)
+    def initial(key: PRNGKey):
+        keys = jax.random.split(key, len(starts))
+        found = tuple(start(key, one) for start, key in zip(starts, keys, strict=True))  # type: ignore
+        return found if learned else found[0]
+
+    def stands_for(position: Position):
+        theta, phi = of(position)
+        found = model.constrain(theta, one) if model.constrain is not None else theta
+        return (found, phi) if learned else found
+
+    return Gradient(init, next, None, None if None in starts else initial, stands_for)
 
 
 def unsolved(state: Any) -> Int[Array, " examples"]:

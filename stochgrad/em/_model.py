@@ -54,7 +54,7 @@ class Questions(NamedTuple):
     """
 
     prompts: PyTree
-    answers: PyTree
+    answers: PyTree = ()
     hints: PyTree = None
 
 
@@ -67,13 +67,17 @@ class LatentModel(NamedTuple):
             second; for a verifier 0 or minus infinity.
         fixed: Whether the likelihood is free of the parameters, as a verifier's is. It is then
             asked once a rationale.
-        initial: ``key -> params``, where to start, if the model knows.
+        initial: ``(key, questions) -> params``, where to start, if the model knows.
+        constrain: ``(params, questions) -> anything``, what parameters stand for.
+        check: Called with the answers before anything compiles; raises where they do not fit.
     """
 
     policy: Policy
     log_likelihood: Callable[..., Float[Array, " examples"]]
     fixed: bool = False
-    initial: Callable[[PRNGKey], Position] | None = None
+    initial: Callable[[PRNGKey, Questions], Position] | None = None
+    constrain: Callable[[Position, Questions], Any] | None = None
+    check: Callable[[PyTree], None] | None = None
 
 
 class Guide(NamedTuple):
@@ -85,14 +89,18 @@ class Guide(NamedTuple):
             the guide's, and the guide follows $\nabla_\phi\log q_\phi(z\mid x, y)$ at the
             memory [joint stochastic approximation, Xu and Ou 2016]; otherwise its policy is called
             with the model's parameters.
+        initial: ``(key, questions) -> params``, where a learned guide starts, if it knows.
     """
 
     policy: Policy
     learned: bool = False
+    initial: Callable[[PRNGKey, Questions], Position] | None = None
 
 
 def verified(
-    policy: Policy, verify: Callable[[PyTree, Array, PyTree], Bool[Array, " examples"]]
+    policy: Policy,
+    verify: Callable[[PyTree, Array, PyTree], Bool[Array, " examples"]],
+    end: int | None = None,
 ) -> LatentModel:
     r"""A policy whose rationales are right or wrong.
 
@@ -103,6 +111,7 @@ def verified(
         verify: ``(tokens, mask, answers) -> (examples,)`` of bool, jittable; what
             ``stochgrad.em.on_host`` makes of a Python function of text. A number between 0 and 1
             is a soft verifier.
+        end: The end token, if a rationale without it is wrong: it was cut off.
 
     Raises:
         TypeError: the policy lacks a function, or ``verify`` is none.
@@ -122,9 +131,13 @@ def verified(
                 f"{right.dtype} and shape {right.shape}."
             )
         real = right.dtype if jnp.issubdtype(right.dtype, jnp.floating) else jnp.float32
-        return jnp.log(right.astype(real))
+        right = right.astype(real)
+        if end is not None:
+            right = jnp.where(jnp.any((tokens == end) & mask, axis=1), right, 0.0)
+        return jnp.log(right)
 
-    return LatentModel(policy, log_likelihood, fixed=True)
+    check = getattr(verify, "check", None)
+    return LatentModel(policy, log_likelihood, fixed=True, check=check)
 
 
 def take(tree: PyTree, index: Int[Array, " n"]) -> PyTree:

@@ -7,6 +7,8 @@ from stochgrad.interop._numpyro_kernels import SGLD as SGLD
 from stochgrad.interop._numpyro_kernels import SGNHT as SGNHT
 from stochgrad.interop._numpyro_kernels import Cyclical as Cyclical
 from stochgrad.interop._numpyro_kernels import ReplicaExchange as ReplicaExchange
+from stochgrad.interop._numpyro_latent import latent_guide as latent_guide
+from stochgrad.interop._numpyro_latent import latent_model as latent_model
 from stochgrad.interop._numpyro_model import from_numpyro as from_numpyro
 from stochgrad.interop._parquet import ParquetColumns as ParquetColumns
 from stochgrad.interop._path_elbo import GradientVariances as GradientVariances

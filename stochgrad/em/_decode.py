@@ -1,0 +1,225 @@
+"""Decoding in batches with a cache of keys and values: a policy of any network of tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from stochgrad.core import PRNGKey, check_count, check_number
+from stochgrad.em._model import Policy, Rationales
+
+
+class Prompts(NamedTuple):
+    """Prompts of unequal length, padded on the left.
+
+    Attributes:
+        tokens: Token numbers.
+        mask: Which of them are the prompt's.
+    """
+
+    tokens: Int[Array, "prompts length"]
+    mask: Bool[Array, "prompts length"]
+
+
+class Inputs(NamedTuple):
+    """Tokens for a network with a cache.
+
+    Attributes:
+        tokens: Token numbers; their keys and values go to the slots ``offset``, ``offset + 1``, ...
+            of the cache.
+        positions: Place of each in its sequence, padding not counted.
+        mask: Which slots each token attends to: those of its own sequence up to itself.
+        offset: Slot of the first token.
+    """
+
+    tokens: Int[Array, "batch length"]
+    positions: Int[Array, "batch length"]
+    mask: Bool[Array, "batch length slots"]
+    offset: Int[Array, ""]
+
+
+Network = Callable[[Any, Inputs, PyTree, int], tuple[Float[Array, "batch keep vocabulary"], PyTree]]
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], length: int | None = None, pad: int = 0
+) -> Prompts:
+    """Lists of token numbers as arrays of one length.
+
+    Args:
+        prompts: Token numbers of each prompt.
+        length: Length of the arrays; by default that of the longest prompt.
+        pad: What stands before shorter ones. The network never attends to it.
+
+    Raises:
+        ValueError: there are no prompts, one is empty, or longer than ``length``.
+
+    Example:
+        >>> from stochgrad import em
+        >>> em.left_padded([[5, 6, 7], [8]]).tokens.tolist()
+        [[5, 6, 7], [0, 0, 8]]
+    """
+    sizes = [len(prompt) for prompt in prompts]
+    if not sizes or min(sizes) == 0:
+        raise ValueError(
+            f"prompts must be non-empty lists of token numbers, got {len(sizes)} of "
+            f"lengths from {min(sizes, default=0)}."
+        )
+    length = max(sizes) if length is None else check_count("length", length)
+    if max(sizes) > length:
+        raise ValueError(
+            f"prompt {int(np.argmax(sizes))} has {max(sizes)} tokens where length is {length}."
+        )
+    tokens = np.full((len(sizes), length), pad, np.int32)
+    mask = np.zeros((len(sizes), length), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    return Prompts(jnp.asarray(tokens), jnp.asarray(mask))
+
+
+def decoder(
+    network: Network,
+    cache: Callable[[int, int], PyTree],
+    *,
+    length: int,
+    end: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    context: int | None = None,
+    pad: int = 0,
+) -> Policy:
+    r"""A policy that decodes token by token, batched and compiled.
+
+    The same network reads the prompts (``Prompts``, padded on the left), goes on token by token
+    with its cache, and scores whole rationales in one pass. Decoding ends when each sequence of the
+    batch has come to its end token, or at ``length``; a sequence that was cut off has no end token
+    (``verified(..., end=end)`` calls it wrong).
+
+    The policy is the distribution that is sampled: with a temperature T and a nucleus of mass
+    ``top_p`` [Holtzman et al. 2020],
+
+    $$p(z_t\mid z_{<t}) \propto e^{\ell(z_t)/T}\,\mathbf 1[z_t\in\text{nucleus}],$$
+
+    and ``log_prob`` is the sum of its logarithms, end token included.
+
+    Args:
+        network: ``(params, inputs, cache, keep) -> (logits, cache)``: logits of the next token at
+            the last ``keep`` of the ``Inputs``, shape (batch, keep, vocabulary), and the cache with
+            the inputs' keys and values at their slots. Params may be any pytree; frozen weights
+            belong in it, as what is closed over is compiled in.
+        cache: ``(batch, slots) -> pytree``, an empty one.
+        length: The most tokens of a rationale, end token included.
+        end: The end token.
+        temperature: T.
+        top_p: Mass of the nucleus, the fewest most probable tokens that have it.
+        context: The most tokens that the network can attend to, prompt and rationale together.
+        pad: What stands after the end token.
+
+    Raises:
+        ValueError: a setting is out of range; in use, prompts longer than the context.
+        TypeError: prompts are no ``Prompts``.
+    """
+    length = check_count("length", length)
+    check_number("temperature", temperature)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p:g}.")
+
+    def slots_of(prompts: Prompts) -> int:
+        if not isinstance(prompts, Prompts):
+            raise TypeError(
+                "prompts must be Prompts, as stochgrad.em.left_padded makes them, got "
+                f"{type(prompts).__name__}."
+            )
+        slots = prompts.tokens.shape[1] + length
+        if context is not None and slots > context:
+            raise ValueError(
+                f"prompts of {prompts.tokens.shape[1]} tokens and rationales of {length} do not "
+                f"fit a context of {context} tokens."
+            )
+        return slots
+
+    def inputs_of(prompts: Prompts, tokens, slots: int, offset) -> Inputs:
+        """Tokens at ``offset``, seeing the prompt and what was decoded up to themselves."""
+        batch, size = tokens.shape
+        before = prompts.tokens.shape[1]
+        seen = jnp.concatenate(
+            [prompts.mask, jnp.ones((batch, slots - before), bool)], axis=1, dtype=bool
+        )
+        at = offset + jnp.arange(size)
+        slot = jnp.arange(slots)
+        mask = seen[:, None, :] & (slot[None, :] <= at[:, None])[None]
+        mask |= (slot[None, :] == at[:, None])[None]  # padding sees itself: no empty softmax
+        places = jnp.cumsum(seen.astype(jnp.int32), axis=1) - 1
+        positions = lax.dynamic_slice_in_dim(jnp.maximum(places, 0), offset, size, axis=1)
+        return Inputs(tokens, positions, mask, jnp.asarray(offset, jnp.int32))
+
+    def log_probs(logits):
+        """Log probabilities of what is sampled."""
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+        if top_p < 1:
+            ranked = -jnp.sort(-lax.stop_gradient(logits), axis=-1)
+            mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+            size = jnp.sum((mass < top_p).astype(jnp.int32), axis=-1, keepdims=True)
+            least = jnp.take_along_axis(ranked, jnp.minimum(size, ranked.shape[-1] - 1), axis=-1)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return jax.nn.log_softmax(logits, axis=-1)
+
+    def decode(params, prompts: Prompts, choose) -> Rationales:
+        slots, (batch, before) = slots_of(prompts), prompts.tokens.shape
+        logits, held = network(
+            params, inputs_of(prompts, prompts.tokens, slots, 0), cache(batch, slots), 1
+        )
+
+        def pick(number, logits, alive, tokens, mask, total):
+            rows = log_probs(logits[:, 0])
+            token = choose(number, rows).astype(jnp.int32)
+            chosen = jnp.take_along_axis(rows, token[:, None], axis=-1)[:, 0]
+            token = jnp.where(alive, token, pad)
+            tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], number, axis=1)
+            mask = lax.dynamic_update_slice_in_dim(mask, alive[:, None], number, axis=1)
+            total = total + jnp.where(alive, chosen, 0.0)
+            return alive & (token != end), tokens, mask, total
+
+        def turn(carry):
+            number, held, alive, tokens, mask, total = carry
+            last = lax.dynamic_slice_in_dim(tokens, number - 1, 1, axis=1)
+            inputs = inputs_of(prompts, last, slots, before + number - 1)
+            logits, held = network(params, inputs, held, 1)
+            return number + 1, held, *pick(number, logits, alive, tokens, mask, total)
+
+        tokens = jnp.full((batch, length), pad, jnp.int32)
+        total = jnp.zeros(batch, jnp.promote_types(logits.dtype, jnp.float32))
+        nothing = jnp.zeros((batch, length), bool)
+        start = pick(0, logits, jnp.ones(batch, bool), tokens, nothing, total)
+        *_, tokens, mask, total = lax.while_loop(
+            lambda carry: (carry[0] < length) & jnp.any(carry[2]),
+            turn,
+            (jnp.int32(1), held, *start),
+        )
+        return Rationales(tokens, total, mask)
+
+    def sample(params, key: PRNGKey, prompts: Prompts) -> Rationales:
+        def choose(number, rows):
+            return jax.random.categorical(jax.random.fold_in(key, number), rows)
+
+        return decode(params, prompts, choose)
+
+    def greedy(params, prompts: Prompts) -> Rationales:
+        return decode(params, prompts, lambda number, rows: jnp.argmax(rows, axis=-1))
+
+    def log_prob(params, prompts: Prompts, tokens, mask):
+        slots_of(prompts)
+        slots = prompts.tokens.shape[1] + tokens.shape[1] - 1
+        fed = jnp.concatenate([prompts.tokens, tokens[:, :-1]], axis=1, dtype=jnp.int32)
+        logits, _ = network(
+            params, inputs_of(prompts, fed, slots, 0), cache(fed.shape[0], slots), tokens.shape[1]
+        )
+        each = jnp.take_along_axis(log_probs(logits), tokens[..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(mask, each, 0.0), axis=1)
+
+    return Policy(sample, log_prob, greedy)

@@ -1,0 +1,109 @@
+"""Verifiers in Python: what raises, hangs or returns nonsense costs one rationale."""
+
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from stochgrad import em
+from tests.em.toys import small
+
+
+def text_of(tokens):
+    return " ".join(str(token) for token in tokens)
+
+
+def test_what_fails_costs_one_rationale():
+    released = threading.Event()
+
+    def verify(text, answer):
+        if text == "1":
+            raise RuntimeError("a bad parse")
+        if text == "2":
+            released.wait(30)
+        if text == "3":
+            return 1.0
+        return text == str(answer)
+
+    verify = em.on_host(verify, text_of, timeout=0.3, threads=2)
+    tokens = jnp.arange(6, dtype=jnp.int32)[:, None]
+    answers = jnp.array([0, 1, 2, 3, 4, 9])
+    start = time.monotonic()
+    with pytest.warns(em.VerifierWarning) as seen:
+        right = jax.block_until_ready(jax.jit(verify)(tokens, jnp.ones((6, 1), bool), answers))
+    assert time.monotonic() - start < 10
+    assert right.tolist() == [True, False, False, False, True, False]
+    assert verify.failures == {"raised": 1, "timed out": 1, "returned no bool": 1}
+    said = " ".join(str(warning.message) for warning in seen)
+    for words in ("RuntimeError('a bad parse')", "more than 0.3 seconds", "where a bool is due"):
+        assert words in said
+    released.set()
+    again = verify(tokens[:1], jnp.ones((1, 1), bool), answers[:1])
+    assert again.tolist() == [True]
+
+
+def test_rationales_are_verified_side_by_side():
+    together = threading.Barrier(4, timeout=20)
+
+    def verify(text, answer):
+        together.wait()
+        return True
+
+    verify = em.on_host(verify, text_of, threads=4)
+    tokens = jnp.zeros((8, 2), jnp.int32)
+    assert verify(tokens, jnp.ones((8, 2), bool), jnp.zeros(8)).all()
+
+
+def test_masked_tokens_and_restarts_side_by_side():
+    """A verifier under ``vmap`` sees one rationale at a time."""
+    verify = em.on_host(lambda text, answer: text == f"{answer[0]} {answer[1]}", text_of)
+    tokens = jnp.array([[[1, 2, 7], [3, 4, 7]], [[5, 6, 7], [8, 9, 7]]], jnp.int32)
+    mask = tokens != 7
+    answers = jnp.array([[[1, 2], [0, 4]], [[5, 6], [8, 9]]])
+    found = jax.vmap(verify)(tokens, mask, answers)
+    assert found.tolist() == [[True, False], [True, True]]
+
+
+def test_learning_with_a_verifier_on_the_host_is_learning_with_one_on_the_device():
+    toy = small()
+    host = em.on_host(
+        lambda text, answer: bool(toy.right[int(answer), int(text)]) if text else False, text_of
+    )
+    theta, found = jnp.array([0.4, -0.3]), []
+    for model in (toy.model(), em.verified(toy.policy(), host)):
+        target = em.mcmc_em(model, toy.questions(), batch_size=2)
+
+        @jax.jit
+        def step(state, key, target=target):
+            score, state = target.next(key, theta, state)
+            return state, score(theta)[1]
+
+        state = target.init(jax.random.key(0), theta)
+        for key in jax.random.split(jax.random.key(1), 10):
+            state, slope = step(state, key)
+            found.append(slope.tolist())
+    assert found[:10] == found[10:]
+    assert any(map(any, found))
+    assert not host.failures
+
+
+def test_a_verifier_that_returns_no_bool_is_refused():
+    toy = small()
+    for verdict in (1.0, None, "yes"):
+        model = em.verified(toy.policy(), em.on_host(lambda text, answer: verdict, text_of))
+        with pytest.raises(TypeError, match="verify must return a bool, got"):
+            em.mcmc_em(model, toy.questions(), batch_size=1)
+    with pytest.raises(TypeError, match="decode must be a function"):
+        em.on_host(lambda text, answer: True, None)
+    with pytest.raises(ValueError, match="timeout"):
+        em.on_host(lambda text, answer: True, text_of, timeout=0.0)
+
+
+def test_a_rationale_that_was_cut_off_is_wrong():
+    toy = small()
+    model = em.verified(toy.policy(), lambda tokens, mask, answers: mask[:, 0], end=9)
+    tokens, mask = jnp.array([[1, 9], [1, 2], [1, 9]]), jnp.array([[1, 1], [1, 1], [1, 0]], bool)
+    found = model.log_likelihood(jnp.zeros(2), None, tokens, mask, jnp.zeros(3))
+    assert jnp.exp(found).tolist() == [1.0, 0.0, 0.0]
