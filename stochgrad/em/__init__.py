@@ -22,6 +22,10 @@ from stochgrad.em._estimators import reinforce as reinforce
 from stochgrad.em._estimators import rest_em as rest_em
 from stochgrad.em._estimators import star as star
 from stochgrad.em._estimators import trice as trice
+from stochgrad.em._evaluate import Evaluation as Evaluation
+from stochgrad.em._evaluate import Rate as Rate
+from stochgrad.em._evaluate import evaluate as evaluate
+from stochgrad.em._evaluate import json_lines as json_lines
 from stochgrad.em._mcmc_em import EMState as EMState
 from stochgrad.em._mcmc_em import mcmc_em as mcmc_em
 from stochgrad.em._mcmc_em import unsolved as unsolved

@@ -1,0 +1,206 @@
+"""How often a policy is right: greedy, by majority, in one of k."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from stochgrad.core import PRNGKey, check_count, check_key, data_rows
+from stochgrad.em._e_step import Stats
+from stochgrad.em._model import LatentModel, Questions, take
+
+
+class Rate(NamedTuple):
+    """A mean over questions, with a 95% interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end of Wilson's interval; conservative for means of numbers between 0 and 1.
+        high: Its upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Array | np.ndarray) -> "Rate":
+        """Of numbers between 0 and 1, one for each question."""
+        values = np.asarray(values, np.float64)
+        n, p, z = values.size, float(values.mean()), 1.959964
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return cls(p, max(middle - half, 0.0), min(middle + half, 1.0))
+
+
+class Evaluation(NamedTuple):
+    """What ``evaluate`` found.
+
+    Attributes:
+        greedy: Share of questions that the most probable rationale answers, None where the policy
+            has no such thing.
+        majority: Share that the most frequent answer of all draws is right for; None without
+            ``vote``.
+        pass_at: For k = 1, 2, 4, ..., the expected share of questions that one of k draws answers.
+        solved: Share of each question's draws that are right.
+        tokens: The greedy rationales, or each question's first draw.
+        mask: Their mask.
+        right: Whether each is right.
+    """
+
+    greedy: Rate | None
+    majority: Rate | None
+    pass_at: dict[int, Rate]
+    solved: Float[np.ndarray, " questions"]
+    tokens: PyTree
+    mask: Bool[np.ndarray, "questions length"]
+    right: Bool[np.ndarray, " questions"]
+
+    def metrics(self) -> dict[str, float]:
+        """The rates as a flat dict, ends of intervals included."""
+        rates = {"greedy": self.greedy, "majority": self.majority}
+        rates |= {f"pass_at_{k}": rate for k, rate in self.pass_at.items()}
+        found = {}
+        for name, rate in rates.items():
+            if rate is not None:
+                found |= {name: rate.mean, f"{name}_low": rate.low, f"{name}_high": rate.high}
+        return found
+
+
+def evaluate(
+    model: LatentModel,
+    params: Any,
+    questions: Questions,
+    key: PRNGKey,
+    *,
+    samples: int = 8,
+    batch_size: int = 64,
+    vote: Callable[[PyTree, Array], Int[Array, " examples"]] | None = None,
+) -> Evaluation:
+    r"""Judge a policy on questions, held-out ones as a rule.
+
+    With c of n draws right, the share of k draws with at least one right one has the unbiased
+    estimate
+
+    $$\widehat{\text{pass@}k} = 1 - \binom{n-c}k \Big/ \binom nk$$
+
+    [Chen et al. 2021]. Intervals are over questions.
+
+    Args:
+        model: As ``verified`` makes it.
+        params: Parameters.
+        questions: Questions.
+        key: A PRNG key.
+        samples: Draws for each question, n.
+        batch_size: Questions decoded at once.
+        vote: ``(tokens, mask) -> (examples,)``, the answer that each rationale gives as a whole
+            number, negative where it gives none. Of answers equally frequent the first drawn wins.
+
+    Raises:
+        ValueError: there are no questions, or a number is not positive.
+        TypeError: the key is no PRNG key.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from stochgrad import em
+        >>> def sample(logits, key, prompts):
+        ...     z = jax.random.categorical(key, logits, shape=prompts.shape)[:, None]
+        ...     return em.Rationales(z, jax.nn.log_softmax(logits)[z[:, 0]], z >= 0)
+        >>> def log_prob(logits, prompts, tokens, mask):
+        ...     return jax.nn.log_softmax(logits)[tokens[:, 0]]
+        >>> model = em.verified(
+        ...     em.Policy(sample, log_prob), lambda tokens, mask, answers: tokens[:, 0] == answers)
+        >>> questions = em.Questions(jnp.arange(200), jnp.full(200, 1))
+        >>> found = em.evaluate(model, jnp.log(jnp.array([0.5, 0.5])), questions, jax.random.key(0))
+        >>> found.pass_at[1].low < 0.5 < found.pass_at[1].high, found.pass_at[8].mean > 0.98
+        (True, True)
+    """
+    check_key(key)
+    samples, size = check_count("samples", samples), data_rows(questions)
+    at_once = min(check_count("batch_size", batch_size), size)
+
+    @jax.jit
+    def judge(params, key, rows: Questions):
+        def verdict(drawn):
+            ll = model.log_likelihood(params, rows.prompts, drawn.tokens, drawn.mask, rows.answers)
+            votes = jnp.zeros(at_once, jnp.int32)
+            if vote is not None:
+                votes = vote(drawn.tokens, drawn.mask)
+            return jnp.exp(ll) > 0.5, votes
+
+        def one(key):
+            drawn = model.policy.sample(params, key, rows.prompts)
+            return *verdict(drawn), drawn.tokens, drawn.mask
+
+        right, votes, tokens, mask = jax.lax.map(one, jax.random.split(key, samples))
+        first = (*jax.tree.map(lambda leaf: leaf[0], (tokens, mask)), right[0])
+        if model.policy.greedy is not None:
+            best = model.policy.greedy(params, rows.prompts)
+            first = best.tokens, best.mask, verdict(best)[0]
+        return (right.T, votes.T), first
+
+    found = []
+    for start in range(0, size, at_once):
+        index = (start + jnp.arange(at_once)) % size
+        rows = take(questions, index)
+        out = judge(params, jax.random.fold_in(key, start), rows)
+        kept = min(at_once, size - start)
+        found.append(jax.tree.map(lambda leaf, kept=kept: np.asarray(leaf)[:kept], out))
+    (right, votes), (tokens, mask, shown) = jax.tree.map(
+        lambda *parts: np.concatenate(parts), *found
+    )
+    counts = right.sum(axis=1)
+    ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    return Evaluation(
+        None if model.policy.greedy is None else Rate.of(shown),
+        None if vote is None else Rate.of(_majority(votes, right)),
+        {k: Rate.of(_pass_at(counts, samples, k)) for k in ks},
+        right.mean(axis=1),
+        tokens,
+        mask,
+        shown,
+    )
+
+
+def json_lines(path: str | Path, metrics: Mapping[str, Any] | Stats, step: int = 0) -> None:
+    """Append metrics to a file, one JSON object a step, which any tracker reads.
+
+    Args:
+        path: The file.
+        metrics: Numbers by name, as ``Evaluation.metrics`` has them, or arrays with one leading
+            axis of steps, as a run collects ``Stats``.
+        step: Number of the (first) step.
+
+    Raises:
+        ValueError: a metric is neither a number nor a sequence of them, or lengths differ.
+    """
+    named = metrics if isinstance(metrics, Mapping) else metrics._asdict()
+    columns = {name: np.asarray(values) for name, values in named.items()}
+    shapes = {values.shape for values in columns.values()}
+    if len(shapes) != 1 or len(shape := shapes.pop()) > 1:
+        raise ValueError(
+            "metrics must be numbers, or sequences of them of one length, got shapes "
+            f"{ {name: values.shape for name, values in columns.items()} }."
+        )
+    with Path(path).open("a") as file:
+        for row in range(shape[0] if shape else 1):
+            values = {name: np.atleast_1d(column)[row].item() for name, column in columns.items()}
+            file.write(json.dumps({"step": step + row, **values}) + "\n")
+
+
+def _pass_at(counts, n: int, k: int) -> np.ndarray:
+    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in counts])
+
+
+def _majority(votes, right) -> np.ndarray:
+    """Whether each question's most frequent answer is right."""
+    same = (votes[:, :, None] == votes[:, None, :]) & (votes >= 0)[:, None, :]
+    most = np.argmax(same.sum(axis=2), axis=1)
+    rows = np.arange(len(votes))
+    return right[rows, most] & (votes[rows, most] >= 0)
