@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from stochgrad.core import PRNGKey
 from stochgrad.em._allocate import Allocator, Tally
 from stochgrad.em._model import LatentModel, Questions, Rationales, take
+from stochgrad.em._shelf import Shelf
 from stochgrad.gradients import directional_derivatives
 from stochgrad.kernels import acceptance
 
@@ -21,8 +22,8 @@ class Memory(NamedTuple):
     """One latent for each example, and what is known of each.
 
     Attributes:
-        tokens: The latents.
-        mask: Their masks.
+        tokens: The latents; with ``memory_path``, where they are found.
+        mask: Their masks; empty with ``memory_path``.
         log_likelihood: Of the answer given the latent; minus infinity where none was right yet.
         tries: Proposals so far, decayed as the allocator says.
         successes: Those of them that had a likelihood, likewise.
@@ -99,23 +100,39 @@ class Stats(NamedTuple):
     tokens: Float[Array, ""]
 
 
-def empty_memory(model: LatentModel, params: Any, questions: Questions, count: int) -> Memory:
-    """A memory of ``count`` latents that are all wrong."""
+def latent_shapes(model: LatentModel, params: Any, questions: Questions) -> Rationales:
+    """Shapes and dtypes of one example's latent, with a leading axis of one."""
     one = take(questions.prompts, jnp.zeros(1, jnp.int32))
-    drawn = jax.eval_shape(model.policy.sample, params, jax.random.key(0), one)
+    return jax.eval_shape(model.policy.sample, params, jax.random.key(0), one)
 
-    def empty(shape):
-        return jnp.zeros((count, *shape.shape[1:]), shape.dtype)
 
+def empty_memory(shelf: Shelf, key: PRNGKey, one: Rationales, count: int) -> Memory:
+    """A memory of ``count`` latents that are all wrong."""
     zeros = jnp.zeros(count)
     return Memory(
-        jax.tree.map(empty, drawn.tokens),
-        empty(drawn.mask),
-        jnp.full(count, -jnp.inf, drawn.log_prob.dtype),
+        *shelf.init(key, (one.tokens, one.mask), count),
+        jnp.full(count, -jnp.inf, one.log_prob.dtype),
         zeros,
         zeros,
         jnp.zeros(count, jnp.int32),
     )
+
+
+def read(shelf: Shelf, memory: Memory, index: Int[Array, " n"]) -> Memory:
+    """Rows of the memory."""
+    tokens, mask = shelf.read((memory.tokens, memory.mask), index)
+    return Memory(tokens, mask, *take(memory[2:], index))
+
+
+def write(
+    shelf: Shelf, memory: Memory, index: Int[Array, " n"], rows: Memory, moved: Bool[Array, " n"]
+) -> Memory:
+    """The memory with other rows, of which those that moved have new latents."""
+    tokens, mask = shelf.write((memory.tokens, memory.mask), index, rows[:2], moved)
+    rest = jax.tree.map(
+        lambda all, rows: all.at[index].set(rows, mode="drop"), memory[2:], rows[2:]
+    )
+    return Memory(tokens, mask, *rest)
 
 
 class Proposals(NamedTuple):

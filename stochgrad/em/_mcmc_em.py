@@ -1,5 +1,6 @@
 """MCMC-EM: the gradient of a marginal log-likelihood, from a chain for each example's latent."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +16,17 @@ from stochgrad.em._e_step import (
     Stats,
     Visit,
     empty_memory,
+    latent_shapes,
     propose,
+    read,
     slopes,
     walk,
+    write,
 )
 from stochgrad.em._estimators import Estimator, trice
 from stochgrad.em._m_step import Items, in_pieces, joined, times, weighed
 from stochgrad.em._model import Guide, LatentModel, Questions, Rationales, take
+from stochgrad.em._shelf import Shelf, on_device, on_disk
 
 
 class EMState(NamedTuple):
@@ -49,6 +54,7 @@ def mcmc_em(
     start: Guide | None = None,
     order: Order = "reshuffled",
     pieces: int = 1,
+    memory_path: str | Path | None = None,
 ) -> Gradient:
     r"""A stochastic gradient of the marginal log-likelihood of the answers.
 
@@ -83,6 +89,9 @@ def mcmc_em(
         order: Order of the minibatches.
         pieces: In how many pieces the M-step's latents are differentiated, one after another, with
             the memory of one.
+        memory_path: A directory for the latents of all examples, where there are too many for the
+            device: a file that grows by each latent that changes. A checkpoint needs it beside
+            itself, and each of several restarts has a file of its own.
 
     Raises:
         TypeError: the model is no ``LatentModel``.
@@ -133,6 +142,12 @@ def mcmc_em(
         """The model's parameters, and those that a guide is called with."""
         return position if learned else (position, position)  # type: ignore[return-value]
 
+    def shelf_of(theta) -> Shelf:
+        if memory_path is None:
+            return on_device()
+        one = latent_shapes(model, theta, questions)
+        return on_disk(memory_path, (one.tokens, one.mask))
+
     def log_weight(theta, phi, rows: Questions, latent: Rationales, log_likelihood):
         """Log of joint over proposal."""
         if proposal is None:
@@ -143,7 +158,8 @@ def mcmc_em(
     def e_step(key: PRNGKey, position: Position, rows: Questions, index, present, memory: Memory):
         theta, phi = lax.stop_gradient(of(position))
         draw_key, walk_key, direction_key = jax.random.split(key, 3)
-        held: Memory = take(memory, index)
+        shelf = shelf_of(theta)
+        held = read(shelf, memory, index)
         past = Tally.none(present.shape[0])._replace(tries=held.tries, successes=held.successes)
         if proposal is not None:
             draw = lambda key, rows: proposal.policy.sample(phi, key, rows.hints)  # type: ignore
@@ -212,9 +228,7 @@ def mcmc_em(
             jnp.where(moved, 0, held.age + 1),
         )
         into = jnp.where(present > 0, index, size)
-        memory = jax.tree.map(
-            lambda all, rows: all.at[into].set(rows, mode="drop"), memory, updated
-        )
+        memory = write(shelf, memory, into, updated, moved)
         stats = _stats(visit, found, updated, memory)
         return visit, held, found, asking, memory, stats
 
@@ -257,9 +271,10 @@ def mcmc_em(
     def init(key: PRNGKey, position: Position) -> EMState:
         batch_key, start_key = jax.random.split(key)
         theta, _ = of(position)
-        memory = empty_memory(model, theta, questions, size)
+        shelf, one = shelf_of(theta), latent_shapes(model, theta, questions)
+        memory = empty_memory(shelf, jax.random.fold_in(start_key, 0), one, size)
         if start is not None:
-            memory = _started(start_key, start, model, theta, questions, memory, batch_size)
+            memory = _started(start_key, start, model, theta, questions, shelf, memory, batch_size)
         zero = jnp.zeros(())
         return EMState(batches.init(batch_key), memory, Stats(*(zero,) * len(Stats._fields)))
 
@@ -289,26 +304,26 @@ def unsolved(state: Any) -> Int[Array, " examples"]:
     return jnp.flatnonzero(jnp.isneginf(state.log_likelihood))
 
 
-def _started(key, guide: Guide, model, theta, questions: Questions, memory: Memory, at_once: int):
+def _started(
+    key, guide: Guide, model, theta, questions: Questions, shelf: Shelf, memory: Memory, at_once
+):
     """The memory with a draw of a guide for each example, as many at once as in a minibatch."""
     size = memory.age.shape[0]
     blocks = -(-size // at_once)
-    index = jnp.resize(jnp.arange(size), (blocks, at_once))
+    index = jnp.arange(blocks * at_once, dtype=jnp.int32).reshape(blocks, at_once)
 
-    def block(given):
+    def block(memory: Memory, given):
         key, index = given
-        rows = take(questions, index)
+        rows = take(questions, index % size)
         drawn = guide.policy.sample(theta, key, rows.hints)
         likelihood = model.log_likelihood(
             theta, rows.prompts, drawn.tokens, drawn.mask, rows.answers
         )
-        return drawn.tokens, drawn.mask, likelihood
+        none = jnp.zeros(at_once)
+        found = Memory(drawn.tokens, drawn.mask, likelihood, none, none, jnp.zeros_like(index))
+        return write(shelf, memory, index, found, index < size), None
 
-    out = lax.map(block, (jax.random.split(key, blocks), index))
-    tokens, mask, likelihood = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], out
-    )
-    return memory._replace(tokens=tokens, mask=mask, log_likelihood=likelihood)
+    return lax.scan(block, memory, (jax.random.split(key, blocks), index))[0]
 
 
 def _stats(visit: Visit, found: Proposals, updated: Memory, memory: Memory) -> Stats:

@@ -191,3 +191,42 @@ def test_a_gradient_in_pieces_is_the_gradient():
         found.append(np.asarray(score(theta)[1]))
     assert np.abs(found[0]).max() > 0.01
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_memory_on_disk_is_the_memory(tmp_path):
+    """Gone on with from a checkpoint as well, and side by side."""
+    toy, theta = small(), jnp.array([0.4, -0.3])
+    hints = jnp.arange(3, dtype=jnp.int32)
+    settings = {"start": em.Guide(toy.policy(temperature=3.0))}
+
+    def run(path, keys):
+        target = em.mcmc_em(
+            toy.model(), toy.questions(hints), batch_size=2, memory_path=path, **settings
+        )
+
+        def steps(state, key):
+            def step(state, key):
+                score, state = target.next(key, theta, state)
+                return state, score(theta)[1]
+
+            return jax.lax.scan(step, state, jax.random.split(key, 12))
+
+        steps = jax.jit(jax.vmap(steps))
+        first, slopes = steps(jax.vmap(lambda key: target.init(key, theta))(keys), keys)
+        then, more = steps(first, keys)
+        again, same = steps(first, keys)  # from the older state: later rows are written anew
+        np.testing.assert_array_equal(np.asarray(more), np.asarray(same))
+        return np.asarray(slopes), np.asarray(more), then, first, steps
+
+    keys = jax.random.split(jax.random.key(3), 2)
+    *device, _, _, _ = run(None, keys)
+    *disk, state, first, steps = run(tmp_path, keys)
+    for a, b in zip(device, disk, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.abs(device[1]).max() > 0
+    assert len(list(tmp_path.iterdir())) == 2
+    assert state.memory.tokens.place.shape == (2, 3)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises((ValueError, RuntimeError), match="no longer all in"):
+        jax.block_until_ready(steps(first, keys))

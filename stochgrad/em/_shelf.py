@@ -1,0 +1,145 @@
+"""Where the latents of all examples lie: in arrays on the device, or in a file."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, PyTree, UInt32
+
+from stochgrad.core import PRNGKey
+from stochgrad.em._model import take
+
+
+class Shelf(NamedTuple):
+    """A store of one latent for each example, as pure functions of what the state holds of it.
+
+    Attributes:
+        init: ``(key, one, count) -> kept``, from the shapes of one example's tokens and mask.
+        read: ``(kept, index) -> (tokens, mask)``.
+        write: ``(kept, index, (tokens, mask), changed) -> kept``; an index beyond the examples is
+            left out, a row that has not changed may be.
+    """
+
+    init: Callable[[PRNGKey, PyTree, int], tuple[Any, Any]]
+    read: Callable[[tuple, Int[Array, " n"]], tuple[PyTree, Array]]
+    write: Callable[[tuple, Int[Array, " n"], tuple, Bool[Array, " n"]], tuple[Any, Any]]
+
+
+def on_device() -> Shelf:
+    """Arrays in the state."""
+
+    def init(key, one, count):
+        return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), one)
+
+    def write(kept, index, rows, changed):
+        return jax.tree.map(lambda all, rows: all.at[index].set(rows, mode="drop"), kept, rows)
+
+    return Shelf(init, take, write)
+
+
+class OnDisk(NamedTuple):
+    """What the state holds of latents in a file.
+
+    Attributes:
+        file: Number of the file.
+        place: Row of the file that each example's latent is in.
+        count: Rows of the file.
+    """
+
+    file: UInt32[Array, "2"]
+    place: Int[Array, " examples"]
+    count: Int[Array, ""]
+
+
+def on_disk(directory: str | Path, one: PyTree) -> Shelf:
+    """A file that only grows.
+
+    A latent that changes is added at the end, and the state holds the place of each: a run that
+    goes on from an older state finds all its latents, and writes the later ones anew. Chains side
+    by side have a file each, named by their key.
+
+    Args:
+        directory: Where files lie.
+        one: Shapes and dtypes of one example's latent, with a leading axis of one.
+    """
+    directory = Path(directory)
+    leaves, structure = jax.tree.flatten(one)
+    kinds = [(leaf.shape[1:], np.dtype(leaf.dtype)) for leaf in leaves]
+    sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in kinds]
+    width = sum(sizes)
+
+    def open_file(number, flags) -> int:
+        directory.mkdir(parents=True, exist_ok=True)
+        name = "latents-" + "".join(f"{int(part):08x}" for part in np.asarray(number))
+        return os.open(directory / name, os.O_CREAT | flags, 0o644)
+
+    def load(number, place, count):
+        file = open_file(number, os.O_RDONLY)
+        try:
+            rows = [os.pread(file, width, int(row) * width) for row in np.asarray(place)]
+        finally:
+            os.close(file)
+        if any(len(row) < width for row in rows):
+            raise FileNotFoundError(
+                f"the latents of this run are no longer all in {directory}: a checkpoint needs the "
+                "files that were written beside it."
+            )
+        table = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), width)
+        parts = np.split(table, np.cumsum(sizes)[:-1], axis=1)
+        return [
+            np.frombuffer(part.tobytes(), dtype).reshape(len(rows), *shape)
+            for part, (shape, dtype) in zip(parts, kinds, strict=True)
+        ]
+
+    def save(number, count, changed, *rows):
+        chosen = np.flatnonzero(changed)
+        parts = [
+            np.frombuffer(np.asarray(leaf)[chosen].tobytes(), np.uint8).reshape(-1, size)
+            for leaf, size in zip(rows, sizes, strict=True)
+        ]
+        file = open_file(number, os.O_WRONLY)
+        try:
+            os.pwrite(file, np.concatenate(parts, axis=1).tobytes(), int(count) * width)
+        finally:
+            os.close(file)
+        return np.int32(int(count) + len(chosen))
+
+    def call(function, shapes, *arguments):
+        return jax.pure_callback(function, shapes, *arguments, vmap_method="sequential")
+
+    def init(key, one, count):
+        number = jax.random.bits(key, (2,), jnp.uint32)
+        kept = OnDisk(number, jnp.zeros(count, jnp.int32), jnp.int32(0))
+        rows = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), one)
+        # row 0, the empty latent, is the place of all
+        return write(
+            (kept, jnp.zeros((0, 0), bool)), jnp.zeros(1, jnp.int32), rows, jnp.ones(1, bool)
+        )
+
+    def read(kept, index):
+        kept, _ = kept
+        shapes = [jax.ShapeDtypeStruct((*index.shape, *shape), dtype) for shape, dtype in kinds]
+        place = jnp.take(kept.place, index)
+        return structure.unflatten(call(load, shapes, kept.file, place, kept.count))
+
+    def write(kept, index, rows, changed):
+        kept, nothing = kept
+        size = kept.place.shape[0]
+        changed &= index < size
+        place = kept.count + jnp.cumsum(changed.astype(jnp.int32)) - 1
+        into = jnp.where(changed, index, size)
+        count = call(
+            save,
+            jax.ShapeDtypeStruct((), jnp.int32),
+            kept.file,
+            kept.count,
+            changed,
+            *jax.tree.leaves(rows),
+        )
+        return OnDisk(kept.file, kept.place.at[into].set(place, mode="drop"), count), nothing
+
+    return Shelf(init, read, write)
