@@ -7,6 +7,7 @@ from stochgrad.em._allocate import reinforce_ada as reinforce_ada
 from stochgrad.em._allocate import uniform as uniform
 from stochgrad.em._allocate import vade as vade
 from stochgrad.em._decode import Inputs as Inputs
+from stochgrad.em._decode import Network as Network
 from stochgrad.em._decode import Prompts as Prompts
 from stochgrad.em._decode import decoder as decoder
 from stochgrad.em._decode import left_padded as left_padded

@@ -109,7 +109,7 @@ def gvm(
     *,
     alpha: float = 1e-3,
     beta: float = 2.0,
-    floor: float = 0.1,
+    floor: float = 0.0,
     directions: int = 4,
 ) -> Allocator:
     r"""Numbers that minimise the variance of a gradient from accepted proposals.
@@ -117,9 +117,11 @@ def gvm(
     $$n_i \propto \frac{G_i}{\sqrt{p_i + \alpha / p_i^{\beta - 1}}},$$
 
     with the share $p_i$ of accepted proposals and the mean gradient norm $G_i$ at them, both from a
-    pilot round of half of all proposals, the same number for each question. The second half goes
-    where the pilot says that it is missing; a question that the pilot did not solve gets a part of
-    the ``floor`` only, since with $n_i = 0$ it never could be [GVM-RAFT, Yao et al. 2025].
+    pilot round of half of all proposals, the same number for each question; the second half goes
+    where the pilot says that it is missing [GVM-RAFT, Yao et al. 2025]. With s of n pilot proposals
+    accepted, $p_i = (s + 1/2) / (n + 1)$, and a question that the pilot did not solve has the mean
+    norm of the others: with the published $p_i = s / n$ it would get nothing, and is often the one
+    that needs proposals most.
 
     Args:
         per_question: Proposals for each question on average, pilot included; even.
@@ -150,11 +152,11 @@ def gvm(
 
 def gvm_share(tally: Tally, alpha: float, beta: float) -> Float[Array, " questions"]:
     """The shares of all proposals that minimise the variance, by a tally."""
-    p = tally.successes / jnp.maximum(tally.tries, 1.0)
-    norm = tally.norms / jnp.maximum(tally.successes, 1.0)
-    solved = p > 0
-    safe = jnp.where(solved, p, 1.0)
-    share = jnp.where(solved, norm / jnp.sqrt(safe + alpha / safe ** (beta - 1.0)), 0.0)
+    successes, found = tally.successes, jnp.maximum(tally.successes, 1.0)
+    p = (successes + 0.5) / (tally.tries + 1.0)
+    mean = jnp.sum(tally.norms) / jnp.maximum(jnp.sum(successes), 1.0)
+    norm = jnp.where(successes > 0, tally.norms / found, jnp.where(mean > 0, mean, 1.0))
+    share = jnp.where(tally.tries > 0, norm / jnp.sqrt(p + alpha / p ** (beta - 1.0)), 0.0)
     total = jnp.sum(share)
     return share / jnp.where(total > 0, total, 1.0)
 

@@ -43,6 +43,7 @@ class Inputs(NamedTuple):
 
 
 Network = Callable[[Any, Inputs, PyTree, int], tuple[Float[Array, "batch keep vocabulary"], PyTree]]
+"""``(params, inputs, cache, keep) -> (logits, cache)``, as ``decoder`` wants it."""
 
 
 def left_padded(
@@ -160,7 +161,7 @@ def decoder(
 
     def log_probs(logits):
         """Log probabilities of what is sampled."""
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+        logits = logits.astype(_wide(logits.dtype)) / temperature
         if top_p < 1:
             ranked = -jnp.sort(-lax.stop_gradient(logits), axis=-1)
             mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
@@ -193,7 +194,7 @@ def decoder(
             return number + 1, held, *pick(number, logits, alive, tokens, mask, total)
 
         tokens = jnp.full((batch, length), pad, jnp.int32)
-        total = jnp.zeros(batch, jnp.promote_types(logits.dtype, jnp.float32))
+        total = jnp.zeros(batch, _wide(logits.dtype))
         nothing = jnp.zeros((batch, length), bool)
         start = pick(0, logits, jnp.ones(batch, bool), tokens, nothing, total)
         *_, tokens, mask, total = lax.while_loop(
@@ -223,3 +224,8 @@ def decoder(
         return jnp.sum(jnp.where(mask, each, 0.0), axis=1)
 
     return Policy(sample, log_prob, greedy)
+
+
+def _wide(dtype):
+    """Float32 at least."""
+    return dtype if dtype.itemsize > 4 else np.dtype(np.float32)

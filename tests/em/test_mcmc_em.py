@@ -67,8 +67,9 @@ def test_a_guides_weight_keeps_the_posterior(key):
 def test_training_goes_on_from_a_checkpoint_to_the_bit(tmp_path):
     toy = small()
     kernel = stochgrad.ascend(gradient(toy, 2), optax.adam(0.1))
+    other = stochgrad.ascend(gradient(small(2), 2), optax.adam(0.1))
 
-    def run(count, **settings):
+    def run(count, kernel=kernel, **settings):
         return stochgrad.sample(
             jax.random.key(0),
             kernel,
@@ -83,8 +84,10 @@ def test_training_goes_on_from_a_checkpoint_to_the_bit(tmp_path):
         whole = run(30)
         run(10, checkpoint=tmp_path)
         again = run(30, checkpoint=tmp_path, resume=True)
+        with pytest.raises(ValueError, match="holds another run"):
+            run(40, other, checkpoint=tmp_path, resume=True)
     for a, b in zip(
-        jax.tree.leaves(whole.collected), jax.tree.leaves(again.collected), strict=True
+        jax.tree.leaves(whole.positions), jax.tree.leaves(again.positions), strict=True
     ):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
