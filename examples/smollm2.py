@@ -165,7 +165,7 @@ def main():
     """Judge, train, judge again."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default="smollm2.png")
-    parser.add_argument("--metrics", default="smollm2.jsonl")
+    parser.add_argument("--metrics", help="a file for metrics, one JSON object a line")
     parser.add_argument("--save", help="a new directory for the weights, which orbax writes")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--questions", type=int, default=256)
@@ -176,7 +176,11 @@ def main():
     parser.add_argument("--length", type=int, default=40)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--smoke", action="store_true", help="two steps, to see that it runs")
     options = parser.parse_args()
+    if options.smoke:
+        options.questions = options.held_out = options.batch = 4
+        options.steps, options.samples, options.length, options.subsample = 2, 2, 32, 2
 
     model = llm.read_gguf(llm.smollm2_path())
     policy = model.policy(length=options.length, end=newline(model), remat=True)
@@ -195,7 +199,8 @@ def main():
     joint, state, stats = train(model, policy, data, verify, options, options.metrics)
     after = judge(joint, state.position)
     print("after:", after.metrics())
-    em.json_lines(options.metrics, after.metrics(), step=options.steps)
+    if options.metrics:
+        em.json_lines(options.metrics, after.metrics(), step=options.steps)
     for n in range(min(4, options.held_out)):
         for name, found in (("before", before), ("after", after)):
             text = model.tokenizer.decode(found.tokens[n][found.mask[n]].tolist())

@@ -9,9 +9,6 @@ FALSE_ALARM = 1e-5
 Z = 5.5
 """Standard errors allowed in a statistical test: 4e-8 two-sided, for up to 250 comparisons."""
 
-QUICKLY_COMPILED = ("flows.test_scores",)
-"""Modules whose tests compare derivatives, not bits."""
-
 
 @pytest.fixture(autouse=True)
 def _strict(request):
@@ -21,15 +18,6 @@ def _strict(request):
         return
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
-
-
-@pytest.fixture(autouse=True)
-def _quickly_compiled(request):
-    """XLA optimises little where compiling is most of the time and no test compares bits."""
-    chosen = any(name in request.module.__name__ for name in QUICKLY_COMPILED)
-    jax.config.update("jax_disable_most_optimizations", chosen)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

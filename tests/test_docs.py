@@ -61,7 +61,9 @@ def test_every_link_between_pages_leads_somewhere():
 @pytest.mark.slow
 @pytest.mark.pages
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", ["guide", "samplers", "orders", "scale", "federated", "flows"])
+@pytest.mark.parametrize(
+    "page", ["guide", "samplers", "orders", "scale", "federated", "flows", "chain_of_thought"]
+)
 def test_the_pages_run(page, monkeypatch, tmp_path):
     import matplotlib
 
@@ -84,6 +86,9 @@ def test_the_pages_run(page, monkeypatch, tmp_path):
         assert abs(space["again"].positions.mean(axis=(0, 1)) - truth).max() < 0.05
         assert abs(space["over_the_wire"].positions.mean(axis=(0, 1)) - truth).max() < 0.1
         assert (space["report"].margin > 0).all()
+    if page == "chain_of_thought":
+        assert space["stats"].reward[-50:].mean() > 1.5 * space["stats"].reward[:50].mean()
+        assert abs(space["fit"].model["mean"] - jax.numpy.array([-1.0, 1.0])).max() < 0.3
     if page == "scale":
         assert space["again"].num_draws == 2000
         spread = space["again"].positions[:].std(axis=(0, 1))

@@ -5,8 +5,10 @@ import importlib.metadata
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import stochgrad
 from stochgrad import em, llm
 
 gguf = pytest.importorskip("gguf")
@@ -153,18 +155,24 @@ def test_a_tiny_llama_is_what_numpy_computes(tmp_path, key, tied):
     np.testing.assert_allclose(forced, scored(tensors, RAGGED, rest), rtol=0, atol=1e-4)
 
 
+def logits_of(model, tokens):
+    """Logits at every token."""
+    n = len(tokens)
+    inputs = em.Inputs(
+        jnp.asarray(tokens, jnp.int32)[None],
+        jnp.arange(n)[None],
+        jnp.asarray(np.tri(n, dtype=bool))[None],
+        jnp.int32(0),
+    )
+    cache = llm.llama_cache(model.config)(1, n)
+    return np.asarray(llm.llama(model.config)(model.params, inputs, cache, n)[0][0])
+
+
 def test_logits_of_every_token(tmp_path):
     tensors, tokens = weights(True), np.arange(5, 15)
     model = llm.read_gguf(write(tmp_path / "tiny.gguf", tensors))
-    inputs = em.Inputs(
-        jnp.asarray(tokens, jnp.int32)[None],
-        jnp.arange(10)[None],
-        jnp.asarray(np.tri(10, dtype=bool))[None],
-        jnp.int32(0),
-    )
-    cache = llm.llama_cache(model.config)(1, 10)
-    logits, _ = llm.llama(model.config)(model.params, inputs, cache, 10)
-    np.testing.assert_allclose(logits[0], numpy_logits(tensors, tokens), rtol=0, atol=2e-5)
+    found = logits_of(model, tokens)
+    np.testing.assert_allclose(found, numpy_logits(tensors, tokens), rtol=0, atol=2e-5)
 
 
 def test_quantised_weights_are_scale_times_integer(tmp_path):
@@ -285,3 +293,65 @@ def test_smollm2_tokens_make_the_text_again(smollm2):
     assert smollm2.end in ids
     assert smollm2.tokenizer.decode(ids, skip_special_tokens=False) == text
     assert smollm2.tokenizer.encode("12 + 345").tokens == ["1", "2", "Ġ+", "Ġ", "3", "4", "5"]
+
+
+@pytest.mark.slow
+def test_smollm2_learns_sums_for_a_few_steps(smollm2):
+    """Chains start with a guide's rationales; each step moves weights where one is right."""
+    end = smollm2.tokenizer.encode("\n").ids[0]
+    terms = [(2, 6), (7, 3), (4, 5), (8, 1)]
+
+    def asked(terms, told):
+        shots = [((1, 4), 5), ((6, 3), 9)]
+        lines = [f"What is {a} + {b}?{told(s)} The answer is {s}." for (a, b), s in shots]
+        a, b = terms
+        return smollm2.tokenizer.encode("\n".join([*lines, f"What is {a} + {b}?{told(a + b)}"])).ids
+
+    questions = em.Questions(
+        em.left_padded([asked(pair, lambda s: "") for pair in terms]),
+        jnp.asarray([sum(pair) for pair in terms]),
+        em.left_padded([asked(pair, lambda s: f" (It is {s}.)") for pair in terms]),
+    )
+    policy = smollm2.policy(length=10, end=end, remat=True)
+    verify = em.on_host(
+        lambda text, answer: text.strip() == f"The answer is {answer}.",
+        lambda tokens: smollm2.tokenizer.decode(tokens.tolist()),
+        timeout=60.0,
+    )
+    gradient = em.mcmc_em(
+        em.verified(policy, verify, end=end),
+        questions,
+        batch_size=2,
+        estimator=em.trice("none"),
+        start=em.Guide(policy),
+    )
+    kernel = stochgrad.ascend(gradient, optax.sgd(1e-3))
+    with jax.numpy_dtype_promotion("standard"):  # optax
+        state = jax.jit(kernel.init)(smollm2.params, jax.random.key(0))
+        begun = 4 - len(em.unsolved(state))
+        step = jax.jit(kernel.step)
+        for number in range(3):
+            state, _ = step(jax.random.key(number), state)
+    assert begun > 0
+    assert not verify.failures
+    assert float(state.gradient_state.stats.tokens) >= 2
+    moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), smollm2.params, state.position)
+    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(moved))
+    assert max(float(leaf) for leaf in jax.tree.leaves(moved)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_smollm2_is_what_transformers_reads_from_the_same_file(smollm2):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    path = llm.smollm2_path()
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    for text in TEXTS:
+        ids = smollm2.tokenizer.encode(text).ids
+        with torch.inference_mode():
+            theirs = other(torch.tensor([ids])).logits[0].numpy()
+        ours = logits_of(smollm2, ids)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+        np.testing.assert_array_equal(ours.argmax(axis=1), theirs.argmax(axis=1))
