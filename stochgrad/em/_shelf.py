@@ -72,16 +72,14 @@ def on_disk(directory: str | Path, one: PyTree) -> Shelf:
     sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in kinds]
     width = sum(sizes)
 
-    def open_file(number, flags) -> int:
-        directory.mkdir(parents=True, exist_ok=True)
-        name = "latents-" + "".join(f"{int(part):08x}" for part in np.asarray(number))
-        return os.open(directory / name, os.O_CREAT | flags, 0o644)
+    def path(number) -> Path:
+        return directory / ("latents-" + "".join(f"{int(part):08x}" for part in np.asarray(number)))
 
     def load(number, place, count):
-        file = open_file(number, os.O_RDONLY)
-        try:
+        rows = [b""]
+        if path(number).exists():
+            file = os.open(path(number), os.O_RDONLY)
             rows = [os.pread(file, width, int(row) * width) for row in np.asarray(place)]
-        finally:
             os.close(file)
         if any(len(row) < width for row in rows):
             raise FileNotFoundError(
@@ -101,11 +99,10 @@ def on_disk(directory: str | Path, one: PyTree) -> Shelf:
             np.frombuffer(np.asarray(leaf)[chosen].tobytes(), np.uint8).reshape(-1, size)
             for leaf, size in zip(rows, sizes, strict=True)
         ]
-        file = open_file(number, os.O_WRONLY)
-        try:
-            os.pwrite(file, np.concatenate(parts, axis=1).tobytes(), int(count) * width)
-        finally:
-            os.close(file)
+        directory.mkdir(parents=True, exist_ok=True)
+        file = os.open(path(number), os.O_CREAT | os.O_WRONLY, 0o644)
+        os.pwrite(file, np.concatenate(parts, axis=1).tobytes(), int(count) * width)
+        os.close(file)
         return np.int32(int(count) + len(chosen))
 
     def call(function, shapes, *arguments):
