@@ -95,9 +95,8 @@ def sums(size, seed):
     )  # fmt: skip
 
 
-def train(model, policy, questions, verify, options, log=None):
+def train(joint, params, policy, questions, options):
     """TRICE, step by step: each step is one compiled function whose state is donated."""
-    joint = em.verified(policy, verify, end=newline(model))
     gradient = em.mcmc_em(
         joint,
         questions,
@@ -107,7 +106,7 @@ def train(model, policy, questions, verify, options, log=None):
         pieces=options.pieces,
     )
     kernel = stochgrad.ascend(gradient, optax.adam(options.learning_rate))
-    state = jax.jit(kernel.init)(model.params, jax.random.key(1))
+    state = jax.jit(kernel.init)(params, jax.random.key(1))
     print(f"chains that start right: {1 - len(em.unsolved(state)) / len(questions.answers):.2f}")
     step, rows = jax.jit(kernel.step, donate_argnums=1), []
     for at in range(options.steps):
@@ -120,9 +119,9 @@ def train(model, policy, questions, verify, options, log=None):
             f"  solved {stats.solved:.2f}  {time.perf_counter() - began:.1f} s",
             flush=True,
         )
-        if log:
-            em.json_lines(log, stats, step=at + 1)
-    return joint, state, em.Stats(*np.array(rows).T)
+        if options.metrics:
+            em.json_lines(options.metrics, stats, step=at + 1)
+    return state, em.Stats(*np.array(rows).T)
 
 
 def newline(model) -> int:
@@ -194,9 +193,10 @@ def main():
         em.evaluate, questions=fresh, key=jax.random.key(0), samples=options.samples,
         batch_size=32, vote=partial(given, model.tokenizer),
     )  # fmt: skip
-    before = judge(em.verified(policy, verify, end=newline(model)), model.params)
+    joint = em.verified(policy, verify, end=newline(model))
+    before = judge(joint, model.params)
     print("before:", before.metrics())
-    joint, state, stats = train(model, policy, data, verify, options, options.metrics)
+    state, stats = train(joint, model.params, policy, data, options)
     after = judge(joint, state.position)
     print("after:", after.metrics())
     if options.metrics:

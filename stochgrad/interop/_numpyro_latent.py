@@ -114,7 +114,7 @@ class _Sites(NamedTuple):
         def sample(params, key, prompts):
             run = self.run(params, key, prompts)
             tokens = {
-                name: _rows_first(site["value"], run.axis - len(site["fn"].event_shape))
+                name: jnp.moveaxis(site["value"], run.axis - len(site["fn"].event_shape), 0)
                 for name, site in _latent(run.site).items()
             }
             rows = next(iter(tokens.values())).shape[0]
@@ -129,13 +129,12 @@ class _Sites(NamedTuple):
     def run(self, params, key: PRNGKey, prompts, tokens: Mapping[str, Any] | None = None) -> _Run:
         """Run it with parameters, and with latents where they are given."""
         bare = self.trace(self.model, key, prompts)
-        run = _Run(bare, self.axis(bare))
-        given = _constrain(bare, params)
+        rows, given = self.axis(bare), _constrain(bare, params)
         for name, value in (tokens or {}).items():
             site = bare[name]
-            axis = run.axis - len(site["fn"].event_shape) + jnp.ndim(site["value"])
+            axis = rows - len(site["fn"].event_shape) + jnp.ndim(site["value"])
             given[name] = jnp.moveaxis(value, 0, axis)
-        return _Run(self.trace(handlers.substitute(self.model, given), key, prompts), run.axis)
+        return _Run(self.trace(handlers.substitute(self.model, given), key, prompts), rows)
 
     @staticmethod
     def trace(model, key, prompts) -> Mapping[str, Any]:
@@ -151,7 +150,7 @@ class _Sites(NamedTuple):
             each = site["fn"].log_prob(site["value"])
             if site["scale"] is not None:
                 each = site["scale"] * each
-            each = _rows_first(each, run.axis)
+            each = jnp.moveaxis(each, run.axis, 0)
             total = total + jnp.sum(each.reshape(each.shape[0], -1), axis=1)
         return total
 
@@ -229,7 +228,3 @@ def _constrain(sites: Mapping[str, Any], params) -> dict[str, PyTree]:
         name: jax.tree.map(lambda leaf, name=name: _transform(sites[name])(leaf), value)
         for name, value in params.items()
     }
-
-
-def _rows_first(values: Array, axis: int) -> Array:
-    return jnp.moveaxis(values, axis, 0)
