@@ -283,6 +283,13 @@ def apart(values, gap, low, high):
     return out
 
 
+def finished(figure, title, path):
+    """Give the figure its title, write it and let it go."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def label_ends(ax, ends, size=8.5, gap=0.062):
     """Names beside the right edge, with a thin line to where each curve ends."""
     heights = []
@@ -366,15 +373,12 @@ def learning_picture(results, steps, path):
             if row == 0:
                 ax.set_title(PROBLEMS[kind], loc="left", fontsize=11, fontweight="bold")
             label_ends(ax, ends)
-    figure.suptitle(
+    finished(
+        figure,
         f"Learning from 64 rationales a step: up is better. Mean and range of {SEEDS} seeds, each "
         "method in each panel at the best of three learning rates",
-        x=0.01,
-        ha="left",
-        fontsize=12,
+        path,
     )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def learning(smoke, output):
@@ -581,14 +585,11 @@ def bias_picture(results, points, at, path):
     plain(ax)
     ax.set_title("TRICE's noise as the model learns", loc="left", fontsize=11, fontweight="bold")
     label_ends(ax, ends)
-    figure.suptitle(
+    finished(
+        figure,
         "What the expected gradients point at, along a path of TRICE; and how its noise dies out",
-        x=0.01,
-        ha="left",
-        fontsize=12,
+        path,
     )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ----------------------------------------------------------------------------- allocation
@@ -832,14 +833,9 @@ def gvm_picture(results, path):
         ax.set_title(where[0].upper() + where[1:], loc="left", fontsize=11, fontweight="bold")
         plain(ax)
         label_ends(ax, ends)
-    figure.suptitle(
-        "Where proposals go: variance of a mean over accepted proposals, uniform = 1",
-        x=0.01,
-        ha="left",
-        fontsize=12,
+    finished(
+        figure, "Where proposals go: variance of a mean over accepted proposals, uniform = 1", path
     )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ----------------------------------------------------------------------------- vade
@@ -899,9 +895,7 @@ def vade(smoke, output):
         (6, ideal[-1], "p known", "#0b3c8c"),
     ]
     label_ends(ax, ends)
-    figure.suptitle("VADE sends proposals where p is near a half", x=0.02, ha="left", fontsize=12)
-    figure.savefig(output / "em_toy_vade.png", dpi=120)
-    plt.close(figure)
+    finished(figure, "VADE sends proposals where p is near a half", output / "em_toy_vade.png")
     return {"vade": lines}
 
 

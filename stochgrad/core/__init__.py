@@ -62,6 +62,7 @@ from stochgrad.core._protocols import Target as Target
 from stochgrad.core._store import Store as Store
 from stochgrad.core._stream import Source as Source
 from stochgrad.core._trees import Shared as Shared
+from stochgrad.core._trees import at_least_float32 as at_least_float32
 from stochgrad.core._trees import block_of as block_of
 from stochgrad.core._trees import share_first as share_first
 from stochgrad.core._trees import shared_axes as shared_axes

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from stochgrad.core import PRNGKey, check_count, check_number
+from stochgrad.core import PRNGKey, at_least_float32, check_count, check_number
 from stochgrad.em._model import Policy, Rationales
 
 
@@ -161,7 +161,7 @@ def decoder(
 
     def log_probs(logits):
         """Log probabilities of what is sampled."""
-        logits = logits.astype(_wide(logits.dtype)) / temperature
+        logits = logits.astype(at_least_float32(logits.dtype)) / temperature
         if top_p < 1:
             ranked = -jnp.sort(-lax.stop_gradient(logits), axis=-1)
             mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
@@ -194,7 +194,7 @@ def decoder(
             return number + 1, held, *pick(number, logits, alive, tokens, mask, total)
 
         tokens = jnp.full((batch, length), pad, jnp.int32)
-        total = jnp.zeros(batch, _wide(logits.dtype))
+        total = jnp.zeros(batch, at_least_float32(logits.dtype))
         nothing = jnp.zeros((batch, length), bool)
         start = pick(0, logits, jnp.ones(batch, bool), tokens, nothing, total)
         *_, tokens, mask, total = lax.while_loop(
@@ -224,8 +224,3 @@ def decoder(
         return jnp.sum(jnp.where(mask, each, 0.0), axis=1)
 
     return Policy(sample, log_prob, greedy)
-
-
-def _wide(dtype):
-    """Float32 at least."""
-    return dtype if dtype.itemsize > 4 else np.dtype(np.float32)

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from stochgrad.core import at_least_float32
 from stochgrad.em import Inputs, Network, Policy, decoder
 
 
@@ -114,18 +115,13 @@ def llama_cache(config: Config, dtype: Any = jnp.float32) -> Callable[[int, int]
     return cache
 
 
-def _wide(dtype):
-    """Float32 at least."""
-    return dtype if dtype.itemsize > 4 else np.dtype(np.float32)
-
-
 def _dense(x, weight):
     return jnp.einsum("bti,io->bto", x, weight)
 
 
 def _norm(x, scale, eps: float):
     """Root-mean-square norm, in float32 at least."""
-    wide = x.astype(_wide(x.dtype))
+    wide = x.astype(at_least_float32(x.dtype))
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return wide.astype(x.dtype) * scale[None, None, :]
 
@@ -163,7 +159,7 @@ def llama(config: Config, *, remat: bool = False) -> Network:
     def network(params, inputs: Inputs, cache, keep: int):
         batch, length = inputs.tokens.shape
         x = params["embedding"][inputs.tokens]
-        wide = _wide(x.dtype)
+        wide = at_least_float32(x.dtype)
         angles = inputs.positions[:, :, None].astype(jnp.float32) * rates[None, None, :]
         cos, sin = (f(angles)[:, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
         unseen = ~inputs.mask[:, None, None]
