@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from stochgrad import flows as flows
     from stochgrad import llm as llm
     from stochgrad import numpyro as numpyro
+    from stochgrad import potentials as potentials
     from stochgrad.interop import ParquetColumns as ParquetColumns
     from stochgrad.interop import from_numpyro as from_numpyro
 
@@ -56,7 +57,7 @@ def __getattr__(name: str) -> Any:
     """Import what needs numpyro or ArviZ on first use, so that importing stochgrad stays cheap."""
     if name in ("from_numpyro", "ParquetColumns"):
         return getattr(import_module("stochgrad.interop"), name)
-    if name in ("diagnostics", "flower", "flows", "llm", "numpyro"):
+    if name in ("diagnostics", "flower", "flows", "llm", "numpyro", "potentials"):
         try:
             return import_module(f"stochgrad.{name}")
         except ModuleNotFoundError as error:

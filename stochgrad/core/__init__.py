@@ -35,6 +35,7 @@ from stochgrad.core._clients import pooled as pooled
 from stochgrad.core._clients import visit_in as visit_in
 from stochgrad.core._clients import visiting as visiting
 from stochgrad.core._clients import with_share as with_share
+from stochgrad.core._datatree import by_name as by_name
 from stochgrad.core._draws import Draws as Draws
 from stochgrad.core._identity import refuse_other_run as refuse_other_run
 from stochgrad.core._local import for_each_client as for_each_client

@@ -1,5 +1,8 @@
 """Checks on draws."""
 
+from stochgrad.diagnostics._calibration import Calibration as Calibration
+from stochgrad.diagnostics._calibration import calibration as calibration
+from stochgrad.diagnostics._calibration import interval_coverage as interval_coverage
 from stochgrad.diagnostics._errors import mcse as mcse
 from stochgrad.diagnostics._errors import rhat as rhat
 from stochgrad.diagnostics._neighbours import knn_divergence as knn_divergence

@@ -1,0 +1,110 @@
+"""Energies, forces and virials of an energy function."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from stochgrad.core import check_count
+from stochgrad.potentials._configurations import Configurations
+
+
+class Predicted(NamedTuple):
+    """What a network says of configurations.
+
+    Attributes:
+        energy: Total energies.
+        forces: Forces on the atoms.
+        virial: Virials, of the shape asked for; None where none were.
+    """
+
+    energy: Float[Array, "..."]
+    forces: Float[Array, "... atoms dim"]
+    virial: Float[Array, "..."] | None = None
+
+
+def predict_one(
+    energy_fn: Callable,
+    params: PyTree,
+    positions: Float[Array, "atoms dim"],
+    graph: dict[str, Any],
+    strain: tuple[int, ...] | None = None,
+) -> Predicted:
+    r"""Energy, forces and, for a strain's shape, the virial of one configuration.
+
+    $$F = -\nabla_r U, \qquad W = -\partial U/\partial\varepsilon.$$
+    """
+    if strain is None:
+        energy, slope = jax.value_and_grad(energy_fn, argnums=1)(params, positions, **graph)
+        return Predicted(energy, -slope)
+
+    def strained(positions, epsilon):
+        if epsilon.ndim == 1:
+            stretch = 1 + epsilon
+            moved, box = positions * stretch[None], lambda b: b * stretch.astype(b.dtype)
+        else:
+            deform = jnp.eye(len(epsilon), dtype=epsilon.dtype) + epsilon
+            moved, box = positions @ deform.T, lambda b: deform.astype(b.dtype) @ b
+        bent = {k: box(v) if k == "box" else v for k, v in graph.items()}
+        return energy_fn(params, moved, **bent)
+
+    zero = jnp.zeros(strain, positions.dtype)
+    energy, (slope, virial) = jax.value_and_grad(strained, argnums=(0, 1))(positions, zero)
+    return Predicted(energy, -slope, -virial)
+
+
+def predict(
+    energy_fn: Callable,
+    params: PyTree,
+    data: Configurations,
+    *,
+    batch_size: int = 256,
+) -> Predicted:
+    """Energies and forces of configurations by each of many networks.
+
+    Args:
+        energy_fn: ``(params, positions, **graph) -> scalar``.
+        params: Weights of D networks, with a leading axis of D, as ``Networks.members`` gives.
+        data: Configurations.
+        batch_size: Configurations at once.
+
+    Returns:
+        Energies of shape (D, N), forces of shape (D, N, atoms, dim), as numpy arrays.
+    """
+    batch_size = min(check_count("batch_size", batch_size), data.count)
+    each, shared = data.inputs()
+    rows = {"positions": data.positions, **each}
+    blocks = -(-data.count // batch_size)
+    order = np.resize(np.arange(data.count), blocks * batch_size)
+    batched = {
+        k: jnp.asarray(v)[order].reshape(blocks, batch_size, *v.shape[1:]) for k, v in rows.items()
+    }
+    shared = {name: jnp.asarray(value) for name, value in shared.items()}
+    found = _many(energy_fn)(jax.tree.map(jnp.asarray, params), batched, shared)
+    return jax.tree.map(
+        lambda x: np.asarray(x).reshape(len(x), -1, *x.shape[3:])[:, : data.count], found
+    )
+
+
+@lru_cache(maxsize=16)
+def _many(energy_fn: Callable):
+    @jax.jit
+    def over_draws(params, batched, shared):
+        def of_block(params, rows):
+            def of_row(row):
+                graph = {k: v for k, v in row.items() if k != "positions"}
+                return predict_one(energy_fn, params, row["positions"], {**graph, **shared})
+
+            return jax.vmap(of_row)(rows)
+
+        def of_draw(params):
+            return lax.map(lambda rows: of_block(params, rows), batched)
+
+        return lax.map(of_draw, params)
+
+    return over_draws
