@@ -1,14 +1,14 @@
 """Make `alanine_dipeptide.npz`: alanine dipeptide in implicit solvent, seen through its heavy atoms.
 
-Molecular dynamics with OpenMM (`pip install "stochgrad[md]"`): Amber ff99SB-ILDN, GBSA-OBC, 300 K,
-LangevinMiddle at 2 fs and 1/ps, hydrogens of 3 amu, no constraints. Four independent trajectories
-from four places of the Ramachandran map, each after 200 ps of equilibration. Every 0.2 ps the ten
-heavy atoms' positions and the forces on them are kept, where a heavy atom's force is its own plus
-those on the hydrogens bonded to it (the force map of a slicing projection of an unconstrained
-system: Noid et al. 2008, J. Chem. Phys. 128, 244114, section II.C).
+Molecular dynamics with OpenMM (`pip install "stochgrad[md]"`): Amber ff99SB-ILDN, GBSA-OBC,
+300 K, LangevinMiddle at 2 fs and 1/ps, hydrogens of 3 amu, no constraints. Four independent
+trajectories of 50 ns from four places of the Ramachandran map, each after 200 ps of equilibration.
+Every 0.2 ps the ten heavy atoms' positions and the forces on them are kept, where a heavy atom's
+force is its own plus those on the hydrogens bonded to it: the force map of a slicing projection of
+an unconstrained system (Noid et al., J. Chem. Phys. 2008).
 
-    python make_alanine_dipeptide.py run 0 --to raw     # trajectories 0 to 3: a quarter of an hour each
-    python make_alanine_dipeptide.py pack --of raw      # the small file that ships
+    python make_alanine_dipeptide.py run 0 --to raw  # trajectories 0 to 3, ten minutes each
+    python make_alanine_dipeptide.py pack --of raw   # the small file that ships
 
 What ships: `positions` (nm) and `forces` (kJ/mol/nm) of 5,000 training and 2,000 test frames drawn
 at random from the trajectories, and of *all* frames the histogram of (phi, psi) on 24 x 24 bins, one
@@ -21,9 +21,20 @@ import pathlib
 import numpy as np
 
 TEMPERATURE, TIME_STEP, FRAME_EVERY = 300.0, 0.002, 100  # K, ps, steps: a frame each 0.2 ps
-NAMES = ("ACE CH3", "ACE C", "ACE O", "ALA N", "ALA CA", "ALA CB", "ALA C", "ALA O", "NME N", "NME C")
+NAMES = (
+    "ACE CH3",
+    "ACE C",
+    "ACE O",
+    "ALA N",
+    "ALA CA",
+    "ALA CB",
+    "ALA C",
+    "ALA O",
+    "NME N",
+    "NME C",
+)
 PHI, PSI = (1, 3, 4, 6), (3, 4, 6, 8)
-STARTS = ((-80.0, 80.0), (-80.0, -40.0), (-150.0, 150.0), (-65.0, 140.0))  # phi, psi in degrees
+STARTS = ((-80.0, 80.0), (-80.0, -40.0), (-150.0, 150.0), (-65.0, 140.0))  # phi, psi: degrees
 
 
 def place(a, b, c, distance, angle, dihedral):
@@ -129,11 +140,15 @@ def run(number, folder, nanoseconds):
         if (t + 1) % 5000 == 0 or t + 1 == frames:
             phi, psi = (np.degrees(dihedral(positions[: t + 1], at)) for at in (PHI, PSI))
             alpha = np.mean((phi < 0) & (psi > -120) & (psi < 50))
-            print(f"trajectory {number}: {(t + 1) / 5000:.0f} ns, alpha {alpha:.3f}, "
-                  f"phi > 0 {np.mean(phi > 0):.4f}", flush=True)
+            print(
+                f"trajectory {number}: {(t + 1) / 5000:.0f} ns, alpha {alpha:.3f}, "
+                f"phi > 0 {np.mean(phi > 0):.4f}",
+                flush=True,
+            )
         if (t + 1) % 25000 == 0 or t + 1 == frames:
-            np.savez(folder / f"raw_{number}.npz",
-                     positions=positions[: t + 1], forces=forces[: t + 1])
+            np.savez(
+                folder / f"raw_{number}.npz", positions=positions[: t + 1], forces=forces[: t + 1]
+            )
 
 
 def pack(folder, target, train=5000, test=2000, bins=24):
@@ -162,8 +177,10 @@ def pack(folder, target, train=5000, test=2000, bins=24):
         names=np.asarray(NAMES),
         temperature=TEMPERATURE,
     )
-    print(f"{target}: {len(positions)} frames seen, {len(counts)} ns, "
-          f"{target.stat().st_size / 2**20:.2f} MiB")
+    print(
+        f"{target}: {len(positions)} frames seen, {len(counts)} ns, "
+        f"{target.stat().st_size / 2**20:.2f} MiB"
+    )
 
 
 if __name__ == "__main__":
@@ -172,11 +189,14 @@ if __name__ == "__main__":
     one = steps.add_parser("run", help="one trajectory")
     one.add_argument("number", type=int, choices=range(len(STARTS)))
     one.add_argument("--to", type=pathlib.Path, default=pathlib.Path("raw"))
-    one.add_argument("--nanoseconds", type=float, default=30.0)
+    one.add_argument("--nanoseconds", type=float, default=50.0)
     two = steps.add_parser("pack", help="the file that ships")
     two.add_argument("--of", type=pathlib.Path, default=pathlib.Path("raw"))
-    two.add_argument("--target", type=pathlib.Path,
-                     default=pathlib.Path(__file__).with_name("alanine_dipeptide.npz"))
+    two.add_argument(
+        "--target",
+        type=pathlib.Path,
+        default=pathlib.Path(__file__).with_name("alanine_dipeptide.npz"),
+    )
     asked = parser.parse_args()
     if asked.step == "run":
         asked.to.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,36 @@
 """Neural-network potentials: posteriors of their weights, and what these mean for observables."""
 
+from stochgrad.potentials._approximate import Approximation as Approximation
+from stochgrad.potentials._approximate import last_layer_laplace as last_layer_laplace
+from stochgrad.potentials._approximate import swag as swag
 from stochgrad.potentials._configurations import Configurations as Configurations
 from stochgrad.potentials._configurations import configurations as configurations
+from stochgrad.potentials._disagreement import force_rhat as force_rhat
+from stochgrad.potentials._disagreement import novelty as novelty
+from stochgrad.potentials._dynamics import Trajectories as Trajectories
+from stochgrad.potentials._dynamics import langevin as langevin
+from stochgrad.potentials._dynamics import simulate as simulate
 from stochgrad.potentials._force_matching import force_matching as force_matching
 from stochgrad.potentials._geometry import angle as angle
 from stochgrad.potentials._geometry import dihedral as dihedral
 from stochgrad.potentials._geometry import displacement as displacement
 from stochgrad.potentials._geometry import distances as distances
+from stochgrad.potentials._intervals import Intervals as Intervals
+from stochgrad.potentials._intervals import intervals as intervals
+from stochgrad.potentials._networks import Networks as Networks
+from stochgrad.potentials._networks import networks as networks
 from stochgrad.potentials._noise_model import Learned as Learned
 from stochgrad.potentials._noise_model import learned as learned
+from stochgrad.potentials._observables import Observable as Observable
+from stochgrad.potentials._observables import adf as adf
+from stochgrad.potentials._observables import average as average
+from stochgrad.potentials._observables import dihedrals as dihedrals
+from stochgrad.potentials._observables import free_energy as free_energy
+from stochgrad.potentials._observables import rdf as rdf
 from stochgrad.potentials._predict import Predicted as Predicted
 from stochgrad.potentials._predict import predict as predict
+from stochgrad.potentials._propagate import Propagated as Propagated
+from stochgrad.potentials._propagate import Reweighted as Reweighted
+from stochgrad.potentials._propagate import mean_energy as mean_energy
+from stochgrad.potentials._propagate import propagate as propagate
+from stochgrad.potentials._propagate import reweight as reweight

@@ -24,9 +24,9 @@ class Configurations(NamedTuple):
     positions: Float[np.ndarray, "N atoms dim"]
     forces: Float[np.ndarray, "N atoms dim"]
     energies: Float[np.ndarray, " N"] | None = None
-    virials: Float[np.ndarray, "N *strain"] | None = None
-    species: Int[np.ndarray, "*N atoms"] | None = None
-    box: Float[np.ndarray, "*lengths"] | None = None
+    virials: Float[np.ndarray, "..."] | None = None
+    species: Int[np.ndarray, "..."] | None = None
+    box: Float[np.ndarray, "..."] | None = None
     mask: Bool[np.ndarray, "N atoms"] | None = None
     graph: dict[str, Any] = {}
 
@@ -140,6 +140,10 @@ def configurations(
     for name, value in {"positions": positions, "forces": forces, **given}.items():
         if value is not None and value.dtype.kind == "f":
             _refuse_unless_finite(name, value, count, given["mask"])
+    if given["mask"] is not None:  # padding may hold anything, and counts for nothing
+        there = given["mask"][..., None]
+        positions = np.where(np.isfinite(positions), positions, 0)
+        forces = np.where(there, forces, 0)
     edges = _check_box(given["box"], given["virials"], cutoff)
     _refuse_overlap(positions, given["mask"], edges)
     graph = {name: np.asarray(value) for name, value in graph.items()}
@@ -199,7 +203,7 @@ def _check_box(box, virials, cutoff):
 
 def _refuse_overlap(positions, mask, edges) -> None:
     """Raise where two atoms are nearer than a hundredth of what neighbours usually are."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     if positions.shape[1] < 2:
         return
@@ -214,7 +218,7 @@ def _refuse_overlap(positions, mask, edges) -> None:
             edge = edges if edges.ndim == 1 else edges[n]
             points = np.mod(points, edge)
             points = np.where(points >= edge, 0.0, points)
-        nearest[n, there] = cKDTree(points, boxsize=edge).query(points, k=2)[0][:, 1]
+        nearest[n, there] = KDTree(points, boxsize=edge).query(points, k=2)[0][:, 1]
     limit = np.median(nearest[np.isfinite(nearest)]) / 100
     bad = np.argwhere(nearest <= limit)
     if len(bad):

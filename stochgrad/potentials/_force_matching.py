@@ -1,7 +1,7 @@
 """The posterior of a network's weights, given reference forces."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -167,9 +167,7 @@ def _log_prior(prior: Prior) -> Callable[[PyTree], Scalar]:
     if prior == "flat":
         return lambda params: jnp.zeros(())
     if isinstance(prior, str) and prior != "scaled":
-        raise ValueError(
-            f"prior must be a number, 'scaled', 'flat' or a function, got {prior!r}."
-        )
+        raise ValueError(f"prior must be a number, 'scaled', 'flat' or a function, got {prior!r}.")
     sd = 1.0 if prior == "scaled" else check_number("prior", prior)
 
     def log_density(params):
@@ -229,4 +227,3 @@ def _check_energy(energy_fn, params, dataset: Configurations) -> None:
             f"energy_fn has no parameters for species {last}: it takes them for species "
             f"{last - 1}, the last that it knows."
         )
-

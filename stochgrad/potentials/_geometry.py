@@ -94,7 +94,7 @@ def dihedral(
         >>> import jax.numpy as jnp, stochgrad
         >>> at = jnp.array([[1.0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 1]])
         >>> round(float(stochgrad.potentials.dihedral(at, (0, 1, 2, 3))), 3)
-        -1.571
+        1.571
     """
     i, j, k, m = jnp.moveaxis(jnp.asarray(atoms), -1, 0)
     first = displacement(positions[..., i, :], positions[..., j, :], box)

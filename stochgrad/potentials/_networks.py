@@ -1,0 +1,198 @@
+"""Networks from a posterior: trained from different starts, then sampled from there."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from stochgrad.core import (
+    Draws,
+    Kernel,
+    Posterior,
+    PRNGKey,
+    Store,
+    check_count,
+    check_key,
+    check_number,
+    sample,
+)
+from stochgrad.kernels import ascend
+from stochgrad.potentials._approximate import Approximation
+
+
+class Networks(NamedTuple):
+    """Networks drawn from a posterior.
+
+    Attributes:
+        positions: ``{"params": ..., "noise": ...}`` with axes of chains and draws before their own;
+            zarr arrays where the run had a store.
+        trained: The trained networks that the chains started from, with an axis of chains.
+        method: How they were drawn.
+        run: What ``stochgrad.sample`` returned, None where nothing was sampled.
+        posterior: What they were drawn from.
+    """
+
+    positions: PyTree
+    trained: PyTree
+    method: str
+    run: Draws | None
+    posterior: Posterior
+
+    @property
+    def params(self) -> PyTree:
+        """The weights, with axes of chains and draws before their own."""
+        return self.positions["params"]
+
+    def members(self, per_chain: int | None = None) -> PyTree:
+        """Weights and noise of all networks with one leading axis, chain by chain.
+
+        Args:
+            per_chain: How many of each chain, evenly spaced and ending with the last; all if None.
+        """
+        draws = jax.tree.leaves(self.positions)[0].shape[1]
+        count = draws if per_chain is None else min(check_count("per_chain", per_chain), draws)
+        chosen = np.round(np.linspace(draws / count, draws, count)).astype(int) - 1
+        pick = jax.tree.map(lambda x: np.asarray(x[:])[:, chosen], self.positions)
+        return jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:])), pick)
+
+
+def networks(
+    key: PRNGKey,
+    posterior: Posterior,
+    method: Callable[[Posterior], Kernel] | Approximation | None = None,
+    *,
+    num_chains: int = 8,
+    train_steps: int = 2000,
+    learning_rate: float = 1e-3,
+    init: PyTree | Callable[[PRNGKey], PyTree] | None = None,
+    num_samples: int = 1,
+    num_warmup: int = 0,
+    thin: int = 1,
+    share_batches: bool = False,
+    store: str | Path | Store | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Networks:
+    r"""Train networks from different starts, and draw from the posterior around each.
+
+    All chains run together in one compiled program. Each starts from its own random weights and is
+    trained by Adam (with a learning rate that falls as a cosine to a tenth); what comes then is the
+    method's. Chains that have not met are an ensemble refined by sampling: ``force_rhat`` tells.
+
+    Args:
+        key: A typed PRNG key. Every chain's noise and minibatches come from it by their own split.
+        posterior: From ``stochgrad.potentials.force_matching``.
+        method: ``posterior -> kernel`` (``partial(stochgrad.psgld, step_size=1e-6)``,
+            ``partial(stochgrad.sghmc, ...)``, ``lambda target: stochgrad.cyclical(...)``);
+            ``stochgrad.potentials.swag(...)`` or ``last_layer_laplace(...)``; None for the trained
+            networks themselves, a Deep Ensemble (of one draw a chain).
+        num_chains: Networks trained, and chains.
+        train_steps: Steps of training; zero to begin where ``init`` says.
+        learning_rate: Of Adam's.
+        init: Where to start; the posterior's own starts by default. ``Networks.trained`` of another
+            call with ``train_steps=0`` saves training anew.
+        num_samples: Networks to keep of each chain.
+        num_warmup: Draws to discard before them.
+        thin: Steps from one draw to the next.
+        share_batches: Whether all chains see the same minibatches, which is several times faster on
+            small networks and makes their noise dependent.
+        store: Where the draws go, a directory (zarr) or ``stochgrad.Store``.
+        checkpoint: A directory for the state of training and of sampling, saved as they go.
+        resume: Whether to go on from there.
+        progress: Whether to show progress bars.
+
+    Raises:
+        TypeError: the method is none of these.
+        ValueError: a number is out of range, and what the method raises.
+
+    Example:
+        >>> from functools import partial
+        >>> import jax, jax.numpy as jnp, numpy as np, stochgrad
+        >>> at = np.random.default_rng(0).normal(size=(20, 3, 3))
+        >>> data = stochgrad.potentials.configurations(at, -2.0 * at)
+        >>> target = stochgrad.potentials.force_matching(
+        ...     lambda k, r: 0.5 * k * jnp.sum(r**2), data, noise=0.1, batch_size=5,
+        ...     init=lambda key: jax.random.normal(key),
+        ... )
+        >>> found = stochgrad.potentials.networks(
+        ...     jax.random.key(0), target, partial(stochgrad.sgld, step_size=1e-5), num_chains=2,
+        ...     learning_rate=0.1, train_steps=200, num_samples=50,
+        ... )
+        >>> found.params.shape
+        (2, 50)
+    """
+    check_key(key)
+    if not (method is None or callable(method) or isinstance(method, Approximation)):
+        raise TypeError(
+            "method must be a function from a posterior to a kernel, an Approximation or None, "
+            f"got {type(method).__name__}."
+        )
+    num_chains = check_count("num_chains", num_chains)
+    train_steps = check_count("train_steps", train_steps, least=0)
+    num_samples = check_count("num_samples", num_samples)
+    rate = check_number("learning_rate", learning_rate)
+    train_key, sample_key = jax.random.split(key)
+    options: dict[str, Any] = {"share_batches": share_batches, "progress": progress}
+
+    def where(part: str) -> dict[str, Any]:
+        if checkpoint is None:
+            return options
+        return {**options, "checkpoint": Path(checkpoint) / part, "resume": resume}
+
+    if train_steps:
+        start = sample(
+            train_key,
+            ascend(posterior, _adam(rate, train_steps)),
+            init=init,
+            num_samples=1,
+            thin=train_steps,
+            num_chains=num_chains,
+            **where("training"),
+        )
+        trained = jax.tree.map(lambda x: jnp.asarray(x[:, -1]), start.positions)
+    else:
+        if init is None or callable(init):
+            begin = init or posterior.initial
+            if begin is None:
+                raise ValueError("init is needed: the posterior does not know where to start.")
+            each = [begin(k) for k in jax.random.split(train_key, num_chains)]
+            trained = jax.tree.map(lambda *x: jnp.stack(x), *each)
+        else:
+            trained = jax.tree.map(jnp.asarray, init)
+        lead = {x.shape[:1] for x in jax.tree.leaves(trained)}
+        if lead != {(num_chains,)}:
+            raise ValueError(
+                f"init must have a leading axis of the {num_chains} chains, got axes {lead}."
+            )
+    if method is None:
+        as_draws = jax.tree.map(lambda x: np.asarray(x)[:, None], trained)
+        return Networks(as_draws, trained, "Deep Ensemble", None, posterior)
+    if isinstance(method, Approximation):
+        drawn = method.draw(sample_key, posterior, trained, num_samples, where("sampling"))
+        drawn = jax.tree.map(np.asarray, drawn)
+        return Networks(drawn, trained, method.name, None, posterior)
+    kernel = method(posterior)
+    begin = trained if num_chains > 1 else jax.tree.map(lambda x: x[0], trained)
+    run = sample(
+        sample_key,
+        kernel,
+        init=begin,
+        num_samples=num_samples,
+        num_warmup=num_warmup,
+        thin=thin,
+        num_chains=num_chains,
+        store=store,
+        **where("sampling"),
+    )
+    return Networks(run.positions, trained, kernel.method, run, posterior)
+
+
+def _adam(rate: float, steps: int):
+    import optax
+
+    return optax.adam(optax.cosine_decay_schedule(rate, steps, alpha=0.1))

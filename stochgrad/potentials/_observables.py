@@ -1,0 +1,194 @@
+"""Observables of frames, and their averages over trajectories."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from stochgrad.core import check_count, check_number
+from stochgrad.potentials._geometry import dihedral, displacement, distances
+
+
+class Observable(NamedTuple):
+    """A function of a frame, on bins.
+
+    Attributes:
+        at: Middles of the bins, one array for each axis.
+        of_frame: ``(atoms, dim) -> bins``, what is averaged.
+    """
+
+    at: tuple[np.ndarray, ...]
+    of_frame: Callable[[Float[Array, "atoms dim"]], Float[Array, "..."]]
+
+
+def rdf(box: Any, *, r_max: float | None = None, bins: int = 50) -> Observable:
+    r"""Radial distribution function of equal atoms in a periodic box.
+
+    $$g(r) = \frac{V}{N(N-1)/2}\,\frac{\langle n(r)\rangle}{v(r)},$$
+
+    with n(r) pairs in a shell of volume v(r): one at every distance for an ideal gas.
+
+    Args:
+        box: Edge lengths, shape (2,) or (3,).
+        r_max: Where to end; half the shortest edge by default.
+        bins: Shells of equal width.
+
+    Raises:
+        ValueError: ``r_max`` exceeds half the shortest edge, where shells leave the box.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stochgrad
+        >>> gas = jax.random.uniform(jax.random.key(0), (2000, 20, 3))
+        >>> g = stochgrad.potentials.rdf(jnp.ones(3), bins=5)
+        >>> stochgrad.potentials.average(g, gas)[1:].round(1).tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
+    box = np.asarray(box, np.float64)
+    if box.shape not in ((2,), (3,)) or not np.all(box > 0):
+        raise ValueError(f"box must be two or three positive edge lengths, got {box}.")
+    half = float(box.min()) / 2
+    r_max = half if r_max is None else check_number("r_max", r_max)
+    if r_max > half * (1 + 1e-6):
+        raise ValueError(f"r_max must be at most half the shortest edge, {half:g}, got {r_max:g}.")
+    edges = np.linspace(0.0, r_max, check_count("bins", bins) + 1)
+    volume = np.pi * edges**2 if len(box) == 2 else 4 / 3 * np.pi * edges**3
+    share = np.diff(volume) / np.prod(box)
+
+    def of_frame(frame):
+        r = distances(frame, box=jnp.asarray(box, frame.dtype))
+        place = jnp.floor(r / frame.dtype.type(edges[1])).astype(jnp.int32)
+        counts = jnp.zeros(bins, frame.dtype).at[place].add(1, mode="drop")
+        return counts / jnp.asarray(share * r.size, frame.dtype)
+
+    return Observable((_middles(edges),), of_frame)
+
+
+def adf(box: Any = None, *, cutoff: float, bins: int = 60) -> Observable:
+    r"""Angles between neighbours: how many an atom has, per radian.
+
+    The number of triples i, j, k with both distances to j below the cut-off, by the angle at j,
+    over the number of atoms and the width of a bin. Divided by its integral it is the usual
+    angular distribution function.
+
+    Args:
+        box: Edge lengths, or None.
+        cutoff: How far a neighbour may be.
+        bins: Bins of equal width on $(0, \pi)$.
+
+    Raises:
+        ValueError: the cut-off exceeds half the shortest edge.
+    """
+    cutoff, bins = check_number("cutoff", cutoff), check_count("bins", bins)
+    if box is not None and cutoff > np.min(box) / 2:
+        raise ValueError(
+            f"cutoff must be at most half the shortest edge, {np.min(box) / 2:g}, got {cutoff:g}."
+        )
+    edges = np.linspace(0.0, np.pi, bins + 1)
+
+    def of_frame(frame):
+        atoms = frame.shape[0]
+        one, other = jnp.triu_indices(atoms, 1)
+        edge = None if box is None else jnp.asarray(box, frame.dtype)
+
+        def about(centre):
+            delta = displacement(jnp.broadcast_to(centre, frame.shape), frame, edge)
+            r = jnp.sqrt(jnp.sum(delta**2, -1))
+            near = (r > 0) & (r < cutoff)
+            unit = delta / jnp.where(near, r, 1)[:, None]
+            theta = jnp.arccos(jnp.clip(jnp.sum(unit[one] * unit[other], -1), -1, 1))
+            place = jnp.minimum(theta / frame.dtype.type(edges[1]), bins - 1).astype(jnp.int32)
+            counted = (near[one] & near[other]).astype(frame.dtype)
+            return jnp.zeros(bins, frame.dtype).at[place].add(counted)
+
+        return jnp.sum(lax.map(about, frame), 0) / frame.dtype.type(atoms * edges[1])
+
+    return Observable((_middles(edges),), of_frame)
+
+
+def dihedrals(*atoms: Any, bins: int = 24, box: Any = None) -> Observable:
+    r"""Probability of the bins of one dihedral, or of two: a Ramachandran map.
+
+    Args:
+        atoms: One or two times four numbers of atoms.
+        bins: Bins on $(-\pi, \pi)$ of each.
+        box: As in ``displacement``.
+
+    Raises:
+        ValueError: there are not one or two dihedrals of four atoms.
+    """
+    quadruples = np.asarray(atoms)
+    if quadruples.shape not in ((1, 4), (2, 4)):
+        raise ValueError(f"one or two times four atoms are needed, got {atoms}.")
+    bins = check_count("bins", bins)
+    middles = _middles(np.linspace(-np.pi, np.pi, bins + 1))
+
+    def of_frame(frame):
+        turns = dihedral(frame, jnp.asarray(quadruples), box) / frame.dtype.type(2 * np.pi)
+        place = jnp.clip(jnp.floor((turns + 0.5) * bins).astype(jnp.int32), 0, bins - 1)
+        one = jax.nn.one_hot(place, bins, dtype=frame.dtype)
+        return one[0] if len(quadruples) == 1 else jnp.outer(one[0], one[1])
+
+    return Observable((middles,) * len(quadruples), of_frame)
+
+
+def average(observable: Observable, positions: Any, weights: Any = None) -> np.ndarray:
+    """Average of an observable over the frames of each trajectory.
+
+    Args:
+        observable: What to average.
+        positions: Shape (..., frames, atoms, dim), as ``Trajectories.positions`` have.
+        weights: Of the frames, shape (..., frames), which need not add up to one; all alike if
+            left out.
+
+    Returns:
+        Shape (..., bins).
+    """
+    positions = jnp.asarray(positions)
+    lead, frames = positions.shape[:-3], positions.shape[-3]
+    w = jnp.ones((*lead, frames), positions.dtype) if weights is None else jnp.asarray(weights)
+    if w.shape != (*lead, frames):
+        raise ValueError(f"weights must have shape {(*lead, frames)}, got {w.shape}.")
+    w = (w / jnp.sum(w, -1, keepdims=True)).astype(positions.dtype)
+    flat = positions.reshape(-1, *positions.shape[-3:])
+    found = np.asarray(_averages(observable.of_frame)(flat, w.reshape(-1, frames)))
+    return found.reshape(*lead, *found.shape[1:]).astype(np.float64)
+
+
+@lru_cache(maxsize=32)
+def _averages(of_frame: Callable):
+    @jax.jit
+    def over_trajectories(flat, weights):
+        first = jax.eval_shape(of_frame, flat[0, 0])
+
+        def one(trajectory):
+            frames, w = trajectory
+
+            def add(total, x):
+                return total + x[1] * of_frame(x[0]), None
+
+            return lax.scan(add, jnp.zeros(first.shape, first.dtype), (frames, w))[0]
+
+        return lax.map(one, (flat, weights), batch_size=min(8, len(flat)))
+
+    return over_trajectories
+
+
+def free_energy(probability: Any, kT: float = 1.0, *, floor: float = 0.0) -> np.ndarray:
+    r"""Free energy of bins, $F = -k_BT\log p$.
+
+    Args:
+        probability: p of the bins.
+        kT: $k_BT$, for the unit.
+        floor: The least probability that can be told from zero: what is below counts as that much.
+    """
+    with np.errstate(divide="ignore"):
+        return -kT * np.log(np.maximum(np.asarray(probability, np.float64), floor))
+
+
+def _middles(edges: np.ndarray) -> np.ndarray:
+    return (edges[1:] + edges[:-1]) / 2
