@@ -1,4 +1,4 @@
-"""Make `alanine_dipeptide.npz`: alanine dipeptide in implicit solvent, seen through its heavy atoms.
+"""Make `alanine_dipeptide.npz`: alanine dipeptide in implicit solvent, as its heavy atoms.
 
 Molecular dynamics with OpenMM (`pip install "stochgrad[md]"`): Amber ff99SB-ILDN, GBSA-OBC,
 300 K, LangevinMiddle at 2 fs and 1/ps, hydrogens of 3 amu, no constraints. Four independent
@@ -11,8 +11,8 @@ an unconstrained system (Noid et al., J. Chem. Phys. 2008).
     python make_alanine_dipeptide.py pack --of raw   # the small file that ships
 
 What ships: `positions` (nm) and `forces` (kJ/mol/nm) of 5,000 training and 2,000 test frames drawn
-at random from the trajectories, and of *all* frames the histogram of (phi, psi) on 24 x 24 bins, one
-for every nanosecond (`counts`, so that block errors of any length can be taken).
+at random from the trajectories, and of *all* frames the histogram of (phi, psi) on 24 x 24 bins,
+one for every nanosecond (`counts`, so that block errors of any length can be taken).
 """
 
 import argparse
@@ -51,7 +51,7 @@ def place(a, b, c, distance, angle, dihedral):
 
 
 def heavy_atoms(phi, psi):
-    """The ten heavy atoms from bond lengths (nm), angles and dihedrals (degrees), in NAMES' order."""
+    """The ten heavy atoms, in NAMES' order, from standard bond lengths (nm) and angles."""
     ch3, c1 = np.zeros(3), np.array([0.1522, 0.0, 0.0])
     o1 = c1 + 0.1229 * np.array([np.cos(np.radians(59.6)), np.sin(np.radians(59.6)), 0.0])
     n1 = place(o1, ch3, c1, 0.1335, 116.6, 180.0)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -99,17 +100,39 @@ def langevin(
     Raises:
         ValueError: a number is not positive.
     """
-    kT = check_number("kT", kT)
-    h, friction = check_number("time_step", time_step), check_number("friction", friction)
+    kT, h = check_number("kT", kT), check_number("time_step", time_step)
+    friction = check_number("friction", friction)
     m = np.asarray(masses, np.float64)
     if m.ndim > 1 or m.size == 0 or not np.all(m > 0):
         raise ValueError(f"masses must be positive, one for all atoms or one each, got {masses}.")
+    frozen = tuple((k, _Frozen(v)) for k, v in sorted(graph.items()))
+    return _langevin(energy_fn, _Frozen(m), kT, h, friction, frozen)
+
+
+class _Frozen:
+    """An array as a key of a cache: equal arrays are one key, so that nothing compiles twice."""
+
+    def __init__(self, array: Any):
+        self.array = np.asarray(array)
+        self.key = (self.array.shape, str(self.array.dtype), self.array.tobytes())
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Frozen) and self.key == other.key
+
+
+@lru_cache(maxsize=16)
+def _langevin(energy_fn, masses: _Frozen, kT, h, friction, frozen) -> Kernel:
+    m, graph = masses.array, {name: value.array for name, value in frozen}
 
     def inner_of(params, shape) -> Kernel:
         """The Langevin kernel of one network; made while tracing, of the weights at hand."""
 
         def log_density(positions):
-            energies = jax.vmap(lambda r: energy_fn(params, r, **graph))(positions)
+            given = {name: jnp.asarray(value) for name, value in graph.items()}
+            energies = jax.vmap(lambda r: energy_fn(params, r, **given))(positions)
             return -jnp.sum(energies) / kT
 
         def next(key, position, state):
@@ -216,7 +239,7 @@ def simulate(
         ...     jnp.zeros((64, 1, 3)), masses=1.0, kT=1.0, time_step=0.2, friction=2.0,
         ...     num_frames=500, steps_per_frame=5, num_warmup=20,
         ... )
-        >>> run.positions.var((1, 2, 3, 4)).round(1).tolist(), int(run.sound.sum())
+        >>> [round(float(x), 1) for x in run.positions.var((1, 2, 3, 4))], int(run.sound.sum())
         ([1.0, 0.2], 128)
     """
     frames, steps = (
