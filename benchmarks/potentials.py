@@ -3,7 +3,8 @@
     python benchmarks/potentials.py
 
 Two ratios, each of the best of several alternating rounds, compilation left out, on the coarse-
-grained alanine dipeptide of the examples (5,000 frames, 54-64-64-1 network, minibatches of 64):
+grained alanine dipeptide of the examples (5,000 frames, 54-64-64-1 network, minibatches of 64),
+with two devices of one CPU core each:
 
 - a step of 8 pSGLD chains over a step of 8 Adam runs, vmapped alike, each kernel adapted;
 - molecular dynamics of 8 networks x 16 replicas in one program over a loop that runs network after
@@ -104,6 +105,7 @@ def dynamics(energy, params, starts, steps: int, rounds: int) -> None:
 
 
 def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 2)  # chains and networks are spread over both cores
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
