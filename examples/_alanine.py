@@ -1,7 +1,7 @@
 """A coarse-grained potential of alanine dipeptide: a classical prior energy and a small network."""
 
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,7 +130,7 @@ def energy_of(train: potentials.Configurations, widths=(64, 64), turns: bool = T
     def init(key):
         sizes = (size, *widths)
         params = []
-        for n, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for n, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             w = jax.random.normal(jax.random.fold_in(key, n), (fan_in, fan_out)) / np.sqrt(fan_in)
             params.append({"w": w.astype(jnp.float32), "b": jnp.zeros(fan_out)})
         w = jax.random.normal(jax.random.fold_in(key, 99), (widths[-1],)) / np.sqrt(widths[-1])

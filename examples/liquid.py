@@ -17,6 +17,11 @@ A pair potential is a function of one number. It is worked out at 128 knots and 
 cubics in between, in training as in dynamics, which is an order of magnitude faster than a network
 evaluated for every pair.
 
+Of six seeds the eight chains hold 83% of the bins, one chain 92%, the Deep Ensemble 35%, the right
+form 87%. Errors of a pair potential move many bins together, so that a seed counts for few
+independent ones: means differ by chance by a tenth, and only the Deep Ensemble stands out. Forces
+are predicted equally well by all three.
+
 Run ``python examples/liquid.py``; ``--smoke`` is a short version of the same.
 """
 

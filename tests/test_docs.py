@@ -62,7 +62,11 @@ def test_every_link_between_pages_leads_somewhere():
 @pytest.mark.pages
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "page", ["guide", "samplers", "orders", "scale", "federated", "flows", "chain_of_thought"]
+    "page",
+    [
+        *("guide", "samplers", "orders", "scale", "federated", "flows", "chain_of_thought"),
+        "potentials",
+    ],
 )
 def test_the_pages_run(page, monkeypatch, tmp_path):
     import matplotlib
@@ -89,6 +93,9 @@ def test_the_pages_run(page, monkeypatch, tmp_path):
     if page == "chain_of_thought":
         assert space["stats"].reward[-50:].mean() > 1.5 * space["stats"].reward[:50].mean()
         assert abs(space["fit"].model["mean"] - jax.numpy.array([-1.0, 1.0])).max() < 0.3
+    if page == "potentials":
+        assert space["run"].sound.all()
+        assert (space["bands"].epistemic > space["bands"].sampling).any()
     if page == "scale":
         assert space["again"].num_draws == 2000
         spread = space["again"].positions[:].std(axis=(0, 1))
