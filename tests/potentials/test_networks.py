@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import stochgrad
@@ -16,8 +15,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::stochgrad.GradientNoiseWarning"
 
 RNG = np.random.default_rng(11)
 R = RNG.normal(size=(10, 3, 3)).astype(np.float32)
-F = RNG.normal(size=(10, 3, 3)).astype(np.float32)
-DATA = potentials.configurations(R, F)
 CHAINS, DRAWS = 3, 4
 
 
@@ -28,6 +25,22 @@ def features(w, positions):
 def energy(params, positions):
     """Linear in its last layer."""
     return params["last"] @ features(params["body"], positions)
+
+
+TRUE = {"body": np.float32([[0.5, 1.5]]), "last": np.float32([[3.0, -4.0]])}
+F = potentials.predict(energy, TRUE, potentials.configurations(R, R)).forces[0]
+F = F + 0.1 * RNG.normal(size=F.shape).astype(np.float32)
+DATA = potentials.configurations(R, F)
+
+
+def once(make):
+    """A method that makes one kernel of each posterior, so that it is compiled once."""
+    made = {}
+
+    def method(target):
+        return made.setdefault(id(target), (target, make(target)))[1]
+
+    return method
 
 
 def init(key):
@@ -42,8 +55,8 @@ def matched(**options):
 
 METHODS = {
     "Deep Ensemble": None,
-    "SGLD": partial(stochgrad.sgld, step_size=1e-4),
-    "SGHMC": partial(stochgrad.sghmc, step_size=1e-2, friction=1.0),
+    "SGLD": once(partial(stochgrad.sgld, step_size=1e-4)),
+    "SGHMC": once(partial(stochgrad.sghmc, step_size=1e-2, friction=1.0)),
     "cyclical": lambda target: stochgrad.cyclical(
         stochgrad.sgld, target, 1e-4, steps_per_cycle=4, exploration=0.25
     ),
@@ -62,7 +75,7 @@ def target():
 @pytest.fixture(scope="module")
 def trained(target):
     return potentials.networks(
-        jax.random.key(0), target, num_chains=CHAINS, train_steps=40, learning_rate=0.02
+        jax.random.key(0), target, num_chains=CHAINS, train_steps=400, learning_rate=0.02
     )
 
 
@@ -144,14 +157,18 @@ def test_draws_of_a_chain_differ(found, name):
 
 
 @pytest.mark.parametrize("name", ["SGLD", "SWAG", "last-layer Laplace"])
-def test_another_key_gives_another_run_and_the_same_the_same(found, target, alike, name):
-    again, other = (draw(target, name, alike, seed, share_batches=True) for seed in (1, 2))
-    assert_equal(again.positions, found[name].positions)
-    assert np.all(other.params["last"] != again.params["last"])
+def test_another_key_gives_another_run(found, target, alike, name):
+    other = draw(target, name, alike, seed=2, share_batches=True)
+    assert np.all(np.asarray(other.params["last"]) != found[name].params["last"])
+
+
+def test_the_same_key_gives_the_same_run(found, target, alike):
+    again = draw(target, "SGLD", alike, share_batches=True)
+    assert_equal(again.positions, found["SGLD"].positions)
 
 
 def test_another_key_trains_other_networks(target, trained):
-    options = {"num_chains": CHAINS, "train_steps": 40, "learning_rate": 0.02}
+    options = {"num_chains": CHAINS, "train_steps": 400, "learning_rate": 0.02}
     other = potentials.networks(jax.random.key(7), target, **options)
     assert not np.any(flat(other.trained["params"]) == flat(trained.trained["params"]))
 
@@ -166,7 +183,7 @@ def test_chains_start_as_widely_as_their_initialisation(target):
 
 
 def test_training_climbs_from_each_start_and_chains_stay_apart(target, trained):
-    """Every chain ends higher than where its own start, of the same key, was."""
+    """Every chain ends higher than where any of as many starts."""
     density = jax.jit(jax.vmap(lambda p: target.log_density(p, target.batches.full)))
     start = potentials.networks(jax.random.key(0), target, num_chains=CHAINS, train_steps=0)
     assert np.all(density(trained.trained) > density(start.trained).max())
@@ -206,19 +223,17 @@ def test_a_store_is_used_or_refused(target, alike, tmp_path, name):
     assert (tmp_path / "draws.zarr").exists()
 
 
-@pytest.mark.parametrize("name", ["SGLD", pytest.param("SWAG", marks=pytest.mark.slow)])
-def test_a_run_in_two_parts_is_the_run_in_one(target, tmp_path, name):
-    """Training and sampling each from their own checkpoint."""
-    options = {
-        "num_chains": 2, "train_steps": 20, "learning_rate": 0.02, "num_samples": DRAWS,
-    }  # fmt: skip
+@pytest.mark.parametrize("name", ["SGLD", "SWAG"])
+def test_a_run_in_two_parts_is_the_run_in_one(target, alike, tmp_path, name):
+    """Training, where there is any, and sampling each from their own checkpoint."""
+    options = {"num_chains": CHAINS, "num_samples": DRAWS, "learning_rate": 0.02}
+    given = {"train_steps": 20} if name == "SGLD" else {"train_steps": 0, "init": alike}
     run = partial(potentials.networks, jax.random.key(3), target, METHODS[name])
-    whole = run(**options)
-    run(**{**options, "num_samples": 2}, checkpoint=tmp_path)
-    with pytest.raises(ValueError, match="holds this run already: pass resume=True"):
-        run(**options, checkpoint=tmp_path)
-    again = run(**options, checkpoint=tmp_path, resume=True)
+    first = run(**given, **{**options, "num_samples": 2}, checkpoint=tmp_path)
+    again = run(**given, **options, checkpoint=tmp_path, resume=True)
+    whole = run(**given, **options)
     assert_equal(again.trained, whole.trained)
+    assert_equal(first.trained, whole.trained)
     assert_equal(again.positions, whole.positions)
 
 
@@ -239,17 +254,15 @@ def test_members_are_all_or_the_last_of_each_chain(found):
         result.members(0)
 
 
-@pytest.mark.parametrize("name", ["Deep Ensemble", "SGLD", "SWAG", "last-layer Laplace"])
+@pytest.mark.parametrize("name", ["SGLD", "SWAG", "last-layer Laplace"])
 def test_one_chain_has_its_axis_too(target, trained, name):
     """And starts where it is told."""
     start = jax.tree.map(lambda x: x[1:2], trained.trained)
     result = draw(target, name, start, num_chains=1)
-    draws = 1 if METHODS[name] is None else DRAWS
-    assert result.params["last"].shape == (1, draws, 2)
-    assert result.positions["noise"]["forces"].shape == (1, draws)
+    assert result.params["last"].shape == (1, DRAWS, 2)
+    assert result.positions["noise"]["forces"].shape == (1, DRAWS)
     assert_equal(result.trained, start)
-    if name != "Deep Ensemble":
-        assert result.members(1)["params"]["last"].shape == (1, 2)
+    assert result.members(1)["params"]["last"].shape == (1, 2)
 
 
 def test_one_chain_is_trained(target):
@@ -410,14 +423,3 @@ def test_swag_of_minibatches_wanders_about_the_mode():
     assert np.all(sd > 0)
     assert np.all(found.params.min(1) < mode())
     assert np.all(found.params.max(1) > mode())
-
-
-def test_a_schedule_and_an_optimiser_of_ones_own_fit_in():
-    """Any kernel is a method, ascent too."""
-    target = quadratic_target("full")
-    found = potentials.networks(
-        jax.random.key(0), target, lambda t: stochgrad.ascend(t, optax.adam(0.05)), num_chains=2,
-        train_steps=0, init=lambda key: {"params": jax.random.normal(key, (3,)), "noise": {}},
-        num_samples=2, thin=400,
-    )  # fmt: skip
-    np.testing.assert_allclose(found.params[:, -1], np.tile(mode(), (2, 1)), rtol=1e-3)
