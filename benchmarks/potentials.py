@@ -56,7 +56,7 @@ def sampling(target, start, steps: int, rounds: int, share: bool) -> None:
         ),
         "SGHMC, BAOAB": stochgrad.sghmc(target, 1e-4, 10.0, mass=1.0, integrator="BAOAB"),
     }
-    best = {name: np.inf for name in kernels}
+    best = dict.fromkeys(kernels, np.inf)
     for _ in range(rounds + 1):  # the first compiles
         for name, kernel in kernels.items():
             best[name] = min(best[name], seconds_of_steps(kernel, start, steps, 8, share))
@@ -68,14 +68,14 @@ def sampling(target, start, steps: int, rounds: int, share: bool) -> None:
 
 def dynamics(energy, params, starts, steps: int, rounds: int) -> None:
     """Throughput in one program over that of loops."""
-    options = dict(
-        masses=MASSES,
-        kT=KT,
-        time_step=0.003,
-        friction=5.0,
-        num_frames=4,
-        steps_per_frame=steps // 4,
-    )
+    options = {
+        "masses": MASSES,
+        "kT": KT,
+        "time_step": 0.003,
+        "friction": 5.0,
+        "num_frames": 4,
+        "steps_per_frame": steps // 4,
+    }
 
     def simulated(params, starts):
         begun = time.perf_counter()
@@ -93,7 +93,7 @@ def dynamics(energy, params, starts, steps: int, rounds: int) -> None:
             count * len(starts) / 4 * sum(simulated(one(n), starts[:1]) for n in range(4))
         ),
     }
-    best = {name: np.inf for name in seconds}
+    best = dict.fromkeys(seconds, np.inf)
     for _ in range(rounds + 1):
         for name, run in seconds.items():
             best[name] = min(best[name], run())

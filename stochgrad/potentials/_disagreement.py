@@ -19,7 +19,8 @@ def force_rhat(
     """R-hat of the forces that chains of networks predict.
 
     Weights have no R-hat that means anything: two networks that permute their hidden units are far
-    apart, and the same function. How far the chains' forces agree on a few configurations does.
+    apart, and the same function. How far the chains' forces agree on a few configurations does. It
+    cannot see chains that all start from nearly one function and have far to go.
 
     Args:
         energy_fn: ``(params, positions, **graph) -> scalar``.

@@ -132,6 +132,8 @@ def networks(
             "method must be a function from a posterior to a kernel, an Approximation or None, "
             f"got {type(method).__name__}."
         )
+    if store is not None and (method is None or isinstance(method, Approximation)):
+        raise ValueError("store is for methods that run a kernel; these networks come at once.")
     num_chains = check_count("num_chains", num_chains)
     train_steps = check_count("train_steps", train_steps, least=0)
     num_samples = check_count("num_samples", num_samples)
