@@ -59,8 +59,8 @@ def test_it_is_the_rhat_of_the_forces(independent):
 
 def test_chains_that_are_stuck_disagree(independent):
     apart = dict(independent)
-    apart["out"] = apart["out"] + 20 * np.arange(CHAINS, dtype="f4")[:, None, None]
-    assert np.all(force_rhat(mlp, apart, PROBE) > 2)
+    apart["out"] = apart["out"] + 2 * np.arange(CHAINS, dtype="f4")[:, None, None]
+    assert np.all(force_rhat(mlp, apart, PROBE) > 1.1)
 
 
 def test_permuted_hidden_units_are_the_same_network(independent):

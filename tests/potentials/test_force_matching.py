@@ -426,7 +426,7 @@ def test_species_of_each_configuration_without_parameters_are_refused():
         matched(data, clamped)
 
 
-# DEFECT: NaN, which jnp.take (and with it flax.linen.Embed) gives beyond the last row, equals nothing
+# DEFECT: NaN, which jnp.take (and so flax.linen.Embed) gives beyond the rows, equals nothing
 def test_an_embedding_that_fills_with_nan_is_refused():
     with pytest.raises(ValueError, match="no parameters for species 2"):
         matched(THREE, filled)

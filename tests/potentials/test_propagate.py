@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stochgrad import potentials
 from stochgrad.potentials import Observable, mean_energy, propagate, reweight
 from tests.conftest import Z
 
