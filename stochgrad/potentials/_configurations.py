@@ -104,7 +104,7 @@ def configurations(
         >>> stochgrad.potentials.configurations(frames, -frames).count
         5
     """
-    positions, forces = np.asarray(positions), np.asarray(forces)
+    positions, forces = _as_floats(positions), _as_floats(forces)
     if positions.ndim != 3 or 0 in positions.shape:
         raise ValueError(
             "positions must have shape (configurations, atoms, dimensions) and not be empty, "
@@ -136,6 +136,11 @@ def configurations(
             )
     if given["mask"] is not None:
         given["mask"] = given["mask"].astype(bool)
+        empty = np.flatnonzero(~given["mask"].any(1))
+        if len(empty):
+            raise ValueError(f"mask leaves no atoms in configuration {empty[0]}.")
+    if given["box"] is not None:
+        given["box"] = _as_floats(given["box"])
     given["species"] = _checked_species(given["species"])
     for name, value in {"positions": positions, "forces": forces, **given}.items():
         if value is not None and value.dtype.kind == "f":
@@ -144,10 +149,15 @@ def configurations(
         there = given["mask"][..., None]
         positions = np.where(np.isfinite(positions), positions, 0)
         forces = np.where(there, forces, 0)
-    edges = _check_box(given["box"], given["virials"], cutoff)
-    _refuse_overlap(positions, given["mask"], edges)
+    _check_box(given["box"], given["virials"], cutoff)
+    _refuse_overlap(positions, given["mask"], given["box"])
     graph = {name: np.asarray(value) for name, value in graph.items()}
     return Configurations(positions, forces, **given, graph=graph)
+
+
+def _as_floats(array):
+    array = np.asarray(array)
+    return array.astype(np.float32) if array.dtype.kind in "iub" else array
 
 
 def _checked_species(species):
@@ -175,10 +185,10 @@ def _refuse_unless_finite(name, value, count, mask) -> None:
     )
 
 
-def _check_box(box, virials, cutoff):
-    """Edge lengths of a box that is no matrix; raise unless the box fits cut-off and virials."""
+def _check_box(box, virials, cutoff) -> None:
+    """Raise unless the box is one, and fits cut-off and virials."""
     if box is None:
-        return None
+        return
     box = box.astype(np.float64)
     if box.ndim == 3:
         if np.any(np.linalg.det(box) <= 0):
@@ -198,32 +208,38 @@ def _check_box(box, virials, cutoff):
             f"box must be at least twice as wide as the cut-off {cutoff:g}, got {widths.min():g}: "
             "an atom would meet two images of another."
         )
-    return None if box.ndim == 3 else box
 
 
-def _refuse_overlap(positions, mask, edges) -> None:
+def _refuse_overlap(positions, mask, box) -> None:
     """Raise where two atoms are nearer than a hundredth of what neighbours usually are."""
-    from scipy.spatial import KDTree
-
-    if positions.shape[1] < 2:
-        return
     nearest = np.full(positions.shape[:2], np.inf)
     for n, frame in enumerate(positions):
         there = slice(None) if mask is None else mask[n]
         points = np.asarray(frame[there], np.float64)
-        if len(points) < 2:
-            continue
-        edge = None
-        if edges is not None:
-            edge = edges if edges.ndim == 1 else edges[n]
-            points = np.mod(points, edge)
-            points = np.where(points >= edge, 0.0, points)
-        nearest[n, there] = KDTree(points, boxsize=edge).query(points, k=2)[0][:, 1]
-    limit = np.median(nearest[np.isfinite(nearest)]) / 100
-    bad = np.argwhere(nearest <= limit)
+        if len(points) > 1:
+            own = box if box is None or box.ndim == 1 else box[n]
+            nearest[n, there] = _nearest(points, own)
+    apart = nearest[np.isfinite(nearest)]
+    if not len(apart):
+        return
+    bad = np.argwhere(nearest <= np.median(apart) / 100)
     if len(bad):
         n, atom = bad[0]
         raise ValueError(
             f"atoms must not overlap: in configuration {n} atom {atom} is {nearest[n, atom]:g} "
             "from another."
         )
+
+
+def _nearest(points, box):
+    """Distance of each point to the nearest other, or image of another."""
+    from scipy.spatial import KDTree
+
+    if box is None:
+        return KDTree(points).query(points, k=2)[0][:, 1]
+    dim = points.shape[1]
+    matrix = np.asarray(np.diag(box) if box.ndim == 1 else box, np.float64)
+    inside = np.mod(points @ np.linalg.inv(matrix).T, 1.0)
+    shifts = np.stack(np.meshgrid(*[[-1, 0, 1]] * dim, indexing="ij"), -1).reshape(-1, 1, dim)
+    images = (inside + shifts).reshape(-1, dim) @ matrix.T
+    return KDTree(images).query(inside @ matrix.T, k=2)[0][:, 1]

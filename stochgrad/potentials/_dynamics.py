@@ -260,6 +260,8 @@ def simulate(
             f"positions must have shape (replicas, atoms, dim) or ({draws}, replicas, atoms, dim), "
             f"got {start.shape}."
         )
+    one = jax.tree.map(lambda x: x[0], (params, start[:, 0]))
+    jax.eval_shape(lambda p, r: energy_fn(p, r, **graph), *one)  # its own errors, in its own words
     kernel = langevin(
         energy_fn, masses=masses, kT=kT, time_step=time_step, friction=friction, **graph
     )

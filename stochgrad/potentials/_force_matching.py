@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree, Scalar
 from stochgrad.core import Order, Posterior, PRNGKey, by_name, check_number, posterior
 from stochgrad.potentials._configurations import Configurations
 from stochgrad.potentials._noise_model import (
+    Learned,
     Noise,
     checked_noise,
     initial_noise,
@@ -104,7 +105,7 @@ def force_matching(
 
     def log_prior(position):
         density, jacobian = noise_log_prior(position["noise"])
-        weights = log_weights(position["params"])
+        weights = jnp.asarray(log_weights(position["params"]), float)
         return (weights + density.astype(weights.dtype)) / cold + jacobian.astype(weights.dtype)
 
     def of_row(position, row):
@@ -173,16 +174,16 @@ def _log_prior(prior: Prior) -> Callable[[PyTree], Scalar]:
     def log_density(params):
         def of_leaf(x: Array):
             x = jnp.asarray(x)
-            fan_in = np.prod(x.shape[:-1]) if prior == "scaled" and x.ndim > 1 else 1.0
-            return -0.5 * jnp.sum(x**2) * (fan_in / sd**2)
+            fan_in = float(np.prod(x.shape[:-1])) if prior == "scaled" and x.ndim > 1 else 1.0
+            return -0.5 * jnp.sum(x.astype(float) ** 2) * (fan_in / sd**2)
 
-        return sum(jax.tree.leaves(jax.tree.map(of_leaf, params)), jnp.zeros(()))
+        return sum(map(of_leaf, jax.tree.leaves(params)), jnp.zeros(()))
 
     return log_density
 
 
 def _refuse_species_without_noise(scale, dataset: Configurations) -> None:
-    shape = np.shape(getattr(scale, "mean", scale))
+    shape = np.shape(scale.mean if isinstance(scale, Learned) else scale)
     if not shape:
         return
     if dataset.species is None:
@@ -222,7 +223,9 @@ def _check_energy(energy_fn, params, dataset: Configurations) -> None:
         return float(energy_fn(params, positions, **{**graph, "species": jnp.asarray(species)}))
 
     as_before = energy(np.where(species == last, last - 1, species).astype(np.int32))
-    if energy(species) == as_before and energy(np.zeros_like(species)) != as_before:
+    now, first = energy(species), energy(np.zeros_like(species))
+    unknown = np.isnan(now) and np.isfinite(as_before)  # beyond the rows of an embedding
+    if unknown or (now == as_before and first != as_before):
         raise ValueError(
             f"energy_fn has no parameters for species {last}: it takes them for species "
             f"{last - 1}, the last that it knows."

@@ -74,8 +74,10 @@ def angle(
     i, j, k = jnp.moveaxis(jnp.asarray(atoms), -1, 0)
     one = displacement(positions[..., j, :], positions[..., i, :], box)
     other = displacement(positions[..., j, :], positions[..., k, :], box)
+    if one.shape[-1] == 2:
+        one, other = (jnp.concatenate([x, jnp.zeros_like(x[..., :1])], -1) for x in (one, other))
     # of sine and cosine both: arccos alone has no derivative at a straight angle
-    return jnp.arctan2(_norm(jnp.cross(one, other)), jnp.sum(one * other, -1))
+    return _arctan2(_norm(jnp.cross(one, other)), jnp.sum(one * other, -1))
 
 
 def dihedral(
@@ -102,7 +104,13 @@ def dihedral(
     last = displacement(positions[..., k, :], positions[..., m, :], box)
     one, other = jnp.cross(first, axis), jnp.cross(axis, last)
     sine = jnp.sum(first * other, -1) * _norm(axis)
-    return jnp.arctan2(sine, jnp.sum(one * other, -1))
+    return _arctan2(sine, jnp.sum(one * other, -1))
+
+
+def _arctan2(y: Array, x: Array) -> Array:
+    """The angle of a point, zero with all its derivatives at the origin."""
+    nowhere = (x == 0) & (y == 0)
+    return jnp.arctan2(y, jnp.where(nowhere, 1, x))
 
 
 def _norm(x: Array) -> Array:

@@ -92,14 +92,15 @@ def intervals(
             f"{len(kept)} of {len(values)}."
         )
     each, within, replicas = [], [], []
-    for d in kept:
-        x = values[d, sound[d]]
-        n = len(x)
-        without = np.stack([transform((x.sum(0) - one) / (n - 1)) for one in x])
-        each.append(transform(x.mean(0)))
-        within.append((n - 1) * without.var(0))
-        replicas.append(n)
-    count, spread = len(kept), np.var(each, axis=0, ddof=1)
+    with np.errstate(invalid="ignore"):  # the free energy of a bin that none has visited
+        for d in kept:
+            x = values[d, sound[d]]
+            n = len(x)
+            without = np.stack([transform((x.sum(0) - one) / (n - 1)) for one in x])
+            each.append(transform(x.mean(0)))
+            within.append((n - 1) * without.var(0))
+            replicas.append(n)
+        count, spread = len(kept), np.var(each, axis=0, ddof=1)
     error = np.mean(within, 0)
     epistemic = spread if common else np.maximum(spread - error, 0)
     sampling = error if common else error / count

@@ -150,10 +150,10 @@ def average(observable: Observable, positions: Any, weights: Any = None) -> np.n
     """
     positions = jnp.asarray(positions)
     lead, frames = positions.shape[:-3], positions.shape[-3]
-    w = jnp.ones((*lead, frames), positions.dtype) if weights is None else jnp.asarray(weights)
+    w = np.ones((*lead, frames)) if weights is None else np.asarray(weights, np.float64)
     if w.shape != (*lead, frames):
         raise ValueError(f"weights must have shape {(*lead, frames)}, got {w.shape}.")
-    w = (w / jnp.sum(w, -1, keepdims=True)).astype(positions.dtype)
+    w = jnp.asarray(w / w.sum(-1, keepdims=True), positions.dtype)
     flat = positions.reshape(-1, *positions.shape[-3:])
     found = np.asarray(_averages(observable.of_frame)(flat, w.reshape(-1, frames)))
     return found.reshape(*lead, *found.shape[1:]).astype(np.float64)

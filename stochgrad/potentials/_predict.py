@@ -46,10 +46,19 @@ def predict_one(
     def strained(positions, epsilon):
         if epsilon.ndim == 1:
             stretch = 1 + epsilon
-            moved, box = positions * stretch[None], lambda b: b * stretch.astype(b.dtype)
+            moved = positions * stretch[None]
+            by = stretch.astype
+
+            def box(b):
+                return b * (by(b.dtype) if b.ndim == 1 else by(b.dtype)[:, None])
+
         else:
             deform = jnp.eye(len(epsilon), dtype=epsilon.dtype) + epsilon
-            moved, box = positions @ deform.T, lambda b: deform.astype(b.dtype) @ b
+            moved = positions @ deform.T
+
+            def box(b):
+                return deform.astype(b.dtype) @ b
+
         bent = {k: box(v) if k == "box" else v for k, v in graph.items()}
         return energy_fn(params, moved, **bent)
 

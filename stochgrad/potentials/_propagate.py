@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import lru_cache
 from inspect import signature
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +21,17 @@ class Reweighted(NamedTuple):
     """Weights of a reference trajectory's frames under other networks.
 
     Attributes:
-        weights: Shape (D, replicas, frames); a network's add up to one.
+        log_weights: Shape (D, replicas, frames); a network's weights add up to one.
         ess: Kish's effective share of the frames, 0 to 1, shape (D,).
     """
 
-    weights: Float[np.ndarray, "D replicas frames"]
+    log_weights: Float[np.ndarray, "D replicas frames"]
     ess: Float[np.ndarray, " D"]
+
+    @property
+    def weights(self) -> Float[np.ndarray, "D replicas frames"]:
+        """Their exponentials."""
+        return np.exp(self.log_weights)
 
 
 def mean_energy(energy_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,6 +58,7 @@ def reweight(
     reference: Any,
     *,
     kT: float,
+    sound: Any = None,
     **graph: Any,
 ) -> Reweighted:
     r"""Weights that turn frames of a reference potential into frames of each network.
@@ -66,6 +73,7 @@ def reweight(
         reference: Their energies in the potential that they come from, shape (replicas, frames);
             or that potential, ``positions -> scalar``.
         kT: $k_BT$.
+        sound: Which replicas count, shape (replicas,); frames of others weigh nothing.
         graph: What ``energy_fn`` takes beside the positions.
     """
     kT = check_number("kT", kT)
@@ -74,10 +82,13 @@ def reweight(
     if callable(reference):
         reference = jax.jit(lambda x: lax.map(jax.vmap(reference), x))(frames)
     log_weights = -(np.asarray(energies, np.float64) - np.asarray(reference, np.float64)) / kT
+    counted = np.ones(len(frames), bool) if sound is None else np.asarray(sound, bool)
+    log_weights[:, ~counted] = -np.inf
     log_weights -= log_weights.max((1, 2), keepdims=True)
     weights = np.exp(log_weights)
-    weights /= weights.sum((1, 2), keepdims=True)
-    return Reweighted(weights, 1 / (weights**2).sum((1, 2)) / weights[0].size)
+    total = weights.sum((1, 2), keepdims=True)
+    ess = total[:, 0, 0] ** 2 / (weights**2).sum((1, 2)) / (counted.sum() * frames.shape[1])
+    return Reweighted(log_weights - np.log(total), ess)
 
 
 @lru_cache(maxsize=16)
@@ -147,8 +158,14 @@ def propagate(
     reference_key, fresh_key = jax.random.split(key)
     together = mean_energy(energy_fn)
     as_one = jax.tree.map(lambda x: x[None], params)
-    reference = simulate(reference_key, together, as_one, positions, **dynamics)
-    frames = reference.positions[0]
+    given = dynamics.pop("checkpoint", None)
+    checkpoint = None if given is None else Path(given)
+
+    def saved(part: str) -> dict[str, Any]:
+        return dynamics if checkpoint is None else {**dynamics, "checkpoint": checkpoint / part}
+
+    reference = simulate(reference_key, together, as_one, positions, **saved("reference"))
+    frames, counted = reference.positions[0], reference.sound[0]
     graph = {k: v for k, v in dynamics.items() if k not in _SETTINGS}
     found = reweight(
         energy_fn,
@@ -156,17 +173,19 @@ def propagate(
         frames,
         lambda r: together(params, r, **graph),
         kT=dynamics["kT"],
+        sound=counted,
         **graph,
     )
     fresh = found.ess < min_ess
     sound = np.repeat(reference.sound, len(found.ess), 0)
+    within = np.where(counted[:, None], found.log_weights, 0)  # each replica's add up to one
+    within = np.exp(within - within.max(-1, keepdims=True))
     averages = [
-        np.stack([average(observable, frames, w) for w in found.weights])
-        for observable in observables
+        np.stack([average(observable, frames, w) for w in within]) for observable in observables
     ]
     if fresh.any():
         own = jax.tree.map(lambda x: x[fresh], params)
-        run = simulate(fresh_key, energy_fn, own, positions, **dynamics)
+        run = simulate(fresh_key, energy_fn, own, positions, **saved("fresh"))
         sound[fresh] = run.sound
         for n, observable in enumerate(observables):
             averages[n][fresh] = average(observable, run.positions)

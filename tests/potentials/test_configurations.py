@@ -118,7 +118,6 @@ def test_bad_data_are_refused_in_words(case):
         configurations(**{"positions": R, "forces": -R, **given})
 
 
-# DEFECT: atoms are looked at without any box where it is a matrix
 def test_atoms_on_each_other_across_a_skewed_boundary_are_refused():
     at = with_value(R, (1, 3), R[1, 0] + SKEWED[0][:, 1])
     with pytest.raises(ValueError, match="must not overlap: in configuration 1"):
@@ -150,14 +149,12 @@ def test_padding_under_a_mask_may_hold_anything():
         configurations(with_value(at, (2, 1), at[2, 0]), forces, mask=there)
 
 
-# DEFECT: the median of no distances warns
 def test_one_atom_under_each_mask_passes():
     there = np.zeros((N, ATOMS), bool)
     there[:, 0] = True
     assert configurations(R, R, mask=there).count == N
 
 
-# DEFECT: nothing is refused, and energies are divided by no atoms
 def test_a_configuration_without_atoms_is_refused():
     there = np.ones((N, ATOMS), bool)
     there[3] = False

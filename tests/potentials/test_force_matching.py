@@ -152,7 +152,6 @@ def test_virials_are_derivatives_by_the_strain(kind):
     np.testing.assert_allclose(density_of_virials(virials, given), best, rtol=1e-5)
 
 
-# DEFECT: the columns of the matrix are stretched, and not its rows
 def test_diagonal_virials_in_a_box_of_matrices():
     box = np.tile(SKEW, (N, 1, 1))
     virials = strained(box, UNITS[::4])
@@ -161,7 +160,6 @@ def test_diagonal_virials_in_a_box_of_matrices():
         np.testing.assert_allclose(density_of_virials(virials, box), best, rtol=1e-5)
 
 
-# DEFECT: the strain is cast to the box's integers, which have no derivative
 @pytest.mark.parametrize("kind", ["lengths", "matrices"])
 def test_a_box_of_integers_is_strained_too(kind):
     lengths = np.array([3, 2, 4])
@@ -285,14 +283,12 @@ def test_priors():
     np.testing.assert_allclose(own - flat, -np.abs(params["b"]).sum(), rtol=1e-2)
 
 
-# DEFECT: an attribute of the result is read before it is made an array
 def test_a_prior_may_return_a_number():
     """As stochgrad.posterior's may."""
     flat, own = matched(prior="flat"), matched(prior=lambda params: 0.0)
     assert density(own, at()) == density(flat, at())
 
 
-# DEFECT: a numpy float64 and zeros of the default type widen the sum
 @pytest.mark.parametrize("prior", [1.0, "scaled"])
 def test_coarse_weights_keep_their_type(prior):
     """No silent promotion of weights in bfloat16, as everywhere else in the library."""
@@ -357,7 +353,6 @@ BAD = {
     ),
     "noise of zero": ({"noise": 0.0}, "noise of forces must be a positive number"),
     "noise of a species negative": ({"noise": np.array([1.0, -1.0])}, "noise of forces must be a"),
-    # DEFECT, and two below: an array has a method of the name that a learned scale's mean has
     "noise of too few species": (
         {"noise": np.array([1.0]), "data": THREE, "init": LARGER},
         "noise has 1 species, the data have a species 2",
@@ -426,13 +421,11 @@ def test_species_of_each_configuration_without_parameters_are_refused():
         matched(data, clamped)
 
 
-# DEFECT: NaN, which jnp.take (and so flax.linen.Embed) gives beyond the rows, equals nothing
 def test_an_embedding_that_fills_with_nan_is_refused():
     with pytest.raises(ValueError, match="no parameters for species 2"):
         matched(THREE, filled)
 
 
-# DEFECT: refused neither by configurations nor here, and no gradient can be taken
 def test_positions_of_integers_pass():
     grid = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1]), -1).reshape(1, 8, 3)
     data = potentials.configurations(grid, -grid)

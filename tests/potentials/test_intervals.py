@@ -70,7 +70,6 @@ def test_a_transform_of_the_averages_and_not_of_the_replicas():
     np.testing.assert_allclose(linear.high, 3 * intervals(x).high - 1)
 
 
-# DEFECT: infinity less infinity, and a warning of numpy's for a bin that no network visits
 def test_a_free_energy_of_bins_that_are_never_visited():
     """The bins that are visited have their intervals, and nothing is said of the others."""
     p = np.abs(RNG.normal(size=(4, 6, 3)))

@@ -153,7 +153,6 @@ def test_averages_are_numpys():
     np.testing.assert_allclose(average(COORDINATE, FRAMES[0, 0]), found[0, 0], atol=1e-6)
 
 
-# DEFECT: weights are rounded to the frames' precision, to zeros, before they are divided
 def test_weights_of_any_size_will_do():
     """Those of a far network's replica are as small as e^-300."""
     expected = average(COORDINATE, FRAMES, WEIGHTS)
