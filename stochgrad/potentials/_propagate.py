@@ -154,6 +154,8 @@ def propagate(
         ValueError: a number is out of range, or a shape does not fit.
     """
     min_ess = check_number("min_ess", min_ess, zero=True)
+    if min_ess > 1:
+        raise ValueError(f"min_ess must be between 0 and 1, got {min_ess:g}.")
     params = jax.tree.map(jnp.asarray, params)
     reference_key, fresh_key = jax.random.split(key)
     together = mean_energy(energy_fn)
