@@ -133,10 +133,15 @@ def _langevin(energy_fn, masses: _Frozen, kT, h, friction, frozen) -> Kernel:
         def log_density(positions):
             given = {name: jnp.asarray(value) for name, value in graph.items()}
             energies = jax.vmap(lambda r: energy_fn(params, r, **given))(positions)
-            return -jnp.sum(energies) / kT
+            return -jnp.sum(energies) / kT, energies
+
+        def score(positions):
+            (value, energies), g = jax.value_and_grad(log_density, has_aux=True)(positions)
+            # an energy that is no number may have a force of zero
+            return value, jnp.where(jnp.isfinite(energies)[:, None, None], g, jnp.nan)
 
         def next(key, position, state):
-            return jax.value_and_grad(log_density), state
+            return score, state
 
         per_atom = np.broadcast_to(m[..., None], shape[1:]) if m.ndim else m
         mass = np.broadcast_to(per_atom / kT, shape)

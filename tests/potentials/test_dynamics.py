@@ -173,6 +173,15 @@ def test_a_network_whose_replicas_all_explode_leaves_the_others_alone():
     np.testing.assert_array_equal(found.positions[1], np.full((2, 4, 1, 3), 2.5))
 
 
+def test_an_energy_that_is_no_number_explodes_though_its_force_is_zero():
+    hole = lambda k, r: jnp.where(jnp.sum(r**2) > 1, jnp.nan, 0.5 * k * jnp.sum(r**2))
+    start = np.zeros((2, 1, 3), np.float32)
+    start[1] = 2.0
+    with pytest.warns(RuntimeWarning, match="exploded"):
+        found = run(hole, jnp.ones(1), start, num_frames=1, steps_per_frame=1)
+    assert found.exploded[0, 1] == 0
+
+
 @pytest.mark.parametrize("networks", [1, 2])
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, networks):
     """An explosion of the first part is remembered in the second."""
