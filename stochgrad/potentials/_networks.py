@@ -97,8 +97,8 @@ def networks(
         init: Where to start; the posterior's own starts by default. ``Networks.trained`` of another
             call with ``train_steps=0`` saves training anew.
         num_samples: Networks to keep of each chain.
-        num_warmup: Draws to discard before them.
-        thin: Steps from one draw to the next.
+        num_warmup: Draws to discard before them, of methods that run a kernel.
+        thin: Steps from one draw to the next, likewise.
         share_batches: Whether all chains see the same minibatches, which is several times faster on
             small networks and makes their noise dependent.
         store: Where the draws go, a directory (zarr) or ``stochgrad.Store``.
