@@ -32,13 +32,9 @@ class Configurations(NamedTuple):
 
     def __getitem__(self, rows: Any) -> "Configurations":
         """Some of the configurations."""
-        own = self._of_each()
-
-        def choose(value):
-            return {name: array[rows] for name, array in value.items()}
-
-        chosen = {name: own[name][rows] for name in own if name != "graph"}
-        return self._replace(**chosen, graph=choose(self.graph))
+        chosen = {name: array[rows] for name, array in self._of_each().items()}
+        graph = {name: array[rows] for name, array in self.graph.items()}
+        return self._replace(**chosen, graph=graph)
 
     @property
     def count(self) -> int:

@@ -34,17 +34,14 @@ class Reweighted(NamedTuple):
         return np.exp(self.log_weights)
 
 
+@lru_cache(maxsize=16)
 def mean_energy(energy_fn: Callable[..., Any]) -> Callable[..., Any]:
     """The mean of the energies of many networks, whose weights have a leading axis.
 
     Args:
         energy_fn: ``(params, positions, **graph) -> scalar``.
     """
-    return _mean_energy(energy_fn)
 
-
-@lru_cache(maxsize=16)
-def _mean_energy(energy_fn):
     def of_all(params, positions, **graph):
         return jnp.mean(jax.vmap(lambda p: energy_fn(p, positions, **graph))(params))
 
