@@ -8,6 +8,7 @@ from stochgrad import federated as federated
 from stochgrad import gradients as gradients
 from stochgrad.core import Batches as Batches
 from stochgrad.core import CheckpointWarning as CheckpointWarning
+from stochgrad.core import ConvergenceWarning as ConvergenceWarning
 from stochgrad.core import DivergenceWarning as DivergenceWarning
 from stochgrad.core import Draws as Draws
 from stochgrad.core import Gradient as Gradient
@@ -16,6 +17,7 @@ from stochgrad.core import InterruptWarning as InterruptWarning
 from stochgrad.core import Kernel as Kernel
 from stochgrad.core import Online as Online
 from stochgrad.core import Posterior as Posterior
+from stochgrad.core import PrecisionWarning as PrecisionWarning
 from stochgrad.core import Store as Store
 from stochgrad.core import posterior as posterior
 from stochgrad.core import sample as sample

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, UInt32
 
-from stochgrad.core._checks import data_rows
+from stochgrad.core._arrays import data_rows
 from stochgrad.core._hosts import place
 from stochgrad.core._noise import key_words
 from stochgrad.core._orders import ORDERS, permuted

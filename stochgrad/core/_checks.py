@@ -1,7 +1,9 @@
-"""Checks of what a user hands in: one clear sentence each, before anything compiles."""
+"""Checks of arguments: one clear sentence each, before anything compiles."""
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -14,33 +16,87 @@ StepSize: TypeAlias = float | Callable[[Any], Any]
 """A step size: a positive number, or an optax-style schedule ``step -> float``."""
 
 
-def check_key(key: Any) -> None:
+def check_key(key: Any, name: str = "key") -> None:
     """Raise unless ``key`` is one typed PRNG key."""
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise TypeError(
-            f"key must be a typed PRNG key as jax.random.key(seed) makes it, got {_describe(key)}."
+            f"{name} must be a typed PRNG key as jax.random.key(seed) makes it, got "
+            f"{describe(key)}."
         )
     if key.shape != ():
-        raise ValueError(f"key must be a single key, got keys of shape {key.shape}.")
+        raise ValueError(f"{name} must be a single key, got keys of shape {key.shape}.")
 
 
-def check_number(name: str, value: Any, *, zero: bool = False) -> float:
-    """The value as a float, if it is a positive (or, with ``zero``, non-negative) number."""
+def check_number(name: str, value: Any, *, zero: bool = False, most: float = math.inf) -> float:
+    """The value as a float, if it is a positive (or, with ``zero``, non-negative) number.
+
+    Booleans and text are no numbers, and arrays only if they hold a single one.
+    """
     wanted = "a non-negative number" if zero else "a positive number"
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be {wanted}, got {_describe(value)}.") from None
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+    if most < math.inf:
+        wanted += f" of at most {most:g}"
+    number = _as_float(value)
+    if number is None:
+        raise ValueError(f"{name} must be {wanted}, got {describe(value)}.")
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero) or number > most:
         raise ValueError(f"{name} must be {wanted}, got {number:g}.")
     return number
 
 
-def check_count(name: str, value: Any, *, least: int = 1) -> int:
-    """The value as an int, if it is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+def check_real(name: str, value: Any) -> float:
+    """The value as a float, if it is a finite number of either sign."""
+    number = _as_float(value)
+    if number is None or not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {describe(value)}.")
+    return number
+
+
+def check_count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+    """The value as an int, if it is an integer from ``least`` to ``most``."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {wanted}, got {describe(value)}.")
     return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """The value as a bool, if it is one."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}.")
+    return bool(value)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """The value, if it is one of some names."""
+    choices = list(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {describe(value)}.")
+    return value
+
+
+def check_callable(name: str, value: Any, wanted: str = "a function") -> Any:
+    """The value, if it can be called; ``wanted`` says of what."""
+    if not callable(value):
+        raise TypeError(f"{name} must be {wanted}, got {describe(value)}.")
+    return value
+
+
+def check_instance(name: str, value: Any, types: type | tuple[type, ...], wanted: str) -> Any:
+    """The value, if it is of a type; ``wanted`` says in words what it is and what makes it."""
+    if not isinstance(value, types) or isinstance(value, type):
+        raise TypeError(f"{name} must be {wanted}, got {describe(value)}.")
+    return value
+
+
+def check_path(name: str, value: Any) -> Path:
+    """The value as an absolute path, which a change of directory does not move."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise TypeError(f"{name} must be a path, got {describe(value)}.")
+    path = os.fspath(value)
+    if not isinstance(path, str) or "\0" in path:
+        raise ValueError(f"{name} must be a path of text, got {describe(value)}.")
+    return Path(path).expanduser().resolve()
 
 
 def as_schedule(
@@ -54,57 +110,19 @@ def as_schedule(
         zero: Whether a schedule may begin with zero.
 
     Raises:
-        ValueError: the number, or the schedule's first value, is not positive.
+        ValueError: the number, or the schedule's first value, is not positive; the schedule fails.
     """
     if not callable(value):
         constant = check_number(name, value)
         return (lambda step: constant), constant
-    return value, check_number(f"{name} at step 0", value(0), zero=zero)
-
-
-def data_rows(data: PyTree, *, finite: bool = True) -> int:
-    """Number of rows of a pytree of arrays with one leading axis.
-
-    Args:
-        data: The arrays.
-        finite: Whether to look at their values.
-
-    Raises:
-        ValueError: there are no arrays, or no rows, the leading axes differ, or a leaf holds NaN
-            or infinity.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(data)
-    if not leaves:
-        raise ValueError("data must hold at least one array, got an empty tree.")
-    sizes: dict[str, int] = {}
-    for path, leaf in leaves:
-        name = "data" + jax.tree_util.keystr(path)
-        shape = leaf.shape if hasattr(leaf, "shape") else np.shape(leaf)
-        if len(shape) == 0:
-            raise ValueError(f"{name} must have a leading axis of rows, got a scalar.")
-        sizes[name] = shape[0]
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-        raise ValueError(f"all arrays of data must have the same number of rows, but {listed}.")
-    for path, leaf in leaves if finite else ():
-        check_finite("data" + jax.tree_util.keystr(path), leaf)
-    size = next(iter(sizes.values()))
-    if size == 0:
-        raise ValueError("data must hold at least one row, got none.")
-    return size
-
-
-def check_finite(name: str, array: Any) -> None:
-    """Raise a ValueError that names the first row in which a concrete array is not finite."""
-    if isinstance(array, Tracer) or not jnp.issubdtype(
-        getattr(array, "dtype", np.asarray(array).dtype), jnp.inexact
-    ):
-        return
-    with jax.ensure_compile_time_eval():
-        finite = np.isfinite(array) if isinstance(array, np.ndarray) else jnp.isfinite(array)
-        if not finite.all():
-            row = int(np.argwhere(~np.asarray(finite).reshape(len(finite), -1).all(axis=1))[0, 0])
-            raise ValueError(f"{name} must be finite, but row {row} holds NaN or infinity.")
+    try:
+        first = value(0)
+    except Exception as error:
+        raise ValueError(
+            f"{name} must be a number or a schedule step -> number, and fails at step 0: "
+            f"{first_line(error)}."
+        ) from error
+    return value, check_number(f"{name} at step 0", first, zero=zero)
 
 
 def check_position(position: PyTree, name: str = "init") -> None:
@@ -114,15 +132,53 @@ def check_position(position: PyTree, name: str = "init") -> None:
         raise ValueError(f"{name} must hold at least one array, got an empty tree.")
     for path, leaf in leaves:
         where = name + jax.tree_util.keystr(path)
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"{where} must be a floating-point array, got dtype {jnp.result_type(leaf)}."
-            )
-        if not jnp.all(jnp.isfinite(leaf)):
+        try:
+            dtype = jnp.result_type(leaf)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{where} must be a floating-point array, got {describe(leaf)}."
+            ) from None
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{where} must be a floating-point array, got dtype {dtype}.")
+        if jnp.size(leaf) == 0:
+            raise ValueError(f"{where} must hold at least one number, got shape {jnp.shape(leaf)}.")
+        if not isinstance(leaf, Tracer) and not jnp.all(jnp.isfinite(leaf)):
             raise ValueError(f"{where} must be finite, but holds NaN or infinity.")
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value as a sentence shows it: short, and arrays by type and shape."""
+    if isinstance(value, Tracer):
+        return f"a traced value of type {value.aval.str_short()}"
     if isinstance(value, jax.Array | np.ndarray):
-        return f"an array of dtype {value.dtype} and shape {value.shape}"
-    return repr(value)
+        kind = "a masked array" if isinstance(value, np.ma.MaskedArray) else "an array"
+        return f"{kind} of dtype {value.dtype} and shape {value.shape}"
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | np.generic):
+        text = repr(value)
+        return text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, list | tuple | dict | set):
+        text = repr(value)
+        return text if len(text) <= 60 else f"a {type(value).__name__} of {len(value)} items"
+    named = getattr(value, "__name__", None)
+    return f"the function {named}" if named else f"a {type(value).__name__}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = str(error).strip().split("\n")
+    return lines[0].rstrip(".") or type(error).__name__
+
+
+def _as_float(value: Any) -> float | None:
+    """A real number as a float; None for what is none, and for booleans and text."""
+    if isinstance(value, bool | str | bytes) or getattr(value, "dtype", None) in (bool, object):
+        return None
+    if np.ma.is_masked(value) or getattr(value, "size", 1) != 1:
+        return None
+    try:
+        number = complex(value)
+    except (TypeError, ValueError, OverflowError, ArithmeticError):
+        return None
+    return number.real if number.imag == 0 and not isinstance(value, complex) else None

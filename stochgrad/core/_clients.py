@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, PyTree, UInt32
 
+from stochgrad.core._arrays import data_rows
 from stochgrad.core._batches import Batch, Order, Partition, Rows, check_batch_size, check_order
-from stochgrad.core._checks import check_count, data_rows
+from stochgrad.core._checks import check_count
 from stochgrad.core._noise import key_words, threefry
 from stochgrad.core._orders import ORDERS, permuted
 from stochgrad.core._protocols import Batches, Posterior, PRNGKey

@@ -17,6 +17,14 @@ class CheckpointWarning(UserWarning):
     """A checkpoint could not be written."""
 
 
+class ConvergenceWarning(UserWarning):
+    """Chains have not mixed, or a search has not arrived."""
+
+
+class PrecisionWarning(UserWarning):
+    """Rounding is not small against what is computed."""
+
+
 class GradientNoiseWarning(UserWarning):
     """Minibatch noise is larger than the noise that the dynamics injects."""
 
