@@ -34,6 +34,7 @@ from stochgrad.core._checks import check_position as check_position
 from stochgrad.core._checks import check_real as check_real
 from stochgrad.core._checks import describe as describe
 from stochgrad.core._checks import first_line as first_line
+from stochgrad.core._checks import is_function as is_function
 from stochgrad.core._chunk import compiled as compiled
 from stochgrad.core._clients import Clients as Clients
 from stochgrad.core._clients import Selection as Selection
@@ -80,13 +81,19 @@ from stochgrad.core._trees import share_first as share_first
 from stochgrad.core._trees import shared_axes as shared_axes
 from stochgrad.core._trees import tree_bytes as tree_bytes
 from stochgrad.core._trees import tree_dot as tree_dot
+from stochgrad.core._trees import tree_isfinite as tree_isfinite
 from stochgrad.core._trees import tree_size as tree_size
+from stochgrad.core._verdict import warn_of_convergence as warn_of_convergence
+from stochgrad.core._verdict import warn_of_density as warn_of_density
+from stochgrad.core._verdict import warn_of_divergence as warn_of_divergence
+from stochgrad.core._verdict import warn_of_rounding as warn_of_rounding
 from stochgrad.core._warnings import CheckpointWarning as CheckpointWarning
 from stochgrad.core._warnings import ConvergenceWarning as ConvergenceWarning
 from stochgrad.core._warnings import DivergenceWarning as DivergenceWarning
 from stochgrad.core._warnings import GradientNoiseWarning as GradientNoiseWarning
 from stochgrad.core._warnings import InterruptWarning as InterruptWarning
 from stochgrad.core._warnings import PrecisionWarning as PrecisionWarning
+from stochgrad.core._warnings import warn_of_noise as warn_of_noise
 from stochgrad.core._whole import in_one_block as in_one_block
 from stochgrad.core._whole import on_all_data as on_all_data
 from stochgrad.core._whole import one_block_at_hand as one_block_at_hand

@@ -10,7 +10,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, UInt32
 
-from stochgrad.core._arrays import data_rows
+from stochgrad.core._arrays import as_data, data_rows
+from stochgrad.core._checks import check_choice, check_instance, describe
 from stochgrad.core._hosts import place
 from stochgrad.core._noise import key_words
 from stochgrad.core._orders import ORDERS, permuted
@@ -143,6 +144,8 @@ def row_batches(
         place = block * batch_size + lax.iota(np.int32, batch_size)
         inside = jnp.minimum(place, size - 1)
         index = permuted(state.words.value, permutation, inside, size, stream=1)
+        # or newer compilers fuse the permutation's rounds into the gather, and do not come back
+        index = lax.optimization_barrier(index)
         return Rows(None, index, weight(block)), following
 
     return Batches(_init, next_rows, full, size, batch_size, order), None
@@ -162,6 +165,7 @@ def data_batches(
             batch size is missing, below 1 or above the number of rows; the order or the layout is
             unknown.
     """
+    data = as_data(data)
     size = data_rows(data)
     check_order(order, layout)
     batch_size = check_batch_size(batch_size, size, order)
@@ -250,6 +254,7 @@ def _checked(mesh: Mesh | None, batch_size: int, layout: str) -> Mesh | None:
     """The mesh, its axes left to the compiler, or a ValueError where it cannot hold minibatches."""
     if mesh is None:
         return None
+    check_instance("mesh", mesh, Mesh, "a jax.sharding.Mesh")
     if "data" not in mesh.axis_names or set(mesh.axis_names) - {"chain", "data"}:
         raise ValueError(
             "mesh must have an axis 'data', and may have an axis 'chain', got "
@@ -267,23 +272,25 @@ def _checked(mesh: Mesh | None, batch_size: int, layout: str) -> Mesh | None:
 
 def check_order(order: str, layout: str = "blocks") -> None:
     """Raise a ValueError unless the order and the layout are known."""
-    if order not in get_args(Order):
-        raise ValueError(f"order must be one of {list(get_args(Order))}, got {order!r}.")
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout must be one of {list(get_args(Layout))}, got {layout!r}.")
+    check_choice("order", order, get_args(Order))
+    check_choice("layout", layout, get_args(Layout))
 
 
 def check_batch_size(batch_size: int | None, size: int, order: str) -> int:
     """The batch size as an int between 1 and the number of rows, or a ValueError."""
     if order == "full":
-        if batch_size not in (None, size):
+        if batch_size is not None and not (
+            isinstance(batch_size, int | np.integer) and batch_size == size
+        ):
             raise ValueError(
                 f"order='full' uses all {size} rows at every step: leave batch_size out "
-                f"or set it to {size}, got {batch_size}."
+                f"or set it to {size}, got {describe(batch_size)}."
             )
         return size
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
-        raise ValueError(f"batch_size must be an integer from 1 to {size}, got {batch_size!r}.")
+        raise ValueError(
+            f"batch_size must be an integer from 1 to {size}, got {describe(batch_size)}."
+        )
     if not 1 <= batch_size <= size:
         raise ValueError(
             f"batch_size must be from 1 to the number of rows, {size}, got {batch_size}."

@@ -146,6 +146,11 @@ def check_position(position: PyTree, name: str = "init") -> None:
             raise ValueError(f"{where} must be finite, but holds NaN or infinity.")
 
 
+def is_function(value: Any) -> bool:
+    """Whether a value is called, and not a tree of arrays that can also be called (a network)."""
+    return callable(value) and not any(hasattr(x, "dtype") for x in jax.tree.leaves(value))
+
+
 def describe(value: Any) -> str:
     """A value as a sentence shows it: short, and arrays by type and shape."""
     if isinstance(value, Tracer):

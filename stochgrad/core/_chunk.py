@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
 from stochgrad.core._chains import best_in_turn, over_chains
+from stochgrad.core._checks import first_line
 from stochgrad.core._hosts import place
 from stochgrad.core._protocols import Online
 from stochgrad.core._stream import Stream
@@ -62,6 +63,8 @@ class Program(NamedTuple):
         traced: The kernel.
         shapes: Shapes of the arrays of one draw.
         done: ``summary -> bool``, whether an ``Online`` has learnt enough of every chain, or None.
+        density: ``(positions, keys, resident) -> values``, the log density on a first minibatch, or
+            None for a kernel that knows no posterior.
     """
 
     start: Callable[..., Carry]
@@ -72,6 +75,7 @@ class Program(NamedTuple):
     traced: "Traced"
     shapes: PyTree
     done: Callable[[PyTree], Array] | None = None
+    density: Callable[..., Array] | None = None
 
 
 def position_of(state: Any) -> PyTree:
@@ -161,6 +165,7 @@ def build(
     mesh: Mesh | None,
     example: tuple[Any, tuple],
     stream: Stream | None = None,
+    density: tuple[Callable, Callable, Callable] | None = None,
 ) -> Program:
     """Compile a kernel for some number of chains. Cached: a second run compiles nothing."""
     traced = trace(init, step, example, stream)
@@ -229,9 +234,18 @@ def build(
         return carry, (keep(carry.state), scalars(info, keys.shape))
 
     lead = (num_chains,) if several else ()
+    try:
+        of_one = jax.eval_shape(keep_of_one, traced.state)
+    except Exception as error:
+        raise ValueError(
+            "collect must be a function state -> arrays, and fails on a state with fields "
+            f"{list(getattr(traced.state, '_fields', ()))}: {first_line(error)}."
+        ) from error
+    if not jax.tree.leaves(of_one):
+        raise ValueError("collect must return at least one array, got none.")
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype),
-        (jax.eval_shape(keep_of_one, traced.state), scalars(traced.info, ())),
+        (of_one, scalars(traced.info, ())),
     )
     capacity = int(np.clip(_BUFFER_BYTES // max(tree_bytes(shapes), 1), 1, _MOST_DRAWS))
 
@@ -265,6 +279,18 @@ def build(
         enough = jax.vmap(online.done) if several else online.done
         done = jax.jit(lambda summary: jnp.all(enough(summary)))
 
+    start_density = None
+    if density is not None:
+        log_density, begin_batches, next_batch = density
+
+        def at_start(position, key, resident):
+            with nullcontext() if stream is None else stream.supplying(resident):
+                batch, _ = next_batch(begin_batches(key))
+            return log_density(position, batch)
+
+        start_density = jax.vmap(at_start, in_axes=(0, 0, None)) if several else at_start
+        start_density = compiled(start_density, mesh)
+
     return Program(
         start,
         compiled(start, mesh),
@@ -274,6 +300,7 @@ def build(
         traced,
         shapes,
         done,
+        start_density,
     )
 
 

@@ -14,8 +14,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from stochgrad.core._checks import check_count, check_key, check_number, check_position
+from stochgrad.core._checks import (
+    check_count,
+    check_flag,
+    check_key,
+    check_number,
+    check_position,
+    describe,
+    first_line,
+    is_function,
+)
 from stochgrad.core._chunk import build, chain_axis, chain_sharding, position_of, trace
+from stochgrad.core._datatree import by_name
 from stochgrad.core._draws import Draws, run_attributes
 from stochgrad.core._hosts import is_writer, place, to_host
 from stochgrad.core._identity import identity
@@ -26,6 +36,13 @@ from stochgrad.core._progress import progress_bar
 from stochgrad.core._protocols import Kernel, Online, Position, PRNGKey
 from stochgrad.core._store import Store
 from stochgrad.core._stream import Supply
+from stochgrad.core._verdict import (
+    check_start,
+    warn_of_convergence,
+    warn_of_density,
+    warn_of_divergence,
+    warn_of_rounding,
+)
 from stochgrad.core._warnings import DivergenceWarning, warn_of_noise
 
 
@@ -111,7 +128,10 @@ def sample(
     """
     check_key(key)
     if not (hasattr(kernel, "init") and hasattr(kernel, "step")):
-        raise TypeError(f"kernel must have init and step, got {type(kernel).__name__}.")
+        raise TypeError(
+            "kernel must have init and step, as stochgrad.sgld(...) or an algorithm of blackjax "
+            f"has, got {describe(kernel)}."
+        )
     num_samples = check_count("num_samples", num_samples)
     num_warmup = check_count("num_warmup", num_warmup, least=0)
     thin = check_count("thin", thin)
@@ -120,10 +140,15 @@ def sample(
         chunk_size = check_count("chunk_size", chunk_size)
     online = isinstance(collect, Online)
     if not (collect is None or callable(collect) or online):
-        raise TypeError(f"collect must be a function of a state or an Online, got {collect!r}.")
-    if resume and checkpoint is None:
+        raise TypeError(
+            f"collect must be a function of a state or an Online, got {describe(collect)}."
+        )
+    if resume is True and checkpoint is None:
         raise ValueError("resume=True needs checkpoint, the directory to resume from.")
     every = check_number("every", every, zero=True)
+    share_batches = check_flag("share_batches", share_batches)
+    progress = check_flag("progress", progress)
+    resume = check_flag("resume", resume)
 
     begun = time.perf_counter()
     position_key, init_key, run_key = jax.random.split(key, 3)
@@ -142,6 +167,7 @@ def sample(
         mesh,
         example,
         stream,
+        posterior and (posterior.log_density, posterior.batches.init, posterior.batches.next),
     )
     run = {
         "num_warmup": num_warmup,
@@ -169,6 +195,7 @@ def sample(
             resume,
         )
 
+    first_of_chains = jax.tree.map(lambda x: x[0], positions) if num_chains > 1 else positions
     keys, init_keys = _chain_keys(run_key, num_chains), _chain_keys(init_key, num_chains)
     everywhere = by_chain = None
     if mesh is not None:
@@ -186,6 +213,9 @@ def sample(
     if saved is None:
         if supply is not None:
             supply.left(0)
+        if program.density is not None:
+            values = program.density(positions, init_keys, supply and supply.resident)
+            check_start(to_host(values), first_of_chains)
         carry = program.init(positions, init_keys, supply and supply.resident)
     else:
         carry = saved.state
@@ -216,7 +246,7 @@ def sample(
         first_bad=np.atleast_1d(to_host(carry.first_bad)),
         timings={"total": time.perf_counter() - begun, **seconds},
     )
-    _report(draws, kernel, thin, num_warmup, num_samples)
+    _report(draws, kernel, first_of_chains, thin, num_warmup, num_samples)
     return draws
 
 
@@ -234,17 +264,15 @@ def _starting_points(key, kernel, init, num_chains, stream):
             raise ValueError("init is needed: this kernel's target does not know where to start.")
         init = initial
     init = getattr(init, "position", init)
-    if callable(init):
-        points = [init(k) for k in jax.random.split(key, num_chains)]
-        points = [_as_arrays(p) for p in points]
+    if is_function(init):
+        points = [_made(init, k) for k in jax.random.split(key, num_chains)]
         positions = points[0]
         if num_chains > 1:
             positions = jax.tree.map(lambda *leaves: jnp.stack(leaves), *points)
-        check_position(positions)
         example = points[0]
     else:
+        check_position(init)
         given = _as_arrays(init)
-        check_position(given)
         reference = None if initial is None else jax.eval_shape(initial, key)
         chained = _has_chain_axis(kernel, given, reference, num_chains, stream)
         # a copy: the loop donates what it is given
@@ -257,6 +285,19 @@ def _starting_points(key, kernel, init, num_chains, stream):
             positions = jax.tree.map(lambda x: x[0], positions)
         example = jax.tree.map(lambda x: x[0], given) if chained else given
     return positions, _trace(kernel, example, stream)
+
+
+def _made(init, key):
+    """The position that a function of a key gives."""
+    try:
+        position = init(key)
+    except Exception as error:
+        raise ValueError(
+            "init must be a position or a function key -> position, and fails: "
+            f"{first_line(error)}."
+        ) from error
+    check_position(position, "init(key)")
+    return _as_arrays(position)
 
 
 def _as_arrays(position):
@@ -326,27 +367,62 @@ def _mesh(num_chains: int, given: Mesh | None) -> Mesh | None:
     return Mesh(np.array(devices[:count]), ("chain",)) if count > 1 else None
 
 
-def _report(draws: Draws, kernel, thin: int, num_warmup: int, num_samples: int) -> None:
-    """Say once what went wrong, in words."""
+def _report(draws: Draws, kernel, positions, thin: int, num_warmup: int, num_samples: int) -> None:
+    """Say once what went wrong, and how far the draws can be trusted, in words."""
     settings = dict(getattr(kernel, "settings", ()))
-    bad = [(chain, step) for chain, step in enumerate(draws.first_bad) if step >= 0]
-    if bad:
-        named = "; ".join(
-            f"chain {chain} at step {step} ("
-            + (f"draw {step // thin - num_warmup}" if step >= num_warmup * thin else "warm-up")
-            + ")"
-            for chain, step in bad[:8]
-        )
-        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-        size = settings.get("step_size")
-        try_this = f"{size / 10:g}" if isinstance(size, float) else "a smaller one"
-        kept = int(np.sum(draws.finite))
+    level = 4  # the caller of sample
+    where = {
+        chain: f"at step {step} ("
+        + (f"draw {step // thin - num_warmup}" if step >= num_warmup * thin else "warm-up")
+        + ")"
+        for chain, step in enumerate(draws.first_bad)
+        if step >= 0
+    }
+    leaf = (
+        _bad_gradient(kernel, positions) if where and min(draws.first_bad[[*where]]) < 2 else None
+    )
+    if leaf is not None:
         warnings.warn(
-            f"left the finite numbers: {named}{more}. Most likely the step size is too large "
-            f"for the curvature of the target: try step_size={try_this}. "
-            f"{kept} finite draws are kept, of {num_samples * len(draws.first_bad)}.",
+            f"{len(where)} of {len(draws.first_bad)} chains diverged at the first step: the "
+            f"gradient at {leaf} is not finite where the log density is. The usual cause is a "
+            "function without a derivative there, such as a root or a norm at zero, also behind "
+            "jnp.where: choose its argument, and not its value, by jnp.where.",
             DivergenceWarning,
-            stacklevel=3,
+            stacklevel=level - 1,
         )
+    else:
+        warn_of_divergence(
+            where,
+            len(draws.first_bad),
+            settings.get("step_size"),
+            int(np.sum(draws.finite)),
+            num_samples * len(draws.first_bad),
+            level,
+        )
+    healthy = draws.first_bad < 0
     ratios = draws.stats.get("noise_ratio")
-    warn_of_noise(None if ratios is None else ratios[draws.first_bad < 0], stacklevel=4)
+    if settings.get("order") != "full":  # then gradients differ since positions do
+        warn_of_noise(None if ratios is None else ratios[healthy], level)
+    if not getattr(kernel, "samples", True) or not healthy.any() or not draws.num_draws:
+        return
+    values = draws.stats.get("log_density", draws.stats.get("logdensity"))
+    if values is not None:
+        warn_of_density(values[healthy], level)
+    # few enough to be read whole from a store
+    arrays = {name: np.asarray(x)[healthy] for name, x in by_name(draws.positions).items()}
+    warn_of_convergence(arrays, level)
+    if not draws.collected:
+        warn_of_rounding(arrays, thin, level)
+
+
+def _bad_gradient(kernel, positions) -> str | None:
+    """The leaf of a position at which the first gradient is not finite, if there is one."""
+    posterior = getattr(kernel, "posterior", None)
+    if posterior is None or posterior.batches.stream is not None or posterior.batches.mesh:
+        return None
+    batch, _ = posterior.batches.next(posterior.batches.init(jax.random.key(0)))
+    gradient = jax.grad(posterior.log_density)(positions, batch)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        if not np.all(np.isfinite(leaf)):
+            return "init" + jax.tree_util.keystr(path)
+    return None

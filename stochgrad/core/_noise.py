@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree, UInt32
 
+from stochgrad.core._checks import check_choice
 from stochgrad.core._protocols import PRNGKey
 
 NoiseName: TypeAlias = Literal["normal", "discrete"]
@@ -121,9 +122,7 @@ def noise_like(kind: Noise) -> Callable[..., PyTree]:
     """
     if callable(kind):
         return lambda key, tree, draw=0: kind(numbered(key, draw), tree)
-    if kind not in _GENERATORS:
-        raise ValueError(f"noise must be one of {list(get_args(NoiseName))}, got {kind!r}.")
-    return partial(_noise_like, _GENERATORS[kind])
+    return partial(_noise_like, _GENERATORS[check_choice("noise", kind, get_args(NoiseName))])
 
 
 def _noise_like(generator, key, tree, draw=0):

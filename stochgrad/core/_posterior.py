@@ -13,9 +13,11 @@ from stochgrad.core._batches import (
     Layout,
     Order,
     check_no_mesh,
+    check_order,
     data_batches,
     streamed_batches,
 )
+from stochgrad.core._checks import check_callable, check_count, first_line
 from stochgrad.core._protocols import Position, Posterior
 
 
@@ -43,7 +45,8 @@ def posterior(
         log_prior: ``position -> scalar``, the log density of the prior, up to a constant.
         log_likelihood: ``(position, batch) -> (rows,)``, one value per row of the batch, which has
             the structure of ``data``.
-        data: Any pytree of arrays with one leading axis of N rows. It is copied to the device.
+        data: Any pytree of arrays with one leading axis of N rows; a list of numbers and a column
+            of a data frame are arrays, too. It is copied to the device.
         batch_size: Rows of a minibatch, B; may be left out for ``order="full"``.
         order: ``"reshuffled"`` (each minibatch once an epoch, in new random order), ``"symmetric"``
             (a sweep in random order and the same sweep backwards), ``"iid"`` (a fresh draw each
@@ -80,8 +83,10 @@ def posterior(
         -17.0
     """
     log_density = joint_density(log_prior, log_likelihood)
+    check_order(order, layout)
     if order == "streamed":
         check_no_mesh(mesh)
+        resident_bytes = check_count("resident_bytes", resident_bytes)
         return Posterior(log_density, streamed_batches(data, batch_size, resident_bytes))
     return Posterior(log_density, data_batches(data, batch_size, order, layout, mesh))
 
@@ -91,9 +96,8 @@ def joint_density(
     log_likelihood: Callable[[Position, Any], Float[Array, " batch"]],
 ) -> Callable[[Position, Batch], Scalar]:
     """The log density of a prior and of the weighted rows of a batch."""
-    for name, function in (("log_prior", log_prior), ("log_likelihood", log_likelihood)):
-        if not callable(function):
-            raise TypeError(f"{name} must be a function, got {function!r}.")
+    check_callable("log_prior", log_prior)
+    check_callable("log_likelihood", log_likelihood)
 
     def log_density(position: Position, batch: Batch) -> Scalar:
         prior = _evaluate("log_prior", log_prior, position)
@@ -101,6 +105,10 @@ def joint_density(
         rows = jax.tree.leaves(batch.data)[0].shape[0]
         if prior.shape != ():
             raise ValueError(f"log_prior must return a scalar, got shape {prior.shape}.")
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            raise ValueError(
+                f"log_likelihood must return floating-point numbers, got dtype {values.dtype}."
+            )
         if values.shape != (rows,):
             raise ValueError(
                 f"log_likelihood must return one value per row, shape ({rows},), "
@@ -114,10 +122,13 @@ def joint_density(
 def _evaluate(name: str, function: Callable, position: Position, *args: Any) -> Array:
     """Call a function of the user's; where it fails, the position is most likely at fault."""
     try:
-        return jnp.asarray(function(position, *args))
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        value = jnp.asarray(function(position, *args))
+    except Exception as error:
         shapes = jax.tree.map(jnp.shape, position)
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{name} fails on a position of shape {shapes}: does init match the model? ({reason})"
+            f"{name} fails on a position of shape {shapes}: does init match the model? "
+            f"({first_line(error)})"
         ) from error
+    if value.dtype == bool or jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise ValueError(f"{name} must return real numbers, got dtype {value.dtype}.")
+    return value

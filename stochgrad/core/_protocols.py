@@ -132,6 +132,8 @@ class Kernel(NamedTuple):
         posterior: The posterior that it samples, if it knows one; gives starting points, names and
             constraints to the results.
         initial: ``key -> position``, where to start if no posterior says so.
+        samples: Whether its states are draws from a law, so that R-hat and effective draws mean
+            something; an optimizer's are not.
     """
 
     init: Callable[[Position, PRNGKey], Any]
@@ -140,6 +142,7 @@ class Kernel(NamedTuple):
     settings: tuple[tuple[str, Any], ...] = ()
     posterior: Posterior | None = None
     initial: Callable[[PRNGKey], Position] | None = None
+    samples: bool = True
 
 
 class Online(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class DivergenceWarning(UserWarning):
-    """A chain left the finite numbers."""
+    """A chain has left the finite numbers, or the support of its target."""
 
 
 class InterruptWarning(UserWarning):

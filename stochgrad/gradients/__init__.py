@@ -9,6 +9,8 @@ from stochgrad.gradients._conducive import conducive as conducive
 from stochgrad.gradients._control_variate import control_variate as control_variate
 from stochgrad.gradients._minibatch import as_gradient as as_gradient
 from stochgrad.gradients._minibatch import minibatch as minibatch
+from stochgrad.gradients._mode_check import check_center as check_center
+from stochgrad.gradients._mode_check import why_no_mode as why_no_mode
 from stochgrad.gradients._path import Pushed as Pushed
 from stochgrad.gradients._path import by_inverse as by_inverse
 from stochgrad.gradients._path import dense as dense

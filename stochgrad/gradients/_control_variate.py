@@ -19,6 +19,7 @@ from stochgrad.core import (
     visit_in,
 )
 from stochgrad.gradients._centred import centred
+from stochgrad.gradients._mode_check import check_center
 
 
 def control_variate(posterior: Posterior, center: Any) -> Gradient:
@@ -40,7 +41,9 @@ def control_variate(posterior: Posterior, center: Any) -> Gradient:
         center: $\theta_0$, a position near the mode, or what ``stochgrad.find_center`` found.
 
     Raises:
-        TypeError: ``posterior`` is not a posterior, or there is no centre.
+        TypeError: ``posterior`` is not a posterior, or there is no center.
+        ValueError: ``stochgrad.find_center`` reports that its center is no mode; its bare position
+            is taken as it is.
     """
     if not isinstance(posterior, Posterior):
         raise TypeError(f"control_variate needs a Posterior, got {type(posterior).__name__}.")
@@ -51,7 +54,7 @@ def control_variate(posterior: Posterior, center: Any) -> Gradient:
         )
     batches = posterior.batches
     value_and_gradient = jax.value_and_grad(posterior.log_density)
-    anchor: Position = jax.tree.map(jnp.asarray, getattr(center, "position", center))
+    anchor: Position = jax.tree.map(jnp.asarray, check_center("center", center))
     if batches.clients is None:
         whole = on_all_data(posterior, value_and_gradient)(anchor)
     else:

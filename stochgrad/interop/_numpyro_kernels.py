@@ -23,8 +23,10 @@ from stochgrad.core import (
     compiled,
     share_first,
     shared_axes,
+    tree_isfinite,
 )
 from stochgrad.interop._numpyro_model import from_numpyro
+from stochgrad.interop._numpyro_report import report_after_runs
 from stochgrad.interop._tuning import GradientName, Tuning, as_named_gradient, tune
 from stochgrad.sgmcmc import cyclical, psgld, replica_exchange, sghmc, sgld, sgnht
 
@@ -40,6 +42,7 @@ class SGState(NamedTuple):
         step_size: h.
         gradient_norm: Euclidean norm of the gradient estimate.
         noise_ratio: Gradient noise over injected noise; see ``stochgrad.sghmc``.
+        diverging: Whether the position is not finite.
         info: All that the kernel reports of its last step; ``extra_fields`` may name any of it, as
             ``"info.kinetic_temperature"``.
         rng_key: The chain's key.
@@ -51,6 +54,7 @@ class SGState(NamedTuple):
     step_size: jax.Array
     gradient_norm: jax.Array
     noise_ratio: jax.Array
+    diverging: jax.Array
     info: Any
     rng_key: jax.Array
     kernel_state: Any
@@ -99,8 +103,15 @@ class _SGKernel(MCMCKernel):
         return self._model
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What the kernel was made with, and what was found where nothing was said."""
+        tuned = {} if self.tuning is None else self.tuning.settings
+        base = {**self._options, "gradient": self._gradient, "num_steps": self._num_steps}
+        return {**base, **self._make.settings, **tuned}
+
+    @property
     def default_fields(self) -> tuple[str, ...]:
-        return ("z",)
+        return ("z", "diverging", "noise_ratio", "potential_energy")
 
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs) -> SGState:
         kernel, start = self._kernel(model_args, model_kwargs)
@@ -173,6 +184,7 @@ def _state(inner: Any, info: Any, rng_key: jax.Array) -> SGState:
         info.step_size,
         info.gradient_norm,
         info.noise_ratio,
+        ~tree_isfinite(inner.position),
         info,
         rng_key,
         inner,
@@ -217,19 +229,25 @@ class _MakeOver(_Make):
         return self.outer(self.factory, target, **self.settings)
 
 
+report_after_runs(lambda sampler: sampler if isinstance(sampler, _SGKernel) else None)
+
 _OPTIONS = """
 
     Args:
         model: A numpyro model with a subsampled plate.
         {settings}
         **options: ``gradient``, one of ``"minibatch"`` (the default), ``"control_variate"`` (whose
-            centre is found first), ``"svrg"`` and ``"saga"``; ``batch_size``, ``order`` and
+            center is found first), ``"svrg"`` and ``"saga"``; ``batch_size``, ``order`` and
             ``layout`` as in ``stochgrad.from_numpyro``; ``num_steps``, steps of the kernel per
             iteration of ``MCMC``, 1 by default; ``share_batches`` as in ``stochgrad.sample``, with
             ``chain_method="vectorized"``.
 
     Raises:
         ValueError: as the functions it stands for do, when ``MCMC`` runs.
+
+    Warns:
+        DivergenceWarning, GradientNoiseWarning, ConvergenceWarning: after each run of ``MCMC``, as
+            ``stochgrad.sample`` does.
 """
 
 
@@ -272,16 +290,18 @@ class SGLD(_SGKernel):
 @_documented(
     "step_size, friction, mass: As in ``stochgrad.sghmc``; left out, they are found.\n"
     "        noise_estimate, temperature, integrator, noise: As in ``stochgrad.sghmc``; what is a\n"
-    "            tree is a dict by site name."
+    "            tree is a dict by site name.\n"
+    '        gradient, order: As below; ``"control_variate"`` and ``"symmetric"`` by default.'
 )
 class SGHMC(_SGKernel):
     """``stochgrad.sghmc`` as a kernel for ``numpyro.infer.MCMC``.
 
-    ``MCMC(SGHMC(model, integrator="BAOAB", order="symmetric", gradient="control_variate"), ...)``
-    is all that a model needs: what is left out is found before the first step. The mode by
-    ``stochgrad.find_center``, a diagonal mass by ``stochgrad.find_mass``, friction in proportion
-    (damping at the rate 1 in units of the mass), the step by ``stochgrad.find_step_size``; the
-    chains then start around the mode. ``kernel.tuning`` tells what was found.
+    ``MCMC(SGHMC(model), num_warmup=..., num_samples=...)`` is all that a model needs: BAOAB,
+    symmetric sweeps and a control variate are the defaults, and what is left out is found before
+    the first step. The mode by ``stochgrad.find_center``, a diagonal mass by
+    ``stochgrad.find_mass``, friction in proportion (damping at the rate 1 in units of the mass),
+    the step by ``stochgrad.find_step_size``; the chains then start around the mode.
+    ``kernel.tuning`` tells what was found. A model without a mode is refused.
     """
 
     def __init__(
@@ -293,8 +313,10 @@ class SGHMC(_SGKernel):
         mass: Any = None,
         noise_estimate: Any = 0.0,
         temperature: StepSize = 1.0,
-        integrator: str = "SGHMC",
+        integrator: str = "BAOAB",
         noise: Noise = "normal",
+        gradient: GradientName = "control_variate",
+        order: Order = "symmetric",
         **options: Any,
     ):
         make = _MakeTuned(
@@ -307,7 +329,7 @@ class SGHMC(_SGKernel):
             integrator=integrator,
             noise=noise,
         )
-        super().__init__(model, make, **options)
+        super().__init__(model, make, gradient=gradient, order=order, **options)
 
 
 class _Split(_SGKernel):

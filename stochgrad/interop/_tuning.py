@@ -1,5 +1,6 @@
 """What a kernel needs to know of a model before it can run, found when nobody has said it."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -7,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from stochgrad.core import Gradient, Posterior, Target, noise_like
-from stochgrad.gradients import control_variate, minibatch, saga, svrg
+from stochgrad.core import ConvergenceWarning, Gradient, Posterior, Target, noise_like, tree_size
+from stochgrad.gradients import control_variate, minibatch, saga, svrg, why_no_mode
 from stochgrad.sgmcmc import Center, StepSizeReport, find_center, find_mass, find_step_size
 
 GradientName: TypeAlias = Literal["minibatch", "control_variate", "svrg", "saga"]
@@ -55,10 +56,13 @@ def as_named_gradient(name: GradientName, posterior: Posterior, center: Any) -> 
 
 
 def tune(posterior: Posterior, gradient: GradientName, **settings: Any) -> Tuning:
-    """Find what is None among step size, friction and mass, and the centre where one is needed.
+    """Find what is None among step size, friction and mass, and the center where one is needed.
 
     Without a friction the mass is taken from the curvature, and the friction is the mass: damping
     at the rate one in units in which every coordinate has a standard deviation of about one.
+
+    Raises:
+        ValueError: the posterior has no mode near where the search ended.
     """
     whole = {"step_size": 1.0, "friction": 1.0, "mass": 1.0, **settings}
     missing = {name for name in ("step_size", "friction", "mass") if whole[name] is None}
@@ -66,7 +70,11 @@ def tune(posterior: Posterior, gradient: GradientName, **settings: Any) -> Tunin
     if gradient != "control_variate" and missing <= {"mass"} and len(missing) == len(given):
         return Tuning(settings=given)
     keys = jax.random.split(jax.random.key(_SEED), 3)
-    center = find_center(posterior, keys[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # refused instead
+        center = find_center(posterior, keys[0])
+    if reason := why_no_mode(center.distance, tree_size(center.position)):
+        raise ValueError(f"model: {reason}")
     mass = None
     if "friction" in missing:
         mass = whole["mass"]

@@ -79,4 +79,11 @@ def ascend(target: Target, optimizer: Any) -> Kernel:
         info = AscendInfo(value, jnp.sqrt(tree_dot(g, g)))
         return AscendState(position, optimizer_state, gradient_state), info
 
-    return Kernel(init, step, "ascend", posterior=gradient.posterior, initial=gradient.initial)
+    return Kernel(
+        init,
+        step,
+        "ascend",
+        posterior=gradient.posterior,
+        initial=gradient.initial,
+        samples=False,
+    )

@@ -1,5 +1,6 @@
 """What the SG-MCMC kernels share."""
 
+from inspect import signature
 from typing import Any
 
 import jax
@@ -8,15 +9,23 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from stochgrad.core import (
+    Kernel,
     Position,
     Posterior,
     PRNGKey,
     Shared,
     StepSize,
+    Target,
+    check_callable,
     check_number,
+    check_position,
+    describe,
+    first_line,
+    is_function,
     tree_dot,
     tree_size,
 )
+from stochgrad.gradients import check_center
 
 _LAST_STEP = np.int32(2**31 - 1)
 
@@ -62,12 +71,46 @@ def noise_ratio(gradient, previous, count, step_size, diffusion) -> Float[Array,
 
 def check_positive(name: str, value: PyTree, *, zero: bool = False) -> None:
     """Raise unless all numbers of a hyper-parameter are positive (of a matrix, its diagonal)."""
-    for leaf in jax.tree.leaves(value):
+    leaves = jax.tree.leaves(value)
+    if not leaves:
+        raise ValueError(f"{name} must hold numbers, got {describe(value)}.")
+    for leaf in leaves:
         array = np.asarray(leaf)
         if array.dtype.kind not in "fiu" or array.size == 0:
             check_number(name, leaf, zero=zero)
+            raise ValueError(f"{name} must hold numbers, got {describe(leaf)}.")
         square = array.ndim == 2 and array.shape[0] == array.shape[1]
+        if not np.all(np.isfinite(array)):
+            bad = array[~np.isfinite(array)].flat[0]
+            raise ValueError(f"{name} must be a positive number everywhere, got {bad:g}.")
         check_number(name, np.min(np.diag(array) if square else array), zero=zero)
+
+
+def make_kernel(factory: Any, target: Target, step_size: Any, temperature: Any) -> Kernel:
+    """The kernel of a factory ``(target, step_size, temperature=...)``.
+
+    Raises:
+        TypeError: it is no such function, or does not return a kernel.
+    """
+    form = "a function (target, step_size, temperature=...) -> Kernel, such as stochgrad.sgld"
+    check_callable("kernel_factory", factory, form)
+    try:
+        signature(factory).bind(target, step_size, temperature=temperature)
+    except TypeError as error:
+        raise TypeError(f"kernel_factory must be {form}: {first_line(error)}.") from error
+    kernel = factory(target, step_size, temperature=temperature)
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"kernel_factory must be {form}; it returns {describe(kernel)}.")
+    return kernel
+
+
+def as_position(name: str, position: Any) -> Position:
+    """A position, or that of a center near a mode, as finite arrays."""
+    position = check_center(name, position)
+    if is_function(position) or position is None:
+        raise TypeError(f"{name} must be a position, got {describe(position)}.")
+    check_position(position, name)
+    return jax.tree.map(jnp.asarray, position)
 
 
 def setting(value: StepSize) -> Any:
@@ -75,7 +118,7 @@ def setting(value: StepSize) -> Any:
     return value if callable(value) else float(value)
 
 
-def describe(posterior: Posterior | None) -> tuple[tuple[str, int | str], ...]:
+def batch_settings(posterior: Posterior | None) -> tuple[tuple[str, int | str], ...]:
     """Size and order of the minibatches, for a result's attributes."""
     if posterior is None:
         return ()

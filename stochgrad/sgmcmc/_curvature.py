@@ -14,6 +14,8 @@ from stochgrad.core import (
     Position,
     Posterior,
     PRNGKey,
+    check_count,
+    check_instance,
     check_key,
     compiled,
     in_one_block,
@@ -22,6 +24,7 @@ from stochgrad.core import (
     tree_dot,
     tree_size,
 )
+from stochgrad.sgmcmc._common import as_position
 from stochgrad.sgmcmc._frame import Frame
 
 _POINTS, _POWER_STEPS, _PROBES, _NOISE_BATCHES = 4, 40, 40, 64
@@ -159,8 +162,10 @@ def find_mass(
         >>> float(stochgrad.find_mass(target, jax.random.key(0), jnp.float32(1.0)))
         100.0
     """
+    check_instance("posterior", posterior, Posterior, "a Posterior")
     check_key(key)
-    position = jax.tree.map(jnp.asarray, getattr(position, "position", position))
+    num_probes = check_count("num_probes", num_probes)
+    position = as_position("position", position)
     size = tree_size(position)
 
     score = in_one_block(posterior, jax.grad(posterior.log_density))

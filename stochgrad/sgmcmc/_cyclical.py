@@ -16,7 +16,7 @@ from stochgrad.core import (
     check_count,
     check_number,
 )
-from stochgrad.sgmcmc._common import step_counter, successor
+from stochgrad.sgmcmc._common import make_kernel, step_counter, successor
 
 
 class CyclicalState(NamedTuple):
@@ -122,7 +122,7 @@ def cyclical(
     def heat(step):
         return jnp.where(sampling(step), jnp.asarray(temperature, float), hot)
 
-    inner = kernel_factory(target, cosine, temperature=heat)
+    inner = make_kernel(kernel_factory, target, cosine, heat)
 
     def init(position: Position, rng_key) -> CyclicalState:
         return CyclicalState(position, inner.init(position, rng_key), step_counter())
@@ -147,4 +147,4 @@ def cyclical(
         *inner.settings,
     )
     settings = tuple({**dict(settings), "step_size": largest, "temperature": temperature}.items())
-    return Kernel(init, step, f"cyclical {inner.method}", settings, inner.posterior)
+    return Kernel(init, step, f"cyclical {inner.method}", settings, inner.posterior, inner.initial)

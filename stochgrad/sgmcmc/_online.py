@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PyTree
 
-from stochgrad.core import Online, Position, PRNGKey, check_count
+from stochgrad.core import Online, Position, PRNGKey, check_count, check_flag
 
 
 class Moments(NamedTuple):
@@ -61,6 +61,7 @@ def moments(*, full: bool = False) -> Online:
         >>> round(float(draws.summary.mean), 1), round(float(draws.summary.variance), 2)
         (0.9, 0.1)
     """
+    full = check_flag("full", full)
 
     def init(position: Position) -> Moments:
         zeros = jax.tree.map(jnp.zeros_like, position)

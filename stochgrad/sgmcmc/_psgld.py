@@ -15,12 +15,13 @@ from stochgrad.core import (
     Target,
     as_schedule,
     check_count,
+    check_flag,
     check_number,
     noise_like,
 )
 from stochgrad.gradients import as_gradient
 from stochgrad.sgmcmc._common import (
-    describe,
+    batch_settings,
     gradient_key,
     gradient_norm,
     noise_ratio,
@@ -107,6 +108,7 @@ def psgld(
     if decay >= 1:
         raise ValueError(f"decay must be below 1, got {decay:g}.")
     regularizer = check_number("regularizer", regularizer)
+    correction = check_flag("correction", correction)
     if adapt_steps is not None:
         adapt_steps = check_count("adapt_steps", adapt_steps)
     draw_noise = noise_like(noise)
@@ -182,7 +184,14 @@ def psgld(
         ("temperature", setting(temperature)),
         ("noise", noise),
     )
-    return Kernel(init, step, "pSGLD", settings + describe(gradient.posterior), gradient.posterior)
+    return Kernel(
+        init,
+        step,
+        "pSGLD",
+        settings + batch_settings(gradient.posterior),
+        gradient.posterior,
+        gradient.initial,
+    )
 
 
 def _signs(key, position: Position) -> Position:

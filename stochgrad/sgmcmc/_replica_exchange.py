@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Scalar
 
@@ -16,9 +17,10 @@ from stochgrad.core import (
     Target,
     check_count,
     check_number,
+    describe,
 )
 from stochgrad.gradients import as_gradient
-from stochgrad.sgmcmc._common import step_counter, successor
+from stochgrad.sgmcmc._common import make_kernel, step_counter, successor
 
 
 class ReplicaState(NamedTuple):
@@ -108,6 +110,8 @@ def replica_exchange(
         >>> kernel.method
         'replica exchange SGLD'
     """
+    if not isinstance(temperatures, Sequence | np.ndarray) or isinstance(temperatures, str):
+        raise TypeError(f"temperatures must be a list of numbers, got {describe(temperatures)}.")
     heats = tuple(check_number("temperatures", t) for t in temperatures)
     if len(heats) < 2:
         raise ValueError(
@@ -122,7 +126,7 @@ def replica_exchange(
     swap_every = check_count("swap_every", swap_every)
     n = check_count("energy_batches", energy_batches, least=2)
     energy = as_gradient(target)
-    kernels = [kernel_factory(target, h, temperature=t) for h, t in zip(steps, heats, strict=True)]
+    kernels = [make_kernel(kernel_factory, target, h, t) for h, t in zip(steps, heats, strict=True)]
 
     def init(position: Position, rng_key) -> ReplicaState:
         keys = jax.random.split(rng_key, len(kernels) + 1)
@@ -195,7 +199,9 @@ def replica_exchange(
         ("swap_every", swap_every),
         ("energy_batches", n),
     )
-    return Kernel(init, step, f"replica exchange {cold.method}", settings, cold.posterior)
+    return Kernel(
+        init, step, f"replica exchange {cold.method}", settings, cold.posterior, cold.initial
+    )
 
 
 def _given(own: Any, other: Any, swap: Any) -> Any:

@@ -22,8 +22,8 @@ from stochgrad.core import (
 from stochgrad.gradients import as_gradient
 from stochgrad.integrators import Coefficients, Integrator, integrator_of, scaled
 from stochgrad.sgmcmc._common import (
+    batch_settings,
     check_positive,
-    describe,
     gradient_key,
     gradient_norm,
     noise_ratio,
@@ -254,7 +254,14 @@ def sghmc(
         ("integrator", integrator),
         ("noise", noise),
     )
-    return Kernel(init, step, "SGHMC", settings + describe(gradient.posterior), gradient.posterior)
+    return Kernel(
+        init,
+        step,
+        "SGHMC",
+        settings + batch_settings(gradient.posterior),
+        gradient.posterior,
+        gradient.initial,
+    )
 
 
 def _check_stable(scheme: Integrator, step_size, heat, mass, friction, noise) -> None:

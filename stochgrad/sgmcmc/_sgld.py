@@ -19,7 +19,7 @@ from stochgrad.core import (
 from stochgrad.gradients import as_gradient
 from stochgrad.integrators import axpy
 from stochgrad.sgmcmc._common import (
-    describe,
+    batch_settings,
     gradient_key,
     gradient_norm,
     noise_ratio,
@@ -140,4 +140,11 @@ def sgld(
         ("temperature", setting(temperature)),
         ("noise", noise),
     )
-    return Kernel(init, step, "SGLD", settings + describe(gradient.posterior), gradient.posterior)
+    return Kernel(
+        init,
+        step,
+        "SGLD",
+        settings + batch_settings(gradient.posterior),
+        gradient.posterior,
+        gradient.initial,
+    )

@@ -15,6 +15,7 @@ from stochgrad.core import (
     StepSize,
     Target,
     as_schedule,
+    check_flag,
     check_number,
     noise_like,
     tree_dot,
@@ -23,8 +24,8 @@ from stochgrad.core import (
 from stochgrad.gradients import as_gradient
 from stochgrad.integrators import axpy, scaled, velocity
 from stochgrad.sgmcmc._common import (
+    batch_settings,
     check_positive,
-    describe,
     gradient_key,
     gradient_norm,
     noise_ratio,
@@ -131,6 +132,7 @@ def sgnht(
     diffusion = check_number("diffusion", diffusion)
     thermal_mass = check_number("thermal_mass", thermal_mass)
     check_positive("mass", mass)
+    per_coordinate = check_flag("per_coordinate", per_coordinate)
     draw_noise = noise_like(noise)
 
     def init(position: Position, rng_key) -> SGNHTState:
@@ -211,4 +213,11 @@ def sgnht(
         ("temperature", setting(temperature)),
         ("noise", noise),
     )
-    return Kernel(init, step, "SGNHT", settings + describe(gradient.posterior), gradient.posterior)
+    return Kernel(
+        init,
+        step,
+        "SGNHT",
+        settings + batch_settings(gradient.posterior),
+        gradient.posterior,
+        gradient.initial,
+    )

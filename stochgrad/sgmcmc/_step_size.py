@@ -18,7 +18,7 @@ from stochgrad.core import (
 )
 from stochgrad.gradients import as_gradient
 from stochgrad.integrators import Coefficients, integrator_of
-from stochgrad.sgmcmc._common import check_positive
+from stochgrad.sgmcmc._common import as_position, check_positive
 from stochgrad.sgmcmc._curvature import curvature_and_noise
 from stochgrad.sgmcmc._frame import frames
 
@@ -100,7 +100,9 @@ def find_step_size(
     bias = check_number("bias", bias)
     temperature = check_number("temperature", temperature)
     gradient = as_gradient(target)
-    position = jax.tree.map(jnp.asarray, getattr(position, "position", position))
+    position = as_position("position", position)
+    if friction is not None:
+        integrator_of(integrator)
     for name, value in (("friction", friction), ("mass", mass)):
         check_positive(name, value)
     frame = frames(mass, 1.0 if friction is None else friction, 0.0)(position)

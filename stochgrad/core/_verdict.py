@@ -1,0 +1,205 @@
+"""What is said after every run: what diverged, and how far its draws can be trusted.
+
+Each function takes plain arrays, so that every door can use it.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from stochgrad.core._checks import describe
+from stochgrad.core._warnings import ConvergenceWarning, DivergenceWarning, PrecisionWarning
+
+MOST_RHAT = 1.05
+LEAST_EFFECTIVE_DRAWS = 100
+_MOST_SERIES = 64
+_NAMED = 8
+_ROUNDING_SHARE = 0.01
+
+
+def warn_of_divergence(
+    chains: Mapping[int, str], num_chains: int, step_size: Any, kept: int, total: int, level: int
+) -> None:
+    """Name the chains that diverged.
+
+    Args:
+        chains: Where each of them did, in words, by number.
+        num_chains: How many chains there are.
+        step_size: The step size, if it is a number.
+        kept: How many draws are finite.
+        total: How many were wanted.
+        level: As ``stacklevel`` of ``warnings.warn``.
+    """
+    if not chains:
+        return
+    named = "; ".join(f"chain {n} {where}" for n, where in list(chains.items())[:_NAMED])
+    more = f" and {len(chains) - _NAMED} more" if len(chains) > _NAMED else ""
+    smaller = f"{step_size / 10:g}" if isinstance(step_size, float) else "a smaller one"
+    warnings.warn(
+        f"{len(chains)} of {num_chains} chains diverged (non-finite position): {named}{more}. Most "
+        "likely the step size is too large for the curvature of the target: try "
+        f"step_size={smaller}. {kept} finite draws are kept, of {total}.",
+        DivergenceWarning,
+        stacklevel=level,
+    )
+
+
+def warn_of_density(log_density: np.ndarray, level: int) -> None:
+    """Warn where draws lie at a log density of -inf or NaN, which no gradient leads back from."""
+    bad = ~np.isfinite(log_density)
+    if bad.any():
+        warnings.warn(
+            f"the log density is -inf or NaN at {bad.mean():.2g} of the draws: without a "
+            "Metropolis step a chain that leaves the support stays outside, and these draws are "
+            "not of the target. Let every position have a positive density, by sampling the "
+            "logarithm of a positive number for example.",
+            DivergenceWarning,
+            stacklevel=level,
+        )
+
+
+def warn_of_convergence(draws: Mapping[str, np.ndarray], level: int) -> None:
+    """Name what has not mixed: R-hat above 1.05, or fewer than 100 effective draws.
+
+    Rank-normalized R-hat over split chains and bulk effective sample size (Vehtari et al., Bayesian
+    Anal. 2021), of up to 64 numbers spread evenly over all that there are.
+
+    Args:
+        draws: Arrays of shape (chain, draw, ...) of finite numbers, by name.
+        level: As ``stacklevel`` of ``warnings.warn``.
+    """
+    from arviz_stats.base import array_stats
+
+    names, series, total = _some_series(draws)
+    if not names:
+        return
+    chains, length = series.shape[:2]
+    reasons = []
+    if length >= 8:
+        halves = series
+        if chains == 1:
+            halves = series[:, : length // 2 * 2].reshape(2, length // 2, -1)
+        with np.errstate(all="ignore"):
+            rhat = np.asarray(array_stats.rhat(halves, chain_axis=0, draw_axis=1))
+            effective = np.asarray(
+                array_stats.ess(series, chain_axis=0, draw_axis=1, method="bulk")
+            )
+    else:
+        rhat, effective = np.ones(len(names)), np.full(len(names), float(chains * length))
+    scope = f"{len(names)} numbers" + ("" if total == len(names) else f" looked at, of {total}")
+    high, few = rhat > MOST_RHAT, effective < LEAST_EFFECTIVE_DRAWS
+    if high.any():
+        worst = int(np.nanargmax(rhat))
+        reasons.append(
+            f"R-hat is {rhat[worst]:.3f} for {names[worst]!r} and above {MOST_RHAT:g} for "
+            f"{high.sum()} of {scope} (chains, or their halves, disagree)"
+        )
+    if few.any():
+        worst = int(np.nanargmin(effective))
+        reasons.append(
+            f"{effective[worst]:.0f} effective draws of {names[worst]!r}, fewer than "
+            f"{LEAST_EFFECTIVE_DRAWS} for {few.sum()} of {scope}"
+        )
+    if reasons:
+        warnings.warn(
+            "not converged: "
+            + "; ".join(reasons)
+            + ". Run longer (num_samples, thin), discard more "
+            "(num_warmup), or let all directions move at one pace (mass).",
+            ConvergenceWarning,
+            stacklevel=level,
+        )
+
+
+def warn_of_rounding(draws: Mapping[str, np.ndarray], steps: int, level: int) -> None:
+    r"""Warn where rounding moves a position about as much as the sampler does.
+
+    A step rounds to a multiple of the spacing s of floating-point numbers at the position, which
+    adds a variance of $s^2/12$; so do the ``steps`` from one draw to the next, against the mean
+    square by which draws differ. A coordinate that never moves has steps below $s/2$.
+
+    Args:
+        draws: Positions, arrays of shape (chain, draw, ...), by name.
+        steps: Steps from one draw to the next.
+        level: As ``stacklevel`` of ``warnings.warn``.
+    """
+    half = [n for n, x in draws.items() if x.dtype.itemsize < 4]
+    if half:
+        dtype = draws[half[0]].dtype
+        warnings.warn(
+            f"position {half[0]!r} has type {dtype}, whose rounding moves a sampler: small updates "
+            "are lost and the spread of the draws is wrong. Keep positions in float32, and convert "
+            f"to {dtype} inside the density.",
+            PrecisionWarning,
+            stacklevel=level,
+        )
+        return
+    worst, name, spacing = 0.0, "", 0.0
+    for key, x in draws.items():
+        if x.dtype.kind != "f" or x.shape[1] < 2 or x.size == 0:
+            continue
+        flat = x.reshape(*x.shape[:2], -1)
+        flat = flat[:, :, _spread(flat.shape[2], _MOST_SERIES)]
+        moved = np.mean(np.diff(flat.astype(np.float64), axis=1) ** 2, axis=(0, 1))
+        gap = np.spacing(np.abs(flat).max(axis=(0, 1))).astype(np.float64)
+        share = steps * gap**2 / 12 / np.maximum(moved, np.finfo(np.float64).tiny)
+        if share.max() > worst:
+            worst, name, spacing = float(share.max()), key, float(gap[np.argmax(share)])
+    if worst > _ROUNDING_SHARE:
+        warnings.warn(
+            f"rounding moves {name!r} about as much as the sampler does: floating-point numbers "
+            f"lie {spacing:.2g} apart there, and a step is not large against that. Sample what is "
+            "left after subtracting a constant, or set jax_enable_x64.",
+            PrecisionWarning,
+            stacklevel=level,
+        )
+
+
+def check_start(values: np.ndarray, positions: Any) -> None:
+    """Raise a ValueError where a chain would start at a log density that is not finite."""
+    bad = np.flatnonzero(~np.isfinite(np.atleast_1d(values)))
+    if bad.size:
+        value = np.atleast_1d(values)[bad[0]]
+        which = f" of chain {bad[0]}" if np.size(values) > 1 else ""
+        raise ValueError(
+            f"init{which} has a log density of {value:g} on its first minibatch (init is "
+            f"{describe(positions)}): start where the density is positive and finite, or look for "
+            "what is not finite there in log_prior, log_likelihood or the model."
+        )
+
+
+def _some_series(draws: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray, int]:
+    """Names, series of shape (chain, draw, series), and how many there are in all."""
+    arrays = {n: x for n, x in draws.items() if _is_floating(x) and x.ndim >= 2 and x.size}
+    sizes = {name: math.prod(x.shape[2:]) for name, x in arrays.items()}
+    total = sum(sizes.values())
+    chosen = _spread(total, _MOST_SERIES)
+    names, parts, first = [], [], 0
+    for name, x in arrays.items():
+        own = chosen[(chosen >= first) & (chosen < first + sizes[name])] - first
+        if own.size:
+            flat = x.reshape(*x.shape[:2], -1)
+            parts.append(np.asarray(flat[:, :, own], np.float64))
+            places = np.transpose(np.unravel_index(own, x.shape[2:])) if x.ndim > 2 else None
+            names += [
+                name if places is None else f"{name}[{', '.join(map(str, place))}]"
+                for place in ([()] if places is None else places.tolist())
+            ]
+        first += sizes[name]
+    if not parts:
+        return [], np.zeros((0, 0, 0)), 0
+    series = np.concatenate(parts, axis=2)
+    finite = np.isfinite(series).all(axis=(0, 1))
+    return [n for n, ok in zip(names, finite, strict=True) if ok], series[:, :, finite], total
+
+
+def _is_floating(x: np.ndarray) -> bool:
+    return x.dtype.kind == "f" or x.dtype.name == "bfloat16"
+
+
+def _spread(size: int, most: int) -> np.ndarray:
+    """At most so many of the numbers below ``size``, evenly spread."""
+    return np.unique(np.linspace(0, size - 1, min(size, most)).astype(int))
