@@ -12,8 +12,10 @@ Z = 5.5
 
 @pytest.fixture(autouse=True)
 def _strict(request):
-    """No silent promotion in our code; numpyro, flowjax and their users' models do promote."""
-    if any(name in request.module.__name__ for name in ("numpyro", "example", "flows", "fit")):
+    """No silent promotion in our code; numpyro, flowjax, optax's schedules do promote."""
+    if any(
+        name in request.module.__name__ for name in ("numpyro", "example", "flows", "fit", "center")
+    ):
         yield
         return
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):

@@ -192,8 +192,8 @@ def _some_series(draws: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray
     if not parts:
         return [], np.zeros((0, 0, 0)), 0
     series = np.concatenate(parts, axis=2)
-    finite = np.isfinite(series).all(axis=(0, 1))
-    return [n for n, ok in zip(names, finite, strict=True) if ok], series[:, :, finite], total
+    finite = np.flatnonzero(np.isfinite(series).all(axis=(0, 1)))
+    return [names[i] for i in finite], series[:, :, finite], total
 
 
 def _is_floating(x: np.ndarray) -> bool:

@@ -15,9 +15,10 @@ def why_no_mode(distance: float, dimension: int) -> str | None:
     """
     if math.isnan(distance):
         return (
-            "the log density is not strictly concave there, so that the center is no mode. A joint "
-            "density without a mode is the rule for hierarchical models whose group scale is "
-            "sampled (it is unbounded where the scale goes to zero): write them non-centered. "
+            "the log density is not strictly concave there, or flat in some direction, so that the "
+            "center is no mode. A joint density without a mode is the rule for hierarchical models "
+            "whose group scale is sampled (it is unbounded where the scale goes to zero): write "
+            "them non-centered. "
             "stochgrad.svrg, stochgrad.saga and plain minibatches need no center, with a step size "
             "of your own."
         )

@@ -19,7 +19,12 @@ from stochgrad.core import (
     Posterior,
     StepSize,
     Target,
+    check_callable,
+    check_choice,
     check_count,
+    check_flag,
+    check_order,
+    check_position,
     compiled,
     share_first,
     shared_axes,
@@ -77,14 +82,11 @@ class _SGKernel(MCMCKernel):
         num_steps: int = 1,
         share_batches: bool = False,
     ):
-        if not callable(model):
-            raise TypeError(f"model must be a numpyro model, got {type(model).__name__}.")
+        check_callable("model", model, "a numpyro model")
         self._model = model
         self._make = make
-        if gradient not in get_args(GradientName):
-            raise ValueError(
-                f"gradient must be one of {list(get_args(GradientName))}, got {gradient!r}."
-            )
+        check_choice("gradient", gradient, get_args(GradientName))
+        check_order(order, layout)
         self._gradient: GradientName = gradient
         if order == "streamed":
             raise ValueError(
@@ -94,7 +96,7 @@ class _SGKernel(MCMCKernel):
         self.tuning: Tuning | None = None
         self._options = {"batch_size": batch_size, "order": order, "layout": layout}
         self._num_steps = check_count("num_steps", num_steps)
-        self._share_batches = share_batches
+        self._share_batches = check_flag("share_batches", share_batches)
         self._sample_fn: Callable | None = None
         self._bound: tuple[Any, Kernel, Callable] | None = None
 
@@ -116,6 +118,8 @@ class _SGKernel(MCMCKernel):
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs) -> SGState:
         kernel, start = self._kernel(model_args, model_kwargs)
         self._sample_fn = kernel.step
+        if init_params is not None:
+            _check_start(init_params, start, jnp.shape(rng_key))
 
         def unknown(shape):
             fill = jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0
@@ -189,6 +193,19 @@ def _state(inner: Any, info: Any, rng_key: jax.Array) -> SGState:
         rng_key,
         inner,
     )
+
+
+def _check_start(init_params: Any, start: Callable, lead: tuple[int, ...]) -> None:
+    """Raise unless ``init_params`` are unconstrained positions of the model, one for each chain."""
+    model = jax.eval_shape(start, jax.random.key(0))
+    wanted = {name: (*lead, *shape.shape) for name, shape in model.items()}
+    shapes = jax.tree.map(jnp.shape, init_params)
+    if shapes != wanted:
+        raise ValueError(
+            "init_params must have the model's latent sites, unconstrained, with shapes "
+            f"{wanted}, got {shapes}."
+        )
+    check_position(init_params, "init_params")
 
 
 class _Make:

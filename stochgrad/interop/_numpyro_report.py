@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from numpyro.infer import MCMC
 
 from stochgrad.core import (
@@ -46,7 +47,7 @@ def _report(mcmc: MCMC, kernel: Any) -> None:
     draws = mcmc.get_samples(group_by_chain=True)
     if isinstance(draws, dict):  # without deterministic sites
         draws = {name: draws[name] for name in latent if name in draws}
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((fields, draws))):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((fields, draws))):
         return  # inside of a transformation there is nothing to look at yet
     diverging = np.asarray(fields["diverging"])
     if not diverging.size:

@@ -15,6 +15,8 @@ _EXACT_DIMENSION = 128
 _LANCZOS_STEPS = 64
 _ROUNDING = 1e-5
 """Eigenvalues below this share of the largest, of a matrix of unit diagonal, are rounding."""
+_FLAT = 2e-7
+"""Eigenvalues below this share of the largest are those of a flat direction."""
 _NEWTON_ROUNDS = 6
 _ENOUGH = 0.1
 
@@ -34,9 +36,9 @@ class Curvature(NamedTuple):
 
     @property
     def positive(self) -> bool:
-        """Whether the log density is concave there, up to rounding."""
+        """Whether the log density is strictly concave there, beyond rounding."""
         top = self.values[-1]
-        return bool(np.isfinite(top) and top > 0 and self.values[0] > -_ROUNDING * top)
+        return bool(np.isfinite(top) and top > 0 and self.values[0] > _FLAT * top)
 
     def newton(self, g: Float[np.ndarray, " d"]) -> tuple[Float[np.ndarray, " d"], float]:
         r"""The step $|H|^{-1}g$ and its length $\sqrt{g^\top |H|^{-1} g}$."""
