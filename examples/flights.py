@@ -86,22 +86,24 @@ def model(rows, sizes, minibatch=None):
 
 
 def fit(key, rows, sizes, batch_size, num_samples, pilot_samples, thin=10):
-    """Centre a control variate, learn the scales in a pilot run, sample four chains."""
+    """Center a control variate, learn the scales in a pilot run, sample four chains."""
     center_key, pilot_key, key = jax.random.split(key, 3)
     target = stochgrad.from_numpyro(model, rows, sizes, minibatch=batch_size)
     center = stochgrad.find_center(target, center_key)
     gradient = stochgrad.control_variate(target, center)
 
     stiff = float(np.sqrt(0.2 * target.batches.size))  # root of the largest curvature
-    pilot = stochgrad.sample(
-        pilot_key,
-        stochgrad.sghmc(gradient, step_size=0.3 / stiff, friction=10.0),
-        init=center,
-        num_samples=pilot_samples,
-        num_warmup=pilot_samples // 4,
-        thin=thin,
-        num_chains=4,
-    )
+    with warnings.catch_warnings():  # a pilot is for scales, and need not have mixed
+        warnings.simplefilter("ignore", stochgrad.ConvergenceWarning)
+        pilot = stochgrad.sample(
+            pilot_key,
+            stochgrad.sghmc(gradient, step_size=0.3 / stiff, friction=10.0),
+            init=center,
+            num_samples=pilot_samples,
+            num_warmup=pilot_samples // 4,
+            thin=thin,
+            num_chains=4,
+        )
     variance = jax.tree.map(lambda x: x.var(axis=(0, 1)), pilot.positions)
     mass = jax.tree.map(lambda v: 1 / v, variance)
 
