@@ -20,13 +20,16 @@ from stochgrad.core._draws import Draws, run_attributes
 from stochgrad.core._hosts import is_writer, place, to_host
 from stochgrad.core._identity import identity
 from stochgrad.core._journey import Journey
-from stochgrad.core._keep import Keeper
+from stochgrad.core._keep import Keeper, check_places
 from stochgrad.core._noise import key_words
 from stochgrad.core._progress import progress_bar
 from stochgrad.core._protocols import Kernel, Online, Position, PRNGKey
 from stochgrad.core._store import Store
 from stochgrad.core._stream import Supply
 from stochgrad.core._warnings import DivergenceWarning, warn_of_noise
+
+_MOST_STEPS = 2**31 - 1
+"""Counters of steps, here and in kernels, are of 32 bits."""
 
 
 def sample(
@@ -121,8 +124,13 @@ def sample(
     online = isinstance(collect, Online)
     if not (collect is None or callable(collect) or online):
         raise TypeError(f"collect must be a function of a state or an Online, got {collect!r}.")
-    if resume and checkpoint is None:
-        raise ValueError("resume=True needs checkpoint, the directory to resume from.")
+    if (num_warmup + num_samples) * thin > _MOST_STEPS:
+        raise ValueError(
+            f"num_warmup, num_samples and thin make {(num_warmup + num_samples) * thin:,} steps a "
+            f"chain, and steps are counted up to {_MOST_STEPS:,}: take several runs with keys of "
+            "their own."
+        )
+    store, checkpoint = check_places(store, checkpoint, resume)
     every = check_number("every", every, zero=True)
 
     begun = time.perf_counter()
@@ -158,17 +166,6 @@ def sample(
         run=run,
     )
     keeper = Keeper(as_draws, program.shapes, online)
-    if store is not None or checkpoint is not None:
-        told = {**run_attributes(kernel, run), "num_chains": num_chains, "collect": collect}
-        keeper.open(
-            identity(program.traced, told, example, stream),
-            store,
-            checkpoint,
-            every,
-            num_samples,
-            resume,
-        )
-
     keys, init_keys = _chain_keys(run_key, num_chains), _chain_keys(init_key, num_chains)
     everywhere = by_chain = None
     if mesh is not None:
@@ -176,28 +173,38 @@ def sample(
         by_chain = NamedSharding(mesh, chain_axis(mesh)) if num_chains > 1 else everywhere
         positions, keys, init_keys = place((positions, keys, init_keys), by_chain)
     supply = None
-    if stream is not None:
-        words = np.asarray(key_words(jax.random.fold_in(run_key, num_chains))).tolist()
-        supply = Supply(stream, words, everywhere)
-    shapes = partial(
-        jax.eval_shape, program.start, positions, init_keys, stream and stream.shapes()
-    )
-    saved = keeper.load(shapes, num_warmup)
-    if saved is None:
-        if supply is not None:
-            supply.left(0)
-        carry = program.init(positions, init_keys, supply and supply.resident)
-    else:
-        carry = saved.state
-    if mesh is not None:
-        one = num_chains == 1
-        shardings = everywhere if one else chain_sharding(carry, share_batches, mesh)
-        carry = place(carry, shardings)
-
-    total = num_warmup + num_samples
-    bar = progress_bar(total * thin, num_warmup * thin) if progress and is_writer() else None
-    journey = Journey(program, keys, supply, thin, num_warmup, total, chunk_size)
     try:
+        if store is not None or checkpoint is not None:
+            told = {**run_attributes(kernel, run), "num_chains": num_chains, "collect": collect}
+            keeper.open(
+                identity(program.traced, told, example, stream),
+                store,
+                checkpoint,
+                every,
+                num_samples,
+                resume,
+            )
+        if stream is not None:
+            words = np.asarray(key_words(jax.random.fold_in(run_key, num_chains))).tolist()
+            supply = Supply(stream, words, everywhere)
+        shapes = partial(
+            jax.eval_shape, program.start, positions, init_keys, stream and stream.shapes()
+        )
+        saved = keeper.load(shapes, num_warmup)
+        if saved is None:
+            if supply is not None:
+                supply.left(0)
+            carry = program.init(positions, init_keys, supply and supply.resident)
+        else:
+            carry = saved.state
+        if mesh is not None:
+            one = num_chains == 1
+            shardings = everywhere if one else chain_sharding(carry, share_batches, mesh)
+            carry = place(carry, shardings)
+
+        total = num_warmup + num_samples
+        bar = progress_bar(total * thin, num_warmup * thin) if progress and is_writer() else None
+        journey = Journey(program, keys, supply, thin, num_warmup, total, chunk_size)
         with bar or nullcontext() as update:
             carry, seconds = journey.run(
                 carry,
@@ -246,7 +253,7 @@ def _starting_points(key, kernel, init, num_chains, stream):
         given = _as_arrays(init)
         check_position(given)
         reference = None if initial is None else jax.eval_shape(initial, key)
-        chained = _has_chain_axis(kernel, given, reference, num_chains, stream)
+        chained = _has_chain_axis(key, kernel, given, reference, num_chains, stream)
         # a copy: the loop donates what it is given
         positions = jax.tree.map(jnp.array, given)
         if num_chains > 1 and not chained:
@@ -256,14 +263,14 @@ def _starting_points(key, kernel, init, num_chains, stream):
         elif num_chains == 1 and chained:
             positions = jax.tree.map(lambda x: x[0], positions)
         example = jax.tree.map(lambda x: x[0], given) if chained else given
-    return positions, _trace(kernel, example, stream)
+    return positions, _trace(key, kernel, example, stream)
 
 
 def _as_arrays(position):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), position)
 
 
-def _has_chain_axis(kernel, given, reference, num_chains, stream) -> bool:
+def _has_chain_axis(key, kernel, given, reference, num_chains, stream) -> bool:
     """Whether ``init`` gives one position per chain. Raises if it fits neither way."""
     shapes = jax.tree.map(jnp.shape, given)
     if reference is not None:
@@ -277,23 +284,25 @@ def _has_chain_axis(kernel, given, reference, num_chains, stream) -> bool:
         )
     if num_chains == 1 or {x.shape[:1] for x in jax.tree.leaves(given)} != {(num_chains,)}:
         return False
-    per_chain = _traces(kernel, jax.tree.map(lambda x: x[0], given), stream)
+    per_chain = _traces(key, kernel, jax.tree.map(lambda x: x[0], given), stream)
     if all(x.ndim > 1 for x in jax.tree.leaves(given)):
         return per_chain
-    return per_chain and not _traces(kernel, given, stream)  # a vector, unless only a scalar fits
+    return per_chain and not _traces(
+        key, kernel, given, stream
+    )  # a vector, unless only a scalar fits
 
 
-def _trace(kernel, position, stream) -> tuple[Any, tuple]:
+def _trace(key, kernel, position, stream) -> tuple[Any, tuple]:
     """Trace one step without compiling it, so that what does not fit says so at once."""
     leaves, structure = jax.tree.flatten(position)
-    example = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    example = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), key.dtype)
     trace(kernel.init, kernel.step, example, stream)
     return example
 
 
-def _traces(kernel, position, stream) -> bool:
+def _traces(key, kernel, position, stream) -> bool:
     try:
-        _trace(kernel, position, stream)
+        _trace(key, kernel, position, stream)
     except (TypeError, ValueError, IndexError, AttributeError):
         return False
     return True

@@ -70,7 +70,7 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path):
             progress=False,
             store=stochgrad.Store(tmp_path / "d", "float16"),
         )
-    with pytest.raises(ValueError, match="a store's dtype must be one of"):
+    with pytest.raises(ValueError, match="dtype must be one of"):
         worker.run(5, store=stochgrad.Store(tmp_path / "e", "float8"))
 
 
