@@ -6,6 +6,7 @@ comes once an epoch. What is in the n-th super-block follows from a key and n al
 """
 
 import math
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
+from stochgrad.core._checks import check_count, describe, first_line
 from stochgrad.core._hosts import place, to_host
 from stochgrad.core._noise import key_words
 from stochgrad.core._orders import permuted
@@ -80,8 +82,53 @@ class Source(NamedTuple):
         return np.concatenate(rows, axis=self.axis)
 
     def read(self, first: int, last: int, dtype: Any) -> np.ndarray:
-        rows = np.asarray(self.array[(*(slice(None),) * self.axis, slice(first, last))])
-        return rows.astype(dtype, copy=False)
+        """Some rows.
+
+        Raises:
+            ValueError: they cannot be read; they do not fit the type.
+        """
+        where = f"{self.name} cannot be read, rows {first} to {last}"
+        if _is_cut_off(self.array):
+            raise ValueError(f"{where}: its file has become shorter or is gone.")
+        try:
+            rows = np.asarray(self.array[(*(slice(None),) * self.axis, slice(first, last))])
+        except Exception as error:  # of a library that reads files: whatever befalls them
+            raise ValueError(f"{where}: {first_line(error)}.") from error
+        if not _is_number(rows.dtype):
+            raise ValueError(f"{where}: they have dtype {rows.dtype}, and numbers are needed.")
+        if rows.dtype == dtype:
+            return rows
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = rows.astype(dtype)
+            same = cast.astype(rows.dtype) == rows if rows.dtype.kind in "iu" else True
+        if dtype != np.bool_ and np.dtype(dtype).kind in "iu" and not np.all(same):
+            raise ValueError(f"{self.name} holds integers beyond what {dtype} holds: divide them.")
+        if rows.dtype.kind in "fc" and np.any(np.isinf(cast) & np.isfinite(rows)):
+            raise ValueError(f"{self.name} holds numbers beyond what {dtype} holds: divide them.")
+        return cast
+
+    def check(self) -> None:
+        """Raise unless it gives rows of numbers for a slice."""
+        array, wanted = self.array, "must be an array on disk, with shape, dtype and rows by slice"
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{self.name} {wanted}, got a masked array: fill or drop its gaps.")
+        shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+        if isinstance(array, type) or not isinstance(shape, tuple) or dtype is None:
+            raise TypeError(f"{self.name} {wanted}, got {describe(array)}.")
+        if hasattr(array, "toarray") or hasattr(array, "iloc") or not _is_number(dtype):
+            raise TypeError(
+                f"{self.name} {wanted}, of plain numbers, got {type(array).__name__} of "
+                f"dtype {dtype}."
+            )
+        if len(shape) <= self.axis:
+            raise ValueError(f"{self.name} must have an axis of rows, got shape {shape}.")
+        row = self.read(0, 1, jax.dtypes.canonicalize_dtype(dtype))
+        expected = _with(shape, self.axis, min(1, shape[self.axis]))
+        if row.shape != expected:
+            raise ValueError(
+                f"{self.name} gives an array of shape {row.shape} for its first row, and not "
+                f"{expected}: a slice must give rows."
+            )
 
 
 class Stream:
@@ -99,6 +146,9 @@ class Stream:
             sources, is_leaf=lambda node: isinstance(node, Source)
         )
         self.sources: list[Source] = leaves
+        resident_bytes = check_count("resident_bytes", resident_bytes)
+        for source in leaves:
+            source.check()
         self.size, self.batch_size = size, batch_size
         self.num_batches = -(-size // batch_size)
         self._types = [jax.dtypes.canonicalize_dtype(s.array.dtype) for s in leaves]
@@ -291,6 +341,29 @@ class Supply:
     def _begin(self, number: int) -> None:
         self._number = number
         self._ahead = self._thread.submit(self._stream.load, self._words, number, self._free)
+
+
+def _is_number(dtype: Any) -> bool:
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:
+        return False
+    return dtype.kind in "biufc" or jnp.issubdtype(dtype, jnp.floating)
+
+
+def _is_cut_off(array: Any) -> bool:
+    """Whether the file of a memory-mapped or of a zarr array has been cut off or removed."""
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(array, np.memmap) and mapped is not None and array.filename is not None:
+        # to read beyond the end of a mapped file would kill the process
+        start = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
+        with suppress(OSError):  # a file that is removed stays until it is let go
+            return os.path.getsize(array.filename) < start + len(mapped)
+        return False
+    folder = getattr(getattr(array, "store", None), "root", None)
+    if isinstance(folder, os.PathLike) and hasattr(array, "path"):
+        return not os.path.isdir(os.path.join(folder, array.path))
+    return False
 
 
 def step_aside() -> None:
