@@ -49,7 +49,7 @@ def load_notes(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is missing or damaged.
     """
-    with _told(path), np.load(path) as file:
+    with _told(path), open(path, "rb") as raw, np.load(raw) as file:
         notes = json.loads(file["notes"].tobytes())
         return dict(notes)
 
@@ -61,7 +61,7 @@ def load_tree(path: Path, like: PyTree) -> PyTree:
         ValueError: the file is missing or damaged, or holds another number of arrays.
     """
     leaves, structure = jax.tree.flatten(like)
-    with _told(path), np.load(path) as file:
+    with _told(path), open(path, "rb") as raw, np.load(raw) as file:
         if len(file.files) != len(leaves) + 1:
             raise ValueError(f"{len(file.files) - 1} arrays in it, and not {len(leaves)}")
         saved = [file[f"leaf{i}"] for i in range(len(leaves))]

@@ -208,7 +208,7 @@ def _chosen_dims(dims: Any, values: Mapping[str, Any]) -> dict[str, list[str]]:
     sites = {_dotted(site): site for site in values}
     chosen = {}
     for name, own in dims.items():
-        site = sites.get(_dotted(name)) if isinstance(name, str) else None
+        site = name if name in values else sites.get(name)
         if site is None:
             raise ValueError(f"dims names {name!r}; the variables are {list(sites)}.")
         if not isinstance(own, list | tuple) or not all(isinstance(d, str) and d for d in own):
@@ -242,7 +242,7 @@ def _with_chosen(axes: Mapping[str, Any], coords: Any) -> dict[str, Any]:
             raise TypeError(f"{wanted}, got {describe(labels)} ({first_line(error)}).") from error
         if array.shape != np.shape(axes[dim]):
             raise ValueError(f"{wanted}, got {describe(labels)}.")
-        result[dim] = labels
+        result[dim] = array
     return result
 
 

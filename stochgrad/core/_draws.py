@@ -27,8 +27,8 @@ class Draws:
 
     Attributes:
         positions: What was kept of each state: arrays of shape (chain, draw, ...), in the
-            position's structure (or in that of ``collect``'s result); zarr arrays, which are read
-            where they are indexed, if the run had a store.
+            position's structure (or in that of ``collect``'s result). If the run had a store they
+            are its zarr arrays, read where they are indexed, and checked against its checksums.
         stats: Numbers that go with each draw, arrays of shape (chain, draw): among them
             ``step_size``, ``log_density`` (the minibatch estimate), ``gradient_norm`` and
             ``noise_ratio`` for our own kernels.

@@ -81,6 +81,13 @@ class Source(NamedTuple):
         rows = [self.read(i, i + 1, self.array.dtype) for i in places]
         return np.concatenate(rows, axis=self.axis)
 
+    def length(self) -> int:
+        """How many rows it has now."""
+        try:
+            return self.array.shape[self.axis]
+        except Exception as error:  # a file that has been closed, say
+            raise ValueError(f"{self.name} cannot be read: {first_line(error)}.") from error
+
     def read(self, first: int, last: int, dtype: Any) -> np.ndarray:
         """Some rows.
 
@@ -152,6 +159,7 @@ class Stream:
         self.size, self.batch_size = size, batch_size
         self.num_batches = -(-size // batch_size)
         self._types = [jax.dtypes.canonicalize_dtype(s.array.dtype) for s in leaves]
+        self._shapes = [s.array.shape for s in leaves]
         row = sum(
             math.prod(s.array.shape) // size * t.itemsize
             for s, t in zip(leaves, self._types, strict=True)
@@ -174,8 +182,8 @@ class Stream:
     def shapes(self) -> Resident:
         """Shapes of a super-block."""
         data = [
-            jax.ShapeDtypeStruct(_with(s.array.shape, s.axis, self.rows), t)
-            for s, t in zip(self.sources, self._types, strict=True)
+            jax.ShapeDtypeStruct(_with(shape, s.axis, self.rows), t)
+            for s, shape, t in zip(self.sources, self._shapes, self._types, strict=True)
         ]
         word = jax.ShapeDtypeStruct((), jnp.uint32)
         return Resident(
@@ -271,7 +279,7 @@ class Stream:
         return (slot, resident), following
 
     def _read(self, source: Source, first: int, last: int, dtype: Any) -> np.ndarray:
-        length = source.array.shape[source.axis]
+        length = source.length()
         if length != self.size:
             raise ValueError(
                 f"{source.name} had {self.size} rows and now has {length}: a source must keep its "

@@ -82,7 +82,7 @@ class ParquetColumns:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        rows, *others = index if isinstance(index, tuple) else (index,)
+        rows, *others = index if isinstance(index, tuple) and index else (index,)
         if not isinstance(rows, slice) or rows.step not in (None, 1):
             raise TypeError(f"ParquetColumns gives the rows of a slice, got {index!r}.")
         first, last, _ = rows.indices(len(self))
