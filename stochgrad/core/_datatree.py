@@ -67,8 +67,8 @@ def groups(
     """
     posterior, values = draws.posterior, draws.constrained()
     named = tree_names(values)
-    own = posterior is not None and not draws.collected
-    known = {name: tuple(map(_dotted, ds)) for name, ds in posterior.dims.items()} if own else {}
+    own = None if draws.collected else posterior
+    known = {name: tuple(map(_dotted, ds)) for name, ds in own.dims.items()} if own else {}
     labels = {} if posterior is None else {_dotted(d): c for d, c in posterior.coords.items()}
     chosen = _chosen_dims(dims, values)
 

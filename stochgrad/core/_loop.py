@@ -96,9 +96,11 @@ def sample(
     Raises:
         TypeError: the key is not a typed PRNG key, the kernel not a kernel.
         ValueError: a number is out of range, or ``init`` does not fit the model or is not finite;
-            the store or the checkpoint holds another run, or this one without ``resume``; streamed
-            data hold NaN or change their length.
-        OSError: the store or the checkpoint cannot be written.
+            the run has more than 2^31 - 1 steps; the store or the checkpoint holds another run, or
+            this one without ``resume``, or lacks draws that the other counts; the checkpoint is
+            damaged; streamed data hold NaN, change their length or cannot be read.
+        OSError: the store or the checkpoint cannot be written, or another run writes there; the
+            store is damaged.
 
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad
@@ -292,7 +294,7 @@ def _has_chain_axis(key, kernel, given, reference, num_chains, stream) -> bool:
     )  # a vector, unless only a scalar fits
 
 
-def _trace(key, kernel, position, stream) -> tuple[Any, tuple]:
+def _trace(key, kernel, position, stream) -> tuple[Any, tuple, Any]:
     """Trace one step without compiling it, so that what does not fit says so at once."""
     leaves, structure = jax.tree.flatten(position)
     example = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), key.dtype)

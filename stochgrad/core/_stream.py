@@ -369,8 +369,9 @@ def _is_cut_off(array: Any) -> bool:
             return os.path.getsize(array.filename) < start + len(mapped)
         return False
     folder = getattr(getattr(array, "store", None), "root", None)
-    if isinstance(folder, os.PathLike) and hasattr(array, "path"):
-        return not os.path.isdir(os.path.join(folder, array.path))
+    inside = getattr(array, "path", None)
+    if isinstance(folder, os.PathLike) and isinstance(inside, str):
+        return not os.path.isdir(os.path.join(folder, inside))
     return False
 
 
