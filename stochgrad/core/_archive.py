@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
+
+from stochgrad.core._checks import first_line
 
 
 def save_tree(path: Path, tree: PyTree, notes: Mapping[str, Any]) -> None:
@@ -41,17 +44,46 @@ def save_tree(path: Path, tree: PyTree, notes: Mapping[str, Any]) -> None:
 
 
 def load_notes(path: Path) -> dict[str, Any]:
-    """The notes of a file that ``save_tree`` wrote."""
-    with np.load(path) as file:
-        return json.loads(file["notes"].tobytes())
+    """The notes of a file that ``save_tree`` wrote.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    with _told(path), open(path, "rb") as raw, np.load(raw) as file:
+        notes = json.loads(file["notes"].tobytes())
+        return dict(notes)
 
 
 def load_tree(path: Path, like: PyTree) -> PyTree:
-    """The tree that ``save_tree`` wrote, in the structure and the types of ``like``."""
+    """The tree that ``save_tree`` wrote, in the structure and the types of ``like``.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds another number of arrays.
+    """
     leaves, structure = jax.tree.flatten(like)
-    with np.load(path) as file:
+    with _told(path), open(path, "rb") as raw, np.load(raw) as file:
+        if len(file.files) != len(leaves) + 1:
+            raise ValueError(f"{len(file.files) - 1} arrays in it, and not {len(leaves)}")
         saved = [file[f"leaf{i}"] for i in range(len(leaves))]
-    return jax.tree.unflatten(structure, list(map(_as_before, saved, leaves)))
+        return jax.tree.unflatten(structure, list(map(_as_before, saved, leaves)))
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say in one sentence that a file cannot be read, and why."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(damaged(path, "is missing")) from error
+    except PermissionError as error:
+        raise ValueError(damaged(path, f"cannot be read ({error.strerror})")) from error
+    except Exception as error:  # of zip, zlib, json, numpy: whatever broken bytes bring about
+        raise ValueError(damaged(path, f"is damaged ({first_line(error)})")) from error
+
+
+def damaged(path: Path, what: str) -> str:
+    """The sentence on a file that is of no use."""
+    return f"{path} {what}: put back a copy of the checkpoint, or remove it to begin anew."
 
 
 def _plain(leaf: Any) -> np.ndarray:

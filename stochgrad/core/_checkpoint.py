@@ -1,5 +1,7 @@
 """Runs that can be killed: their state on disk, written whole or not at all."""
 
+import hashlib
+import json
 import time
 import warnings
 from pathlib import Path
@@ -9,8 +11,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from stochgrad.core._archive import load_notes, load_tree, save_tree
+from stochgrad.core._archive import damaged, load_notes, load_tree, save_tree
 from stochgrad.core._identity import refuse_other_run
+from stochgrad.core._lock import Lock
 from stochgrad.core._warnings import CheckpointWarning
 
 _STATE = "state.npz"
@@ -42,52 +45,89 @@ class Checkpoint:
         every: Seconds between two saves.
         run: What tells this run from others.
         resume: Whether to go on with a run that the directory holds.
+        writes: Whether this process is the one that writes, and keeps others from it.
 
     Raises:
-        OSError: the directory cannot be written.
-        ValueError: it holds another run, or this one without ``resume``.
+        OSError: the directory cannot be written, or another run writes there.
+        ValueError: it holds another run, or this one without ``resume``; it is damaged.
     """
 
-    def __init__(self, path: str | Path, every: float, run: dict[str, Any], resume: bool):
-        self.path = Path(path)
+    def __init__(
+        self, path: Path, every: float, run: dict[str, Any], resume: bool, writes: bool = True
+    ):
+        self.path = path
         self._every = every
         self._run = run
         self._last = time.monotonic()
         self._counted = 0
+        self._lock: Lock | None = None
         self.done = 0
         """Draws that the last state counts, warm-up included."""
-        state = self.path / _STATE
-        self._notes = load_notes(state) if state.exists() else None
-        if self._notes is not None:
-            refuse_other_run(f"checkpoint={str(path)!r}", self._notes["run"], run, resume)
-            return
+        self.stored: int | None = None
+        """Draws per chain that it counts and a store has; None if it has them itself."""
+        name = f"checkpoint={str(path)!r}"
+        if writes:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                (path / ".written").touch()
+                (path / ".written").unlink()
+            except OSError as error:
+                raise OSError(f"{name} cannot be written: {error.strerror}.") from error
+            self._lock = Lock(path, name)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / ".written").touch()
-            (self.path / ".written").unlink()
-        except OSError as error:
-            raise OSError(
-                f"checkpoint={str(path)!r} cannot be written: {error.strerror}."
-            ) from error
+            state = path / _STATE
+            self._notes = load_notes(state) if state.exists() else None
+            if self._notes is not None:
+                refuse_other_run(name, self._notes.get("run"), run, resume)
+                self._counted, self.done = self._notes["kept"], self._notes["done"]
+                self.stored = self._notes["stored"]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self._notes is not None
 
     def load(self, state: PyTree, piece: PyTree) -> Saved | None:
-        """What the directory holds, in the structure of a state and of a piece; None if nothing."""
+        """What the directory holds, in the structure of a state and of a piece; None if nothing.
+
+        Raises:
+            ValueError: a file is missing, damaged or of another run.
+        """
         if self._notes is None:
             return None
-        self._counted, self.done = self._notes["kept"], self._notes["done"]
         pieces, kept = [], 0
         while kept < self._counted:
-            pieces.append(load_tree(self._piece(kept), piece))
-            kept += len(jax.tree.leaves(pieces[-1])[0])
-        return Saved(self._notes["done"], load_tree(self.path / _STATE, state), pieces)
+            path = self._piece(kept)
+            if load_notes(path).get("run") != _digest(self._run):
+                raise ValueError(damaged(path, "belongs to another run"))
+            pieces.append(load_tree(path, piece))
+            length = (_shapes(pieces[-1])[0] or (0,))[0]
+            if _shapes(pieces[-1]) != [(length, *shape) for shape in _shapes(piece)]:
+                raise ValueError(damaged(path, "belongs to another run"))
+            kept += length
+            if length == 0 or kept > self._counted:
+                raise ValueError(damaged(path, f"holds {length} draws, too many or too few"))
+        loaded = load_tree(self.path / _STATE, state)
+        if _shapes(loaded) != _shapes(state):
+            raise ValueError(damaged(self.path / _STATE, "belongs to another run"))
+        return Saved(self.done, loaded, pieces)
 
     def due(self) -> bool:
         return time.monotonic() - self._last >= self._every
 
-    def save(self, done: int, state: PyTree, pieces: list) -> bool:
+    def save(self, done: int, state: PyTree, pieces: list, stored: int | None) -> bool:
         """Replace what is there. ``pieces`` are the draws kept since it was last replaced.
 
         A disk that is full costs a warning, not the run: the last state stays.
+
+        Args:
+            done: Draws so far, warm-up included.
+            state: The state of the loop.
+            pieces: Draws kept since the last time.
+            stored: Draws per chain that a store has; None without a store.
 
         Returns:
             Whether it was replaced.
@@ -97,9 +137,9 @@ class Checkpoint:
             kept = self._counted
             if pieces:
                 piece = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
-                save_tree(self._piece(kept), piece, {})
+                save_tree(self._piece(kept), piece, {"run": _digest(self._run)})
                 kept += len(jax.tree.leaves(piece)[0])
-            notes = {"done": done, "kept": kept, "run": self._run}
+            notes = {"done": done, "kept": kept, "stored": stored, "run": self._run}
             save_tree(self.path / _STATE, state, notes)
             self._counted, self.done = kept, done
             return True
@@ -112,5 +152,18 @@ class Checkpoint:
             )
             return False
 
+    def close(self) -> None:
+        """Let other runs write there."""
+        if self._lock is not None:
+            self._lock.release()
+
     def _piece(self, first: int) -> Path:
         return self.path / f"draws-{first:010d}.npz"
+
+
+def _shapes(tree: PyTree) -> list[tuple[int, ...]]:
+    return [leaf.shape for leaf in jax.tree.leaves(tree)]
+
+
+def _digest(run: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]

@@ -115,16 +115,18 @@ class Traced(NamedTuple):
 
 @lru_cache(maxsize=16)
 def trace(
-    init: Callable, step: Callable, example: tuple[Any, tuple], stream: Stream | None = None
+    init: Callable, step: Callable, example: tuple[Any, tuple, Any], stream: Stream | None = None
 ) -> Traced:
     """Trace a kernel at a position given by its structure and its leaves' (shape, dtype) pairs.
+
+    The third entry of ``example`` is the type of the keys, of whichever generator.
 
     Tracing a model is slow, and the loop needs a step several times over; it also shows whether the
     position fits the model before anything is compiled.
     """
-    structure, leaves = example
+    structure, leaves, key_type = example
     position = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct((), key_type)
     resident = None if stream is None else stream.shapes()
 
     def start(position, key, resident):
@@ -163,7 +165,7 @@ def build(
     num_chains: int,
     share: bool,
     mesh: Mesh | None,
-    example: tuple[Any, tuple],
+    example: tuple[Any, tuple, Any],
     stream: Stream | None = None,
     density: tuple[Callable, Callable, Callable] | None = None,
 ) -> Program:

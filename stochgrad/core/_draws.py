@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from stochgrad.core._checks import describe, first_line
 from stochgrad.core._datatree import by_name
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ class Draws:
 
     Attributes:
         positions: What was kept of each state: arrays of shape (chain, draw, ...), in the
-            position's structure (or in that of ``collect``'s result); zarr arrays, which are read
-            where they are indexed, if the run had a store.
+            position's structure (or in that of ``collect``'s result). If the run had a store they
+            are its zarr arrays, read where they are indexed, and checked against its checksums.
         stats: Numbers that go with each draw, arrays of shape (chain, draw): among them
             ``step_size``, ``log_density`` (the minibatch estimate), ``gradient_norm`` and
             ``noise_ratio`` for our own kernels.
@@ -93,9 +94,20 @@ class Draws:
     def num_draws(self) -> int:
         return self.finite.shape[1]
 
-    def __getitem__(self, draws: slice) -> "Draws":
-        """A range of the draws of all chains: ``draws[500:]``."""
-        return self._select(lambda x: x[:, draws])
+    def __getitem__(self, draws: Any) -> "Draws":
+        """Some of the draws of all chains: ``draws[500:]``, ``draws[-1]``, ``draws[mask]``.
+
+        Args:
+            draws: A range; a number, counted from the end if it is negative, which gives one draw
+                (the draw axis stays); a list or array of numbers; one boolean per draw.
+
+        Raises:
+            TypeError: it is none of these.
+            IndexError: a number is out of range.
+            ValueError: there are more or fewer booleans than draws.
+        """
+        index = _index(draws, self.num_draws)
+        return self._select(lambda x: x[:, index])
 
     def finite_chains(self) -> "Draws":
         """The chains that stayed finite to the end."""
@@ -131,8 +143,17 @@ class Draws:
         what is not finite); the attributes say method, settings, seed and versions.
 
         Args:
-            coords: Coordinates along the dimensions, added to the model's own.
+            coords: Labels along the dimensions, added to the model's own.
             dims: Names of the dimensions of a variable after chain and draw, likewise.
+
+        A slash in a name, as numpyro's ``scope`` makes it, becomes a dot (``group/m`` is
+        ``group.m``), and a variable called ``chain`` or ``draw`` gets an underscore at its end;
+        ``dims`` and ``coords`` know both names. So it is in a store.
+
+        Raises:
+            TypeError: ``coords`` or ``dims`` is no mapping to labels or names.
+            ValueError: they name what is not there, or have another length; two variables have
+                one name.
         """
         from stochgrad.core._datatree import to_datatree
 
@@ -148,8 +169,10 @@ class Draws:
 
         With ArviZ 1.x the ``xarray.DataTree`` of ``to_datatree``, with 0.2x an ``InferenceData``.
         """
-        import arviz
-
+        try:
+            import arviz
+        except ImportError as error:
+            raise ImportError("to_arviz needs ArviZ: pip install arviz.") from error
         tree = self.to_datatree(coords=coords, dims=dims)
         return arviz.from_datatree(tree) if hasattr(arviz, "from_datatree") else tree
 
@@ -168,6 +191,39 @@ class Draws:
             f"Draws({self.attrs.get('method')}, {self.num_chains} chains of {self.num_draws} "
             f"draws, positions {shapes})"
         )
+
+
+def _index(draws: Any, size: int) -> slice | np.ndarray:
+    """Rows that numpy and zarr both know how to take, without losing the axis."""
+    wanted = "draws can be indexed by a range, a number, numbers, or one boolean per draw"
+    if isinstance(draws, slice):
+        try:
+            numbers = range(size)[draws]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{wanted}, got {draws} ({first_line(error)}).") from error
+        if numbers.step > 0:
+            return slice(numbers.start, max(numbers.stop, numbers.start), numbers.step)
+        return np.array(numbers, int)
+    if isinstance(draws, list | range) and not len(draws):
+        return np.zeros(0, int)
+    if draws is None or isinstance(draws, bool | np.bool_ | str | bytes | tuple | dict | set):
+        raise TypeError(f"{wanted}, got {describe(draws)}.")
+    try:
+        array = np.asarray(draws)
+    except Exception as error:
+        raise TypeError(f"{wanted}, got {describe(draws)} ({first_line(error)}).") from error
+    if np.ma.is_masked(draws) or array.dtype.kind not in "biu" or array.ndim > 1:
+        raise TypeError(f"{wanted}, got {describe(draws)}.")
+    if array.dtype.kind == "b":
+        if array.shape != (size,):
+            raise ValueError(f"{wanted}, got {array.size} booleans for {size} draws.")
+        return np.flatnonzero(array)
+    outside = (array >= size) | (array < -size)
+    if outside.any():
+        number = int(np.atleast_1d(array)[np.atleast_1d(outside)][0])
+        raise IndexError(f"{wanted}, got the number {number} for {size} draws.")
+    numbers = np.atleast_1d(array).astype(int)
+    return np.where(numbers < 0, numbers + size, numbers)
 
 
 def run_attributes(kernel: Any, run: Mapping[str, Any]) -> dict[str, Any]:

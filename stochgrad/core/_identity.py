@@ -29,11 +29,12 @@ def identity(
     arrays = [*traced.constants, *(source.array for source in sources)]
     some = [*map(_sample, traced.constants), *(source.sample(_PLACES) for source in sources)]
     text = re.sub(r"0x[0-9a-f]+|<function [^>]*>", "", str(traced.jaxpr))
-    structure, leaves = example
+    structure, leaves, key_type = example
     shapes = jax.tree.unflatten(structure, [f"{dtype}{list(shape)}" for shape, dtype in leaves])
     return {
         **{name: _plain(value) for name, value in attrs.items()},
         "position": _describe(shapes),
+        "generator of keys": str(key_type),
         "program": hashlib.sha256(text.encode()).hexdigest()[:16],
         "data": [f"{array.dtype}{list(array.shape)}" for array in arrays if array.shape],
         "values of the data": _digest(some),
@@ -46,7 +47,7 @@ def refuse_other_run(
     name: str, found: Mapping[str, Any] | None, wanted: Mapping[str, Any], resume: bool
 ) -> None:
     """Raise a ValueError unless what was found is of this very run, and is to be gone on with."""
-    if found is None:
+    if not isinstance(found, Mapping):
         raise ValueError(f"{name} holds something other than a run of stochgrad.")
     wanted = {key: _plain(value) for key, value in wanted.items()}
     differing = [

@@ -30,7 +30,7 @@ from stochgrad.core._draws import Draws, run_attributes
 from stochgrad.core._hosts import is_writer, place, to_host
 from stochgrad.core._identity import identity
 from stochgrad.core._journey import Journey
-from stochgrad.core._keep import Keeper
+from stochgrad.core._keep import Keeper, check_places
 from stochgrad.core._noise import key_words
 from stochgrad.core._progress import progress_bar
 from stochgrad.core._protocols import Kernel, Online, Position, PRNGKey
@@ -44,6 +44,10 @@ from stochgrad.core._verdict import (
     warn_of_rounding,
 )
 from stochgrad.core._warnings import DivergenceWarning, warn_of_noise
+
+_MOST_STEPS = 2**31 - 1
+"""Counters of steps, here and in kernels, are of 32 bits."""
+_MOST_BYTES = 2**28
 
 
 def sample(
@@ -110,9 +114,11 @@ def sample(
     Raises:
         TypeError: the key is not a typed PRNG key, the kernel not a kernel.
         ValueError: a number is out of range, or ``init`` does not fit the model or is not finite;
-            the store or the checkpoint holds another run, or this one without ``resume``; streamed
-            data hold NaN or change their length.
-        OSError: the store or the checkpoint cannot be written.
+            the run has more than 2^31 - 1 steps; the store or the checkpoint holds another run, or
+            this one without ``resume``, or lacks draws that the other counts; the checkpoint is
+            damaged; streamed data hold NaN, change their length or cannot be read.
+        OSError: the store or the checkpoint cannot be written, or another run writes there; the
+            store is damaged.
 
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad
@@ -143,12 +149,17 @@ def sample(
         raise TypeError(
             f"collect must be a function of a state or an Online, got {describe(collect)}."
         )
-    if resume is True and checkpoint is None:
-        raise ValueError("resume=True needs checkpoint, the directory to resume from.")
     every = check_number("every", every, zero=True)
     share_batches = check_flag("share_batches", share_batches)
     progress = check_flag("progress", progress)
     resume = check_flag("resume", resume)
+    if (num_warmup + num_samples) * thin > _MOST_STEPS:
+        raise ValueError(
+            f"num_warmup, num_samples and thin make {(num_warmup + num_samples) * thin:,} steps a "
+            f"chain, and steps are counted up to {_MOST_STEPS:,}: take several runs with keys of "
+            "their own."
+        )
+    store, checkpoint = check_places(store, checkpoint, resume)
 
     begun = time.perf_counter()
     position_key, init_key, run_key = jax.random.split(key, 3)
@@ -184,17 +195,6 @@ def sample(
         run=run,
     )
     keeper = Keeper(as_draws, program.shapes, online)
-    if store is not None or checkpoint is not None:
-        told = {**run_attributes(kernel, run), "num_chains": num_chains, "collect": collect}
-        keeper.open(
-            identity(program.traced, told, example, stream),
-            store,
-            checkpoint,
-            every,
-            num_samples,
-            resume,
-        )
-
     first_of_chains = jax.tree.map(lambda x: x[0], positions) if num_chains > 1 else positions
     keys, init_keys = _chain_keys(run_key, num_chains), _chain_keys(init_key, num_chains)
     everywhere = by_chain = None
@@ -203,31 +203,41 @@ def sample(
         by_chain = NamedSharding(mesh, chain_axis(mesh)) if num_chains > 1 else everywhere
         positions, keys, init_keys = place((positions, keys, init_keys), by_chain)
     supply = None
-    if stream is not None:
-        words = np.asarray(key_words(jax.random.fold_in(run_key, num_chains))).tolist()
-        supply = Supply(stream, words, everywhere)
-    shapes = partial(
-        jax.eval_shape, program.start, positions, init_keys, stream and stream.shapes()
-    )
-    saved = keeper.load(shapes, num_warmup)
-    if saved is None:
-        if supply is not None:
-            supply.left(0)
-        if program.density is not None:
-            values = program.density(positions, init_keys, supply and supply.resident)
-            check_start(to_host(values), first_of_chains)
-        carry = program.init(positions, init_keys, supply and supply.resident)
-    else:
-        carry = saved.state
-    if mesh is not None:
-        one = num_chains == 1
-        shardings = everywhere if one else chain_sharding(carry, share_batches, mesh)
-        carry = place(carry, shardings)
-
-    total = num_warmup + num_samples
-    bar = progress_bar(total * thin, num_warmup * thin) if progress and is_writer() else None
-    journey = Journey(program, keys, supply, thin, num_warmup, total, chunk_size)
     try:
+        if store is not None or checkpoint is not None:
+            told = {**run_attributes(kernel, run), "num_chains": num_chains, "collect": collect}
+            keeper.open(
+                identity(program.traced, told, example, stream),
+                store,
+                checkpoint,
+                every,
+                num_samples,
+                resume,
+            )
+        if stream is not None:
+            words = np.asarray(key_words(jax.random.fold_in(run_key, num_chains))).tolist()
+            supply = Supply(stream, words, everywhere)
+        shapes = partial(
+            jax.eval_shape, program.start, positions, init_keys, stream and stream.shapes()
+        )
+        saved = keeper.load(shapes, num_warmup)
+        if saved is None:
+            if supply is not None:
+                supply.left(0)
+            if program.density is not None:
+                values = program.density(positions, init_keys, supply and supply.resident)
+                check_start(to_host(values), first_of_chains)
+            carry = program.init(positions, init_keys, supply and supply.resident)
+        else:
+            carry = saved.state
+        if mesh is not None:
+            one = num_chains == 1
+            shardings = everywhere if one else chain_sharding(carry, share_batches, mesh)
+            carry = place(carry, shardings)
+
+        total = num_warmup + num_samples
+        bar = progress_bar(total * thin, num_warmup * thin) if progress and is_writer() else None
+        journey = Journey(program, keys, supply, thin, num_warmup, total, chunk_size)
         with bar or nullcontext() as update:
             carry, seconds = journey.run(
                 carry,
@@ -274,7 +284,7 @@ def _starting_points(key, kernel, init, num_chains, stream):
         check_position(init)
         given = _as_arrays(init)
         reference = None if initial is None else jax.eval_shape(initial, key)
-        chained = _has_chain_axis(kernel, given, reference, num_chains, stream)
+        chained = _has_chain_axis(key, kernel, given, reference, num_chains, stream)
         # a copy: the loop donates what it is given
         positions = jax.tree.map(jnp.array, given)
         if num_chains > 1 and not chained:
@@ -284,7 +294,7 @@ def _starting_points(key, kernel, init, num_chains, stream):
         elif num_chains == 1 and chained:
             positions = jax.tree.map(lambda x: x[0], positions)
         example = jax.tree.map(lambda x: x[0], given) if chained else given
-    return positions, _trace(kernel, example, stream)
+    return positions, _trace(key, kernel, example, stream)
 
 
 def _made(init, key):
@@ -304,7 +314,7 @@ def _as_arrays(position):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), position)
 
 
-def _has_chain_axis(kernel, given, reference, num_chains, stream) -> bool:
+def _has_chain_axis(key, kernel, given, reference, num_chains, stream) -> bool:
     """Whether ``init`` gives one position per chain. Raises if it fits neither way."""
     shapes = jax.tree.map(jnp.shape, given)
     if reference is not None:
@@ -318,23 +328,25 @@ def _has_chain_axis(kernel, given, reference, num_chains, stream) -> bool:
         )
     if num_chains == 1 or {x.shape[:1] for x in jax.tree.leaves(given)} != {(num_chains,)}:
         return False
-    per_chain = _traces(kernel, jax.tree.map(lambda x: x[0], given), stream)
+    per_chain = _traces(key, kernel, jax.tree.map(lambda x: x[0], given), stream)
     if all(x.ndim > 1 for x in jax.tree.leaves(given)):
         return per_chain
-    return per_chain and not _traces(kernel, given, stream)  # a vector, unless only a scalar fits
+    return per_chain and not _traces(
+        key, kernel, given, stream
+    )  # a vector, unless only a scalar fits
 
 
-def _trace(kernel, position, stream) -> tuple[Any, tuple]:
+def _trace(key, kernel, position, stream) -> tuple[Any, tuple, Any]:
     """Trace one step without compiling it, so that what does not fit says so at once."""
     leaves, structure = jax.tree.flatten(position)
-    example = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    example = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), key.dtype)
     trace(kernel.init, kernel.step, example, stream)
     return example
 
 
-def _traces(kernel, position, stream) -> bool:
+def _traces(key, kernel, position, stream) -> bool:
     try:
-        _trace(kernel, position, stream)
+        _trace(key, kernel, position, stream)
     except (TypeError, ValueError, IndexError, AttributeError):
         return False
     return True
@@ -408,11 +420,18 @@ def _report(draws: Draws, kernel, positions, thin: int, num_warmup: int, num_sam
     values = draws.stats.get("log_density", draws.stats.get("logdensity"))
     if values is not None:
         warn_of_density(values[healthy], level)
-    # few enough to be read whole from a store
-    arrays = {name: np.asarray(x)[healthy] for name, x in by_name(draws.positions).items()}
+    arrays = {n: _last_draws(x, healthy) for n, x in by_name(draws.positions).items()}
     warn_of_convergence(arrays, level)
     if not draws.collected:
         warn_of_rounding(arrays, thin, level)
+
+
+def _last_draws(x: Any, healthy: np.ndarray) -> np.ndarray:
+    """Draws of the healthy chains; of those in a store the last 256 MiB."""
+    if not isinstance(x, np.ndarray):
+        each = max(x.size // max(x.shape[1], 1) * x.dtype.itemsize, 1)
+        x = np.asarray(x[:, max(x.shape[1] - max(_MOST_BYTES // each, 1), 0) :])
+    return x if healthy.all() else x[healthy]
 
 
 def _bad_gradient(kernel, positions) -> str | None:

@@ -1,18 +1,23 @@
 """Draws on disk: one zarr group that grows while the run goes on."""
 
+import itertools
+import json
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from stochgrad.core._checks import check_choice, check_path, first_line
 from stochgrad.core._datatree import Group
 from stochgrad.core._identity import refuse_other_run
+from stochgrad.core._lock import LOCK, Lock
 from stochgrad.core._stream import step_aside
 
 _CHUNK_BYTES = 2**20
@@ -21,21 +26,33 @@ _SECONDS_BETWEEN_WRITES = 1.0
 _REST = 80
 """How much longer than a write the pause after it is."""
 _RUN = "stochgrad_run"
+_ALL_CHUNKS = {"write_empty_chunks": True}
+"""Chunks of nothing but the fill value are written too, so that a missing file is a loss."""
 
 
-class Store(NamedTuple):
+@dataclass(frozen=True)
+class Store:
     """Where draws go, and in which precision.
 
     Attributes:
         path: A directory, made by the run: a zarr group that ``xarray.open_datatree`` and ArviZ
-            read, while the run goes on as well.
+            read, while the run goes on as well. Kept as an absolute path.
         dtype: None keeps the type of the draws. ``"float16"`` halves them, and refuses what is
             beyond its 65504. ``"bfloat16"`` rounds to eight leading bits and stores the result in
             single precision, whose zeros compress away, so that every reader knows it.
+
+    Raises:
+        TypeError: the path is none.
+        ValueError: the dtype is another.
     """
 
     path: str | Path
     dtype: Literal["float16", "bfloat16"] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "path", check_path("path", self.path))
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, ["float16", "bfloat16"])
 
 
 class Writer:
@@ -54,19 +71,15 @@ class Writer:
 
     Raises:
         ImportError: zarr is not installed.
-        OSError: the path cannot be written.
-        ValueError: the path holds something else, or another run; the dtype is unknown.
+        OSError: the path cannot be written, or another run writes there.
+        ValueError: the path holds something else, or another run; it is damaged.
     """
 
     def __init__(self, store: Store, run: dict[str, Any], num_draws: int, resume: bool):
-        if store.dtype not in _ROUNDINGS:
-            raise ValueError(
-                f"a store's dtype must be one of {list(_ROUNDINGS)}, got {store.dtype!r}."
-            )
         self.path = Path(store.path)
         self._round = _ROUNDINGS[store.dtype]
         self._num_draws = max(num_draws, 1)
-        self._root = _open(self.path, {**run, "store dtype": str(store.dtype)}, resume)
+        self._root, self._lock = _open(self.path, {**run, "store dtype": str(store.dtype)}, resume)
         self._thread = ThreadPoolExecutor(1, "stochgrad-store", step_aside)
         self._writing: Future | None = None
         self._pending: list[Callable[[], dict[str, Group]]] = []
@@ -99,6 +112,7 @@ class Writer:
             self.flush()
         finally:
             self._thread.shutdown()
+            self._lock.release()
 
     def _begin(self) -> None:
         """Finish the last write, and begin the next."""
@@ -108,10 +122,9 @@ class Writer:
                 writing.result()
             except Exception as error:  # what came after it would lie in the wrong place
                 self._failed, self._pending = True, []
-                if not isinstance(error, OSError):
-                    raise
                 raise OSError(
-                    f"cannot write draws to {self.path}: {error.strerror or error}. It holds "
+                    f"cannot write draws to store={str(self.path)!r}: "
+                    f"{getattr(error, 'strerror', None) or first_line(error)}. It holds "
                     f"{self.draws} draws per chain."
                 ) from error
         if self._pending and not self._failed:
@@ -142,11 +155,8 @@ class Writer:
             target = self._root[name]
             target.attrs.update(group.attrs)
             for dim, values in group.coords.items():
-                if dim not in target:
-                    values = np.asarray(values)
-                    values = values.astype(str) if values.dtype.kind == "O" else values
-                    with _quiet():
-                        target.create_array(dim, data=values, dimension_names=(dim,))
+                if dim != "draw":
+                    self._put_coordinate(name, dim, values)
         return last
 
     def _put(self, path: str, dims: tuple[str, ...], values: np.ndarray, axis: int, last: int):
@@ -154,12 +164,31 @@ class Writer:
         if path not in self._arrays:
             exists = path in self._root
             self._arrays[path] = (
-                self._root[path] if exists else self._create(path, dims, values, axis)
+                self._root[path].with_config(_ALL_CHUNKS)
+                if exists
+                else self._create(path, dims, values, axis)
             )
         array = self._arrays[path]
         length = min(max(array.shape[axis], last), self._num_draws)
         array.resize((*array.shape[:axis], length, *array.shape[axis + 1 :]))
         array[(*(slice(None),) * axis, slice(self.draws, last))] = values
+
+    def _put_coordinate(self, group: str, dim: str, values: Any) -> None:
+        path = f"{group}/{dim}"
+        if path in self._root:
+            with suppress(OSError):  # a process may have died before it had written the values
+                check_chunks(self.path, self._root[path])
+                return
+        values = np.asarray(values)
+        with _quiet():
+            self._root.create_array(
+                path,
+                data=values.astype(str) if values.dtype.kind == "O" else values,
+                dimension_names=(dim,),
+                compressors=_compressors(),
+                config=_ALL_CHUNKS,
+                overwrite=True,
+            )
 
     def _create(self, path: str, dims: tuple[str, ...], values: np.ndarray, axis: int) -> Any:
         row = max(values.nbytes // max(values.shape[axis], 1), 1)
@@ -170,7 +199,10 @@ class Writer:
             shape=(*values.shape[:axis], 0, *values.shape[axis + 1 :]),
             chunks=tuple(chunks),
             dtype=values.dtype,
+            fill_value=_missing(path, values.dtype),
             dimension_names=dims,
+            compressors=_compressors(),
+            config=_ALL_CHUNKS,
         )
 
 
@@ -182,18 +214,138 @@ class Stored(NamedTuple):
     finite: np.ndarray
 
 
-def read_back(path: str | Path, names: list[str], stats: list[str]) -> Stored | None:
-    """What a store holds under the names of positions and of stats; None if no draws yet."""
-    root = _zarr().open_group(Path(path), mode="r", use_consolidated=False)
-    if "sample_stats" not in root:
+class StoredArray:
+    """A zarr array of a store that says in a sentence what is damaged when it is read.
+
+    It has all that the zarr array has, which is its attribute ``array``.
+    """
+
+    def __init__(self, array: Any, root: Path):
+        self.array, self.root = array, root
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("array", "root"):  # not there yet: while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.array, name)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        draws = slice(None)
+        if isinstance(index, tuple) and len(index) > 1 and isinstance(index[0], slice):
+            draws = index[1] if isinstance(index[1], slice) else draws
+        check_chunks(self.root, self.array, draws=draws)
+        try:
+            return self.array[index]
+        except IndexError:
+            raise
+        except Exception as error:
+            check_chunks(self.root, self.array, draws=draws, read=True)
+            raise OSError(_damaged(self.root, self.array.path, first_line(error))) from error
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = self[...]
+        return values if dtype is None else values.astype(dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return repr(self.array)
+
+
+def read_back(path: Path, names: list[str], stats: list[str]) -> Stored | None:
+    """What a store holds under the names of positions and of stats; None if no draws yet.
+
+    Raises:
+        OSError: a file of it is missing or damaged.
+    """
+    if not whole_draws(path):
         return None
+    root = _zarr().open_group(path, mode="r", use_consolidated=False)
     where = "unconstrained_posterior" if "unconstrained_posterior" in root else "posterior"
-    numbers = root["sample_stats"]
+
+    def array(name):
+        try:
+            found = StoredArray(root[name], path)
+        except KeyError as error:
+            raise OSError(_damaged(path, name, "it is missing")) from error
+        check_chunks(path, found.array)
+        return found
+
+    numbers = {name: array(f"sample_stats/{name}")[:] for name in (*stats, "diverging")}
+    finite = ~numbers["diverging"]
+    if "sample_stats/finite" in root:
+        finite = array("sample_stats/finite")[:]
     return Stored(
-        [root[f"{where}/{name}"] for name in names],
-        [numbers[name][:] for name in stats],
-        ~numbers["diverging"][:],
+        [array(f"{where}/{name}") for name in names], [numbers[name] for name in stats], finite
     )
+
+
+def whole_draws(path: Path) -> int:
+    """How many draws per chain a store holds whole, as its readers see it; 0 where there is none.
+
+    Raises:
+        OSError: its list of arrays is damaged.
+    """
+    listed = path / "zarr.json"
+    try:
+        metadata = json.loads(listed.read_text())
+        arrays = (metadata.get("consolidated_metadata") or {}).get("metadata", {})
+        lengths = [
+            array["shape"][0]
+            for name, array in arrays.items()
+            if name.endswith("/draw") and array.get("node_type") == "array"
+        ]
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise OSError(_damaged(path, "zarr.json", first_line(error))) from error
+    return min(lengths, default=0)
+
+
+def check_chunks(root: Path, array: Any, *, draws: slice = slice(None), read: bool = False) -> None:
+    """Raise an OSError that names the file unless every chunk of an array is there.
+
+    Args:
+        root: Where the store is.
+        array: A zarr array.
+        draws: Along the second axis, which of it is wanted.
+        read: Whether to read the chunks, and with that to compare their checksums.
+    """
+    ranges = [range(-(-n // size)) for n, size in zip(array.shape, array.chunks, strict=True)]
+    if array.ndim > 1:
+        wanted = range(array.shape[1])[draws]
+        size = array.chunks[1]
+        ranges[1] = range(min(wanted) // size, max(wanted) // size + 1) if wanted else range(0)
+    for index in itertools.product(*ranges):
+        name = f"{array.path}/{array.metadata.encode_chunk_key(index)}"
+        if not (root / name).is_file():
+            raise OSError(_damaged(root, name, "it is missing"))
+        if read:
+            where = (slice(i * n, (i + 1) * n) for i, n in zip(index, array.chunks, strict=True))
+            try:
+                array[tuple(where)]
+            except Exception as error:
+                raise OSError(_damaged(root, name, first_line(error))) from error
+
+
+def _damaged(root: Path, name: str, reason: str) -> str:
+    return (
+        f"store={str(root)!r} is damaged: {name} ({reason}); put back a copy of the store, or "
+        "remove it and the checkpoint beside it and run again, which gives the same draws."
+    )
+
+
+def _missing(path: str, dtype: np.dtype) -> Any:
+    """What stands where nothing was written."""
+    if dtype.kind in "fc":
+        return np.array(np.nan, dtype)[()]
+    return dtype.type(path == "sample_stats/diverging")
+
+
+def _compressors() -> list:
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    return [ZstdCodec(), Crc32cCodec()]
 
 
 def _to_half(name: str, values: np.ndarray) -> np.ndarray:
@@ -213,7 +365,7 @@ def _to_bfloat16(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _as_is(name: str, values: np.ndarray) -> np.ndarray:
-    return values
+    return values.astype(np.float32) if values.dtype == ml_dtypes.bfloat16 else values
 
 
 _ROUNDINGS = {None: _as_is, "float16": _to_half, "bfloat16": _to_bfloat16}
@@ -227,21 +379,63 @@ def _zarr() -> Any:
     return zarr
 
 
-def _open(path: Path, run: dict[str, Any], resume: bool) -> Any:
+def _open(path: Path, run: dict[str, Any], resume: bool) -> tuple[Any, Lock]:
+    """A new store or one to go on with, held against other writers."""
     zarr = _zarr()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not (path / "zarr.json").exists():
-            raise ValueError(f"store={str(path)!r} exists and is no zarr group: name another path.")
-        root = zarr.open_group(path, mode="r+", use_consolidated=False)
-        refuse_other_run(f"store={str(path)!r}", root.attrs.get(_RUN), run, resume)
-        return root
+    name = f"store={str(path)!r}"
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{name} exists and is no zarr group: name another path.")
     try:
-        root = zarr.open_group(path, mode="w")
+        path.mkdir(parents=True, exist_ok=True)
+        others = any(
+            not file.name.startswith(LOCK) and not file.name.endswith(".partial")
+            for file in path.iterdir()
+        )
+        if others and not (path / "zarr.json").exists():
+            raise ValueError(f"{name} exists and is no zarr group: name another path.")
+        lock = Lock(path, name)
     except OSError as error:
-        raise OSError(f"store={str(path)!r} cannot be written: {error.strerror}.") from error
-    root.attrs[_RUN] = run
-    with _quiet():
-        zarr.consolidate_metadata(root.store)
+        if not error.strerror:
+            raise
+        raise OSError(f"{name} cannot be written: {error.strerror}.") from error
+    try:
+        with _quiet():
+            if (path / "zarr.json").exists():
+                return _go_on(path, name, run, resume), lock
+            root = zarr.create_group(path, attributes={_RUN: run})
+            zarr.consolidate_metadata(root.store)
+            return root, lock
+    except BaseException as error:
+        lock.release()
+        if isinstance(error, OSError) and error.strerror:
+            raise OSError(f"{name} cannot be written: {error.strerror}.") from error
+        raise
+
+
+def _go_on(path: Path, name: str, run: dict[str, Any], resume: bool) -> Any:
+    """Open the store of a run, without what its readers do not see yet."""
+    whole = whole_draws(path)
+    try:
+        root = _zarr().open_group(path, mode="r+", use_consolidated=False)
+    except Exception as error:
+        raise ValueError(f"{name} exists and is no zarr group: name another path.") from error
+    refuse_other_run(name, root.attrs.get(_RUN), run, resume)
+    for group in root.group_keys():
+        for variable in root[group].array_keys():
+            array = root[f"{group}/{variable}"]
+            dims = array.metadata.dimension_names or ()
+            if "draw" not in dims:
+                continue
+            axis = dims.index("draw")
+            if array.shape[axis] < whole:
+                raise OSError(_damaged(path, array.path, f"it has {array.shape[axis]} draws"))
+            if array.shape[axis] > whole:
+                array.resize((*array.shape[:axis], whole, *array.shape[axis + 1 :]))
+            last = slice(max(whole - 1, 0), None)  # what will be added to
+            check_chunks(path, array)
+            check_chunks(
+                path, array, draws=slice(None) if group == "sample_stats" else last, read=True
+            )
     return root
 
 

@@ -6,6 +6,7 @@ comes once an epoch. What is in the n-th super-block follows from a key and n al
 """
 
 import math
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
+from stochgrad.core._checks import check_count, describe, first_line
 from stochgrad.core._hosts import place, to_host
 from stochgrad.core._noise import key_words
 from stochgrad.core._orders import permuted
@@ -79,9 +81,61 @@ class Source(NamedTuple):
         rows = [self.read(i, i + 1, self.array.dtype) for i in places]
         return np.concatenate(rows, axis=self.axis)
 
+    def length(self) -> int:
+        """How many rows it has now."""
+        try:
+            return self.array.shape[self.axis]
+        except Exception as error:  # a file that has been closed, say
+            raise ValueError(f"{self.name} cannot be read: {first_line(error)}.") from error
+
     def read(self, first: int, last: int, dtype: Any) -> np.ndarray:
-        rows = np.asarray(self.array[(*(slice(None),) * self.axis, slice(first, last))])
-        return rows.astype(dtype, copy=False)
+        """Some rows.
+
+        Raises:
+            ValueError: they cannot be read; they do not fit the type.
+        """
+        where = f"{self.name} cannot be read, rows {first} to {last}"
+        if _is_cut_off(self.array):
+            raise ValueError(f"{where}: its file has become shorter or is gone.")
+        try:
+            rows = np.asarray(self.array[(*(slice(None),) * self.axis, slice(first, last))])
+        except Exception as error:  # of a library that reads files: whatever befalls them
+            raise ValueError(f"{where}: {first_line(error)}.") from error
+        if not _is_number(rows.dtype):
+            raise ValueError(f"{where}: they have dtype {rows.dtype}, and numbers are needed.")
+        if rows.dtype == dtype:
+            return rows
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = rows.astype(dtype)
+            same = cast.astype(rows.dtype) == rows if rows.dtype.kind in "iu" else True
+        if dtype != np.bool_ and np.dtype(dtype).kind in "iu" and not np.all(same):
+            raise ValueError(f"{self.name} holds integers beyond what {dtype} holds: divide them.")
+        if rows.dtype.kind in "fc" and np.any(np.isinf(cast) & np.isfinite(rows)):
+            raise ValueError(f"{self.name} holds numbers beyond what {dtype} holds: divide them.")
+        return cast
+
+    def check(self) -> None:
+        """Raise unless it gives rows of numbers for a slice."""
+        array, wanted = self.array, "must be an array on disk, with shape, dtype and rows by slice"
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{self.name} {wanted}, got a masked array: fill or drop its gaps.")
+        shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+        if isinstance(array, type) or not isinstance(shape, tuple) or dtype is None:
+            raise TypeError(f"{self.name} {wanted}, got {describe(array)}.")
+        if hasattr(array, "toarray") or hasattr(array, "iloc") or not _is_number(dtype):
+            raise TypeError(
+                f"{self.name} {wanted}, of plain numbers, got {type(array).__name__} of "
+                f"dtype {dtype}."
+            )
+        if len(shape) <= self.axis:
+            raise ValueError(f"{self.name} must have an axis of rows, got shape {shape}.")
+        row = self.read(0, 1, jax.dtypes.canonicalize_dtype(dtype))
+        expected = _with(shape, self.axis, min(1, shape[self.axis]))
+        if row.shape != expected:
+            raise ValueError(
+                f"{self.name} gives an array of shape {row.shape} for its first row, and not "
+                f"{expected}: a slice must give rows."
+            )
 
 
 class Stream:
@@ -99,9 +153,13 @@ class Stream:
             sources, is_leaf=lambda node: isinstance(node, Source)
         )
         self.sources: list[Source] = leaves
+        resident_bytes = check_count("resident_bytes", resident_bytes)
+        for source in leaves:
+            source.check()
         self.size, self.batch_size = size, batch_size
         self.num_batches = -(-size // batch_size)
         self._types = [jax.dtypes.canonicalize_dtype(s.array.dtype) for s in leaves]
+        self._shapes = [s.array.shape for s in leaves]
         row = sum(
             math.prod(s.array.shape) // size * t.itemsize
             for s, t in zip(leaves, self._types, strict=True)
@@ -124,8 +182,8 @@ class Stream:
     def shapes(self) -> Resident:
         """Shapes of a super-block."""
         data = [
-            jax.ShapeDtypeStruct(_with(s.array.shape, s.axis, self.rows), t)
-            for s, t in zip(self.sources, self._types, strict=True)
+            jax.ShapeDtypeStruct(_with(shape, s.axis, self.rows), t)
+            for s, shape, t in zip(self.sources, self._shapes, self._types, strict=True)
         ]
         word = jax.ShapeDtypeStruct((), jnp.uint32)
         return Resident(
@@ -221,7 +279,7 @@ class Stream:
         return (slot, resident), following
 
     def _read(self, source: Source, first: int, last: int, dtype: Any) -> np.ndarray:
-        length = source.array.shape[source.axis]
+        length = source.length()
         if length != self.size:
             raise ValueError(
                 f"{source.name} had {self.size} rows and now has {length}: a source must keep its "
@@ -291,6 +349,30 @@ class Supply:
     def _begin(self, number: int) -> None:
         self._number = number
         self._ahead = self._thread.submit(self._stream.load, self._words, number, self._free)
+
+
+def _is_number(dtype: Any) -> bool:
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:
+        return False
+    return dtype.kind in "biufc" or jnp.issubdtype(dtype, jnp.floating)
+
+
+def _is_cut_off(array: Any) -> bool:
+    """Whether the file of a memory-mapped or of a zarr array has been cut off or removed."""
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(array, np.memmap) and mapped is not None and array.filename is not None:
+        # to read beyond the end of a mapped file would kill the process
+        start = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
+        with suppress(OSError):  # a file that is removed stays until it is let go
+            return os.path.getsize(array.filename) < start + len(mapped)
+        return False
+    folder = getattr(getattr(array, "store", None), "root", None)
+    inside = getattr(array, "path", None)
+    if isinstance(folder, os.PathLike) and isinstance(inside, str):
+        return not os.path.isdir(os.path.join(folder, inside))
+    return False
 
 
 def step_aside() -> None:

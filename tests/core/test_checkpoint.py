@@ -281,3 +281,63 @@ def test_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "package_version", lambda name: "9.9")
     with pytest.raises(ValueError, match=r"version of stochgrad was '.*' and is now '9\.9'"):
         worker.run(5, 1, checkpoint=tmp_path / "state", resume=True)
+
+
+@pytest.mark.parametrize("how", ["empty", "garbage", "cut", "flipped", "missing", "another"])
+@pytest.mark.parametrize("name", ["state.npz", "draws-0000000000.npz"])
+def test_a_damaged_checkpoint_is_named_in_one_sentence(tmp_path, name, how):
+    if (name, how) == ("state.npz", "missing"):
+        return  # the state is what makes it a checkpoint
+    worker.run(30, 2, checkpoint=tmp_path / "c")
+    file = tmp_path / "c" / name
+    content = bytearray(file.read_bytes())
+    if how == "missing":
+        file.unlink()
+    elif how == "another":
+        worker.run(30, 1, checkpoint=tmp_path / "other")
+        shutil.copy(tmp_path / "other" / name, file)
+    elif how == "flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        wrong = {"empty": b"", "garbage": b"not numbers", "cut": content[: len(content) // 2]}
+        file.write_bytes(wrong[how])
+    expected = "is missing" if how == "missing" else "is damaged"
+    if how == "another":
+        expected = "another run"
+    with pytest.raises(ValueError, match=expected) as raised:
+        worker.run(40, 2, checkpoint=tmp_path / "c", resume=True)
+    assert "checkpoint" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_keys_of_another_generator_run_and_resume(tmp_path):
+    """A program compiled for one kind of key was used for the next."""
+    kernel, runs = worker.kernel(), {}
+    for name in ("threefry2x32", "rbg"):
+        run = lambda n, name=name, **options: stochgrad.sample(
+            jax.random.key(0, impl=name), kernel, init=jnp.zeros(3), num_samples=n, progress=False,
+            **options,
+        )  # fmt: skip
+        runs[name] = run(15)
+        run(7, checkpoint=tmp_path / name)
+        same(run(15, checkpoint=tmp_path / name, resume=True), runs[name])
+    assert np.all(runs["rbg"].positions != runs["threefry2x32"].positions)
+    with pytest.raises(ValueError, match="generator of keys was 'key<rbg>' and is now"):
+        stochgrad.sample(
+            jax.random.key(0, impl="unsafe_rbg"), kernel, init=jnp.zeros(3), num_samples=15,
+            progress=False, checkpoint=tmp_path / "rbg", resume=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2**31, 0, 1), (2**30, 2**30, 1), (2**20, 0, 2**11), (10**30, 1, 1)]
+)
+def test_more_steps_than_can_be_counted_are_refused(sizes):
+    """Step numbers are of 32 bits: beyond, the step at which a chain was lost came out wrong."""
+    num_samples, num_warmup, thin = sizes
+    with pytest.raises(ValueError, match="num_warmup, num_samples and thin make"):
+        stochgrad.sample(
+            jax.random.key(0), worker.kernel(), init=jnp.zeros(3), num_samples=num_samples,
+            num_warmup=num_warmup, thin=thin, progress=False,
+        )  # fmt: skip

@@ -2,15 +2,24 @@
 
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
+import xarray
 
 import stochgrad
+from tests.core import worker
 from tests.helpers import gaussian_posterior
+
+
+class State(NamedTuple):
+    position: Any
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +111,104 @@ def test_the_module_says_its_versions():
     )
     assert f"stochgrad {stochgrad.__version__}" in out.stdout
     assert f"jax {jax.__version__}" in out.stdout
+
+
+@pytest.mark.parametrize(
+    "index",
+    [3, -1, np.int64(5), jnp.int32(7), [1, -2, 1], [], np.arange(100) % 7 == 0, range(3),
+     slice(None, None, -3), slice(90, None), slice(5, 2)],
+    ids=str,
+)  # fmt: skip
+def test_draws_are_indexed_as_numpy_does_it_and_the_axis_stays(draws, index):
+    """A number dropped the draw axis, and ArviZ then failed."""
+    some = draws[index]
+    rows = np.arange(100)[index if isinstance(index, slice) else np.atleast_1d(index).tolist()]
+    rows = np.atleast_1d(np.asarray(rows, int))
+    if isinstance(index, np.ndarray):  # booleans
+        rows = np.flatnonzero(index)
+    np.testing.assert_array_equal(some.positions, draws.positions[:, rows])
+    np.testing.assert_array_equal(some.stats["log_density"], draws.stats["log_density"][:, rows])
+    assert some.finite.shape == (2, len(rows))
+    assert dict(some.to_datatree()["posterior"].sizes)["draw"] == len(rows)
+
+
+def test_a_stored_run_is_indexed_like_one_in_memory(tmp_path):
+    memory, stored = worker.run(30, 2), worker.run(30, 2, store=tmp_path / "d")
+    for index in (3, -1, [5, 2, -1], slice(None, None, -2), slice(4, 9, 3), np.arange(30) > 20, []):
+        np.testing.assert_array_equal(stored[index].positions, memory[index].positions)
+
+
+NAMES = {
+    "group/m": "group.m",
+    "a.b": "a.b",
+    "chain": "chain_",
+    "draw": "draw_",
+    "": "x",
+    "w_dim_0": "w_dim_0",
+    "w": "w",
+    "zarr.json": "zarr.json_",
+    "..": ".._",
+}
+
+
+@pytest.mark.parametrize("in_store", [False, True])
+def test_any_name_becomes_one_that_arviz_and_the_store_have_room_for(tmp_path, in_store):
+    """xarray refuses slashes, with which numpyro's scope makes names, after the run."""
+    kernel = stochgrad.core.Kernel(
+        lambda position, key: State(position),
+        lambda key, state: (State(jax.tree.map(lambda x: x + 1, state.position)), ()),
+    )
+    init = {name: jnp.full(2 if name == "w" else (), 10.0 * i) for i, name in enumerate(NAMES)}
+    draws = stochgrad.sample(
+        jax.random.key(0), kernel, init=init, num_samples=3, progress=False,
+        store=tmp_path / "d" if in_store else None,
+    )  # fmt: skip
+    trees = [draws.to_datatree()]
+    if in_store:
+        trees.append(xarray.open_datatree(tmp_path / "d", engine="zarr"))
+    for tree in trees:
+        for i, (name, other) in enumerate(NAMES.items()):
+            values = np.asarray(tree["posterior"].to_dataset()[other])
+            np.testing.assert_array_equal(values.reshape(3, -1)[:, 0], 10.0 * i + np.arange(1, 4))
+            np.testing.assert_array_equal(np.asarray(draws.positions[name]), values)
+        assert tree["posterior"].to_dataset()["w"].dims == ("chain", "draw", "w_dim_0_")
+    draws.to_arviz()
+    trees[-1].close()
+
+
+def test_a_scope_of_numpyro(tmp_path):
+    def inner(x):
+        with numpyro.plate("kinds", 2):
+            m = numpyro.sample("m", dist.Normal(0, 1))
+        with numpyro.plate("rows", len(x), subsample_size=10):
+            numpyro.sample("y", dist.Normal(m[0], 1), obs=numpyro.subsample(x, 0))
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        model = numpyro.handlers.scope(inner, "group")
+        target = stochgrad.from_numpyro(model, np.zeros(40, np.float32))
+        draws = stochgrad.sample(
+            jax.random.key(0), stochgrad.sgld(target, 1e-3), num_samples=5, progress=False,
+            store=tmp_path / "d",
+        )  # fmt: skip
+        tree = draws.to_datatree(dims={"group/m": ["kind"]}, coords={"kind": ["a", "b"]})
+    assert tree["posterior"]["group.m"].dims == ("chain", "draw", "kind")
+    with xarray.open_datatree(tmp_path / "d", engine="zarr") as stored:
+        np.testing.assert_array_equal(stored["posterior"]["group.m"], draws.positions["group/m"])
+
+
+def test_two_arrays_of_one_name_are_refused(tmp_path):
+    """One of them was left out in silence."""
+    kernel = stochgrad.core.Kernel(
+        lambda position, key: State(position), lambda key, state: (state, ())
+    )
+    init = {"a/b": jnp.zeros(()), "a.b": jnp.ones(())}
+    run = lambda init, **options: stochgrad.sample(
+        jax.random.key(0), kernel, init=init, num_samples=3, progress=False, **options
+    )
+    nested = {"a": {"b": jnp.zeros(())}, "a.b": jnp.ones(())}
+    for position in (init, nested):
+        with pytest.raises(ValueError, match=r"two arrays have the name 'a\.b'"):
+            run(position, store=tmp_path / "d")
+        with pytest.raises(ValueError, match=r"two arrays have the name 'a\.b'"):
+            run(position).to_datatree()
+    assert not (tmp_path / "d").exists()

@@ -1,6 +1,7 @@
 """Data that are read as they are needed."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -387,3 +388,63 @@ def test_memory_stays_under_two_super_blocks(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 2.0, done.stdout
+
+
+def test_a_file_that_is_cut_off_is_refused_and_does_not_kill_the_process(tmp_path):
+    """To read a memory-mapped file beyond its end is a bus error."""
+    np.save(tmp_path / "x.npy", rows(5000))
+    target = streamed(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    os.truncate(tmp_path / "x.npy", 4096)
+    with pytest.raises(ValueError, match=r"data cannot be read, .*: its file has become short"):
+        target.batches.stream.load((1, 2), 0)
+
+
+def test_what_a_zarr_array_never_got_is_no_data(tmp_path):
+    """Chunks that are missing read as the fill value: NaN is named, a lost folder refused."""
+    path = tmp_path / "x"
+    data = zarr.create_array(
+        str(path), shape=(300, 3), chunks=(100, 3), dtype="f4", fill_value=np.nan
+    )
+    data[:200] = rows(200)
+    stream = streamed(data, resident_bytes=10**6).batches.stream
+    with pytest.raises(ValueError, match="data must be finite, but row 2"):
+        stream.load((1, 2), 0)
+    shutil.rmtree(path)
+    with pytest.raises(ValueError, match="its file has become shorter or is gone"):
+        stream.load((1, 2), 0)
+
+
+def test_a_file_that_cannot_be_read_any_more_is_named(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        stream = streamed(file.create_dataset("x", data=rows(300))).batches.stream
+        stream.load((1, 2), 0)
+    with pytest.raises(ValueError, match="data cannot be read: "):
+        stream.load((1, 2), 0)
+
+
+def test_columns_that_are_no_numbers_are_refused(tmp_path):
+    """Nulls became NaN, or any integer, and fractions were cut off."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {
+        "x": np.arange(6) + 0.5, "gap": [1, None, 3, 4, 5, 6], "text": list("abcdef"),
+        "big": np.full(6, 2**40), "day": np.arange(6).astype("datetime64[D]"),
+    }  # fmt: skip
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table(columns), path)
+    for name, dtype, expected in (
+        ("gap", np.float32, "column 'gap' of .* has 1 nulls"),
+        ("gap", np.int32, "column 'gap' of .* has 1 nulls"),
+        ("x", np.int32, r"column 'x' of .* holds 0.5, which dtype=int32 does not"),
+        ("big", np.int32, "holds 1099511627776, which dtype=int32 does not"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            stochgrad.ParquetColumns(path, name, dtype)[:6]
+    for name in ("text", "day"):
+        with pytest.raises(ValueError, match=f"columns must be of numbers, and '{name}'"):
+            stochgrad.ParquetColumns(path, name)
+    both = stochgrad.ParquetColumns(path, ["x", "big"], np.float64)
+    np.testing.assert_array_equal(both[1:3, :1], [[1.5], [2.5]])
+    with pytest.raises(TypeError, match="gives the rows of a slice"):
+        both[3]
