@@ -24,6 +24,7 @@ from stochgrad.core import (
     share_first,
     shared_axes,
 )
+from stochgrad.interop._numpyro_handler import all_rows
 from stochgrad.interop._numpyro_model import from_numpyro
 from stochgrad.interop._tuning import GradientName, Tuning, as_named_gradient, tune
 from stochgrad.sgmcmc import cyclical, psgld, replica_exchange, sghmc, sgld, sgnht
@@ -96,7 +97,8 @@ class _SGKernel(MCMCKernel):
 
     @property
     def model(self) -> Callable:
-        return self._model
+        """The model on all rows, for whoever runs it: ``Predictive``, ``log_likelihood``, ArviZ."""
+        return all_rows(self._model)
 
     @property
     def default_fields(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """A numpyro model as a posterior with minibatches."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +23,39 @@ from stochgrad.core import (
     Posterior,
     Rows,
     check_batch_size,
-    check_finite,
+    check_callable,
+    check_choice,
+    check_count,
+    check_instance,
     check_no_mesh,
-    check_order,
     client_rows,
+    describe,
     given_as,
     pooled,
     row_batches,
     streamed_rows,
     visiting,
 )
+from stochgrad.interop._numpyro_arguments import (
+    Arguments,
+    as_arguments,
+    check_call,
+    on_device,
+    on_host,
+)
 from stochgrad.interop._numpyro_handler import LaidOut, Streamed, give_rows
-from stochgrad.interop._numpyro_inspect import Plate, inspect_model
+from stochgrad.interop._numpyro_inspect import (
+    Model,
+    Plate,
+    Unknown,
+    counts_with_values,
+    folds_constants,
+    inspect_model,
+)
+from stochgrad.interop._numpyro_rows import check_rows, check_shapes, site_densities
 
 _RADIUS = 2.0
+_SEED = 20260501
 
 
 def from_numpyro(
@@ -100,21 +119,31 @@ def from_numpyro(
         >>> target.batches.size, target.batches.batch_size
         (100, 10)
     """
-    check_order(order, layout)
+    check_callable("model", model, "a numpyro model, a function of the data")
+    check_choice("order", order, get_args(Order))
+    check_choice("layout", layout, get_args(Layout))
+    check_count("resident_bytes", resident_bytes)
+    if mesh is not None:
+        check_instance("mesh", mesh, Mesh, "a jax.sharding.Mesh")
+    if not (batch_size is None or isinstance(batch_size, Mapping)):
+        check_count("batch_size", batch_size)
     owned: list[int] | None = None
     if clients is not None:
         args, owned = _of_clients(args, clients, layout, mesh)
-    args, kwargs = _as_arrays(args, kwargs, streamed=order == "streamed")
+    check_call(model, args, kwargs)
     streamed = Streamed() if order == "streamed" else None
-    found = inspect_model(model, args, kwargs, streamed)
+    found, (args, kwargs) = _inspect(model, as_arguments(args, kwargs, bool(streamed)), streamed)
     sizes = _batch_sizes(found.plates, batch_size, order)
     for name, plate in found.inside.items():
         if plate in sizes:
             raise ValueError(
                 f"latent site {name!r} lies inside the subsampled plate {plate!r}: a minibatch "
                 "would leave most of it without data. Sum it out, or give the plate no "
-                "subsample_size."
+                "subsample_size; if it is the data's site, its obs is None: pass the data."
             )
+    if not found.shapes:
+        raise ValueError("the model has no latent site: there is nothing to sample.")
+    check_shapes(found, sizes)
 
     streams: dict[str, Batches] = {}
     partitions: dict[str, Partition] = {}
@@ -152,11 +181,19 @@ def from_numpyro(
         ((name, stream),) = streams.items()
         batches = given_as(stream, lambda rows: {name: rows}, {name: stream.full})
 
-    def log_density(position, batch):
+    def on_rows(position, batch):
         placed = _Placed(position)
         given = give_rows(handlers.substitute(model, substitute_fn=placed), batch, laid_out)
-        joint, _ = numpyro_log_density(given, args, kwargs, {})
+        joint, trace = numpyro_log_density(given, args, kwargs, {})
+        return joint, trace, placed
+
+    def log_density(position, batch):
+        joint, _, placed = on_rows(position, batch)
         return joint + placed.log_jacobian
+
+    def by_site(position, batch):
+        _, trace, placed = on_rows(position, batch)
+        return site_densities(trace, placed.log_jacobians)
 
     def initial(key):
         keys = jax.random.split(key, len(found.shapes))
@@ -185,6 +222,8 @@ def from_numpyro(
     if streamed is None:
         _lay_out(log_density, initial, target.batches)
     laid_out.open = False
+    sources = () if streamed is None else tuple(streamed.sources)
+    check_rows(by_site, initial(jax.random.key(_SEED)), found, sizes, sources)
     return target
 
 
@@ -194,7 +233,13 @@ def _of_clients(args: tuple, clients: Any, layout: str, mesh: Any) -> tuple[tupl
         raise ValueError("give the model's arguments either as they are or by clients, not both.")
     if layout != "blocks" or mesh is not None:
         raise ValueError("clients need layout='blocks' and no mesh.")
-    pooled_args, sizes = pooled([tuple(client) for client in clients])
+    for s, client in enumerate(clients if isinstance(clients, Sequence) else ()):
+        if not isinstance(client, list | tuple):
+            raise TypeError(
+                f"clients must be a list of tuples, each of the model's arguments: client {s} is "
+                f"{describe(client)}; with one argument it is (x,)."
+            )
+    pooled_args, sizes = pooled(clients)
     return pooled_args, sizes
 
 
@@ -213,10 +258,10 @@ def _batch_sizes(
             "with order='full'."
         )
     if isinstance(batch_size, Mapping):
-        unknown = set(batch_size) - set(subsampled)
+        unknown = sorted(set(batch_size) - set(subsampled), key=str)
         if unknown:
             raise ValueError(
-                f"batch_size names {sorted(unknown)}, but the model's subsampled plates are "
+                f"batch_size names {unknown}, but the model's subsampled plates are "
                 f"{sorted(subsampled)}."
             )
         wanted = {name: batch_size.get(name) for name in subsampled}
@@ -239,29 +284,30 @@ def _batch_sizes(
     }
 
 
-def _as_arrays(args: tuple, kwargs: dict[str, Any], streamed: bool) -> tuple[tuple, dict[str, Any]]:
-    """The arguments with numpy arrays on the device, where rows can be picked, all finite.
+def _inspect(
+    model: Callable, arguments: Arguments, streamed: Streamed | None
+) -> tuple[Model, Arguments]:
+    """What the model tells of itself, and its arguments in the form that it can work with.
 
-    Streamed ones are left where they are.
+    That is on the device, unless the model counts with the values of its data, as in
+    ``int(group.max()) + 1``: jax knows no values where it compiles, numpy does.
     """
-
-    def here(leaf):
-        return isinstance(leaf, np.ndarray) and not (streamed and isinstance(leaf, np.memmap))
-
-    named = {f"argument {i}": value for i, value in enumerate(args)}
-    named.update({f"argument {name!r}": value for name, value in kwargs.items()})
-    for name, value in named.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-            if (isinstance(leaf, jax.Array) or here(leaf)) and np.ndim(leaf) > 0:
-                check_finite(name + jax.tree_util.keystr(path), leaf)
-
-    def convert(leaf):
-        if here(leaf) and leaf.dtype.kind in "biuf":
-            return jnp.asarray(leaf)
-        return leaf
-
-    with jax.ensure_compile_time_eval():
-        return jax.tree.map(convert, (args, kwargs))
+    device = on_device(arguments, bool(streamed))
+    try:
+        if not (folds_constants() and counts_with_values(model, *device)):
+            return inspect_model(model, *device, streamed), device
+    except Unknown:
+        pass
+    del device
+    host = on_host(arguments, bool(streamed))
+    try:
+        return inspect_model(model, *host, streamed), host
+    except Unknown as error:
+        raise ValueError(
+            "the model's course depends on the value of a latent site or of a row (a Python if, "
+            "while or range over it): stochastic control flow is not supported; use jnp.where. "
+            "Counts of the data are taken with numpy: int(np.max(group)) + 1."
+        ) from error.__cause__
 
 
 class _Placed:
@@ -274,6 +320,7 @@ class _Placed:
     def __init__(self, position: Mapping[str, jax.Array]):
         self.position = position
         self.log_jacobian: Any = 0.0
+        self.log_jacobians: dict[str, Any] = {}
 
     def __call__(self, site: Any) -> Any:
         name = site["name"]
@@ -289,6 +336,7 @@ class _Placed:
             log_det = jnp.sum(transform.log_abs_det_jacobian(z, value))
             if index is None:
                 self.log_jacobian = self.log_jacobian + log_det
+                self.log_jacobians[name] = log_det
             else:  # inside a scan only a site of the scan can carry it out
                 numpyro.factor(f"_{name}_log_jacobian", log_det)
         return value
