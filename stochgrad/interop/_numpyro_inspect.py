@@ -1,7 +1,8 @@
 """What a numpyro model tells of itself: its plates, latent sites and dimensions."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -161,6 +162,7 @@ def inspect_model(
             filled = handlers.substitute(model, substitute_fn=_filled)
             watch = handlers.trace(_watch(handlers.seed(filled, key), notes, streamed))
             sites = watch.get_trace(*args, **kwargs)
+            _check_values(sites)
         except Exception as error:
             sentence = _explained(error, notes, (args, kwargs))
             raise sentence from (None if sentence is error else error)
@@ -194,6 +196,23 @@ def folds_constants() -> bool:
     return seen[0]
 
 
+def _check_values(trace: Mapping[str, Any]) -> None:
+    """Raise an error unless each site's value goes with its distribution, as numpyro does not."""
+    for name, site in trace.items():
+        if site["type"] == "sample":
+            shape, value = tuple(site["fn"].shape()), jnp.shape(site["value"])
+            try:
+                np.broadcast_shapes(shape, value)
+            except ValueError as error:
+                raise _Misfit(
+                    f"the distribution of site {name!r} has shape {shape}, its value {value}"
+                ) from error
+
+
+class _Misfit(Exception):
+    pass
+
+
 def _filled(site: Any) -> Any:
     """A value for a latent site, in the middle of its support, for those that cannot be drawn."""
     if site["type"] != "sample" or site["is_observed"] or site["value"] is not None:
@@ -205,6 +224,18 @@ def _filled(site: Any) -> Any:
         return None
     shape = (*site["kwargs"].get("sample_shape", ()), *fn.shape())
     return transform(jnp.zeros(transform.inverse_shape(shape)))
+
+
+@contextmanager
+def explained(arguments: tuple) -> Iterator[None]:
+    """Within this, what a model raises is said in a sentence."""
+    try:
+        yield
+    except Exception as error:
+        sentence = _explained(error, _Notes(), arguments)
+        if sentence is error:
+            raise
+        raise sentence from error
 
 
 def _explained(error: Exception, notes: _Notes, arguments: tuple) -> Exception:
@@ -220,7 +251,7 @@ def _explained(error: Exception, notes: _Notes, arguments: tuple) -> Exception:
     if _raised_here(error.__traceback__) and isinstance(error, TypeError | ValueError):
         return error
     what = first_line(error)
-    if type(error).__name__ not in what:
+    if type(error).__name__ not in what and not isinstance(error, _Misfit):
         what = f"{type(error).__name__}: {what}"
     return ValueError(
         f"the model fails{_place(error.__traceback__)} ({what})."

@@ -49,6 +49,7 @@ from stochgrad.interop._numpyro_inspect import (
     Plate,
     Unknown,
     counts_with_values,
+    explained,
     folds_constants,
     inspect_model,
 )
@@ -193,7 +194,7 @@ def from_numpyro(
 
     def by_site(position, batch):
         _, trace, placed = on_rows(position, batch)
-        return site_densities(trace, placed.log_jacobians)
+        return site_densities(trace, placed.log_jacobians, found.dims)
 
     def initial(key):
         keys = jax.random.split(key, len(found.shapes))
@@ -220,7 +221,8 @@ def from_numpyro(
     if owned is not None:
         target = visiting(target)
     if streamed is None:
-        _lay_out(log_density, initial, target.batches)
+        with explained((args, kwargs)):
+            _lay_out(log_density, initial, target.batches)
     laid_out.open = False
     sources = () if streamed is None else tuple(streamed.sources)
     check_rows(by_site, initial(jax.random.key(_SEED)), found, sizes, sources)

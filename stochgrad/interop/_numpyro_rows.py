@@ -1,7 +1,7 @@
 """Whether a model's log density is a sum over the rows of its subsampled plates."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +27,18 @@ class Density(NamedTuple):
     size: Float[Array, ""]
 
 
-def site_densities(trace: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Density]:
-    """The log density of each sample site of a model's trace, with another term for some."""
+def site_densities(
+    trace: Mapping[str, Any], others: Mapping[str, Any], reported: Container[str]
+) -> dict[str, Density]:
+    """The log density of each sample site of a model's trace, with another term for some.
+
+    Of deterministic sites that are reported it is the sum of their values.
+    """
     densities = {}
     for name, site in trace.items():
+        if site["type"] == "deterministic" and name in reported:
+            value = jnp.asarray(site["value"]).astype(float)
+            densities[name] = Density(jnp.sum(value), jnp.sum(jnp.abs(value)))
         if site["type"] == "sample":
             extra = (site["intermediates"],) if site["intermediates"] else ()
             terms = jnp.asarray(site["fn"].log_prob(site["value"], *extra))
@@ -85,25 +93,25 @@ def check_rows(
             stacklevel=4,
         )
         rows = {name: choice.half() for name, choice in rows.items()}
-        many, alone = few, None
+        many, alone = compiled(by_site), None
         among = many(position, {name: choice.among(False) for name, choice in rows.items()})
     others = many(position, {name: choice.among(True) for name, choice in rows.items()})
     moved = many(
         jax.tree.map(lambda x: x * (1 + 2 * jnp.finfo(x.dtype).eps), position),
         {name: choice.among(False) for name, choice in rows.items()},
     )
-    for name, site in model.sites.items():
-        if name not in among:
-            continue
-        value, size = np.asarray(among[name].value), np.asarray(among[name].size)
+    for name, density in among.items():
+        value, size = np.asarray(density.value), np.asarray(density.size)
         eps = np.finfo(value.dtype).eps
         if _differ(value, others[name].value, _SAME * eps * size):
-            raise ValueError(_sentence(name, site, batch_sizes, mixed=True))
+            raise ValueError(_sentence(name, model.sites.get(name), batch_sizes, mixed=True))
+        if name not in model.sites:
+            continue
         noise = np.abs(value - np.asarray(moved[name].value))
         if alone is not None and _differ(
             value, alone[name].value, _OTHER * size + _NOISE * noise + eps
         ):
-            raise ValueError(_sentence(name, site, batch_sizes, mixed=False))
+            raise ValueError(_sentence(name, model.sites[name], batch_sizes, mixed=False))
 
 
 def check_shapes(model: Model, batch_sizes: Iterable[str]) -> None:
@@ -224,9 +232,15 @@ def _differ(value: Any, other: Any, tolerance: Any) -> bool:
     return bool(np.isfinite(value) & np.isfinite(other) & (np.abs(value - other) > tolerance))
 
 
-def _sentence(name: str, site: Site, batch_sizes: Mapping[str, int], mixed: bool) -> str:
+def _sentence(name: str, site: Site | None, batch_sizes: Mapping[str, int], mixed: bool) -> str:
     """What is wrong with a site, and what to do."""
     plates = ", ".join(repr(plate) for plate in batch_sizes)
+    if site is None:
+        return (
+            f"deterministic site {name!r} depends on the rows of the minibatch but lies outside of "
+            f"the subsampled plate {plates}, so that it would be reported for a few rows as if for "
+            "all: compute it from all of the data, or move it into the plate's block."
+        )
     what = f"{'factor' if site.kind == 'factor' else 'site'} {name!r}, shape {site.shape},"
     inside = {plate: dim for plate, dim in site.plates.items() if plate in batch_sizes}
     if not inside:
