@@ -109,7 +109,7 @@ class HostArray(np.ndarray):
 
 
 def _as_argument(name: str, leaf: Any, streamed: bool) -> Any:
-    if isinstance(leaf, float) and np.isnan(leaf):
+    if isinstance(leaf, float | np.floating) and np.isnan(leaf):
         raise ValueError(f"{name} must be a number, got nan.")
     if isinstance(leaf, np.generic) or not (
         _is_frame(leaf)

@@ -126,7 +126,8 @@ def answer_subsample(
     """
     if msg["type"] != "subsample":
         return
-    if not hasattr(msg["value"], "shape"):
+    known = isinstance(msg["value"], jax.Array | np.ndarray)
+    if not known and not (isinstance(laid_out, Streamed) and hasattr(msg["value"], "shape")):
         msg["value"] = jnp.asarray(check_array("what numpyro.subsample is to read", msg["value"]))
     event_dim = msg["kwargs"]["event_dim"]
     names = {id(index): name for name, index in (indices or {}).items()}

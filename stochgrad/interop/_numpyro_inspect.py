@@ -87,6 +87,11 @@ class _watch(Messenger):
     def process_message(self, msg: Any) -> None:
         if msg["type"] == "plate":
             self._plate(msg)
+        elif msg["type"] == "subsample" and msg["value"] is None:
+            raise ValueError(
+                "the model hands None to numpyro.subsample: pass all of its data, or let it read "
+                "what may be None only where it is not."
+            )
         elif msg["type"] == "param" and msg["value"] is None:
             if self.scanned:
                 _refuse_param(msg["name"])
@@ -253,10 +258,15 @@ def _explained(error: Exception, notes: _Notes, arguments: tuple) -> Exception:
     what = first_line(error)
     if type(error).__name__ not in what and not isinstance(error, _Misfit):
         what = f"{type(error).__name__}: {what}"
-    return ValueError(
-        f"the model fails{_place(error.__traceback__)} ({what})."
-        + _whole_rows(str(error), notes, arguments)
+    if "PRNG key" in what:
+        what += "; a log density must not draw random numbers"
+    shapes = "".join(
+        f" The array of shape {leaf.shape} may be {name}."
+        for name, leaf in names_of(arguments).values()
+        if leaf.shape and str(tuple(leaf.shape)) in str(error)
     )
+    hint = _whole_rows(str(error), notes, arguments) or shapes
+    return ValueError(f"the model fails{_place(error.__traceback__)} ({what}).{hint}")
 
 
 def _whole_rows(text: str, notes: _Notes, arguments: tuple) -> str:
@@ -289,6 +299,8 @@ def _place(traceback: TracebackType | None) -> str:
                 place = f" at the site {name!r}"
             elif isinstance(name, str) and function in ("__init__", "_subsample"):
                 place = f" at the plate {name!r}"
+            elif function == "subsample":
+                place = " at numpyro.subsample"
         traceback = traceback.tb_next
     return place
 
@@ -390,10 +402,15 @@ def _unconstrained_shape(name: str, site: Any) -> tuple[int, ...]:
     )
 
 
+def own_distribution(fn: Any) -> Any:
+    """A site's distribution before plates expand it and handlers mask it."""
+    while isinstance(fn, ExpandedDistribution | MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
 def _site(site: Any) -> Site:
-    fn = own = site["fn"]
-    while isinstance(own, ExpandedDistribution | MaskedDistribution):
-        own = own.base_dist
+    fn, own = site["fn"], own_distribution(site["fn"])
     value = jnp.shape(site["value"])
     value = value[: len(value) - len(fn.event_shape)]
     shape = np.broadcast_shapes(tuple(fn.batch_shape), value)

@@ -9,7 +9,7 @@ import numpy as np
 import numpyro
 from jax.sharding import Mesh
 from numpyro import handlers
-from numpyro.distributions import biject_to
+from numpyro.distributions import Distribution, biject_to
 from numpyro.distributions.transforms import IdentityTransform
 from numpyro.infer.util import constrain_fn, unconstrain_fn
 from numpyro.infer.util import log_density as numpyro_log_density
@@ -120,7 +120,10 @@ def from_numpyro(
         >>> target.batches.size, target.batches.batch_size
         (100, 10)
     """
-    check_callable("model", model, "a numpyro model, a function of the data")
+    wanted = "a numpyro model, a function of the data"
+    check_callable("model", model, wanted)
+    if isinstance(model, type | Distribution):
+        raise TypeError(f"model must be {wanted}, got {describe(model)}.")
     check_choice("order", order, get_args(Order))
     check_choice("layout", layout, get_args(Layout))
     check_count("resident_bytes", resident_bytes)
@@ -384,4 +387,9 @@ def _lay_out(log_density: Callable, initial: Callable, batches: Batches) -> None
         batch, _ = batches.next(batches.init(key))
         return log_density(initial(key), batch)
 
-    jax.eval_shape(once, jax.random.key(0))
+    density = jax.eval_shape(once, jax.random.key(0))
+    if density.shape != () or not jnp.issubdtype(density.dtype, jnp.floating):
+        raise ValueError(
+            f"the model's log density must be a real number, got dtype {density.dtype} and shape "
+            f"{density.shape}: its data or its parameters are of another kind."
+        )

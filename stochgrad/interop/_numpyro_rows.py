@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
+from numpyro.distributions import MaskedDistribution, constraints
 
 from stochgrad.core import Rows, Source, compiled, first_line
-from stochgrad.interop._numpyro_inspect import Model, Site
+from stochgrad.interop._numpyro_inspect import Model, Site, own_distribution
 
 _SAME = 2.0**7
 """Units of rounding that a sum of the same terms may differ by."""
@@ -21,10 +22,17 @@ _NOISE = 2.0**8
 
 
 class Density(NamedTuple):
-    """The log density of one site, and the sum of the absolute values of its terms."""
+    """The log density of one site.
+
+    Attributes:
+        value: The sum of its terms.
+        size: The sum of their absolute values.
+        supported: Whether its distribution is one over what it observes.
+    """
 
     value: Float[Array, ""]
     size: Float[Array, ""]
+    supported: Any = True
 
 
 def site_densities(
@@ -45,8 +53,21 @@ def site_densities(
             if site["scale"] is not None:
                 terms = site["scale"] * terms
             other = jnp.asarray(others.get(name, 0.0), terms.dtype)
-            densities[name] = Density(jnp.sum(terms) + other, jnp.sum(jnp.abs(terms)) + abs(other))
+            densities[name] = Density(
+                jnp.sum(terms) + other, jnp.sum(jnp.abs(terms)) + abs(other), _supported(site)
+            )
     return densities
+
+
+def _supported(site: Any) -> Any:
+    """Whether observed values lie in the support, where that is the same for all parameters."""
+    support = getattr(type(own_distribution(site["fn"])), "support", None)
+    fixed = isinstance(support, constraints.Constraint) and not isinstance(
+        support, type(constraints.dependent)
+    )
+    if isinstance(site["fn"], MaskedDistribution) or not (site["is_observed"] and fixed):
+        return True
+    return jnp.all(support(site["value"]))
 
 
 def check_rows(
@@ -80,6 +101,7 @@ def check_rows(
         for name, count in batch_sizes.items()
     }
     few, many = compiled(by_site), compiled(by_site)
+    compare = True
     alone = few(position, {name: choice.alone() for name, choice in rows.items()})
     try:
         among = many(position, {name: choice.among(False) for name, choice in rows.items()})
@@ -93,13 +115,20 @@ def check_rows(
             stacklevel=4,
         )
         rows = {name: choice.half() for name, choice in rows.items()}
-        many, alone = compiled(by_site), None
+        many, compare = compiled(by_site), False
         among = many(position, {name: choice.among(False) for name, choice in rows.items()})
     others = many(position, {name: choice.among(True) for name, choice in rows.items()})
     moved = many(
         jax.tree.map(lambda x: x * (1 + 2 * jnp.finfo(x.dtype).eps), position),
         {name: choice.among(False) for name, choice in rows.items()},
     )
+    for name, density in alone.items():
+        if not np.asarray(density.supported):
+            warnings.warn(
+                f"site {name!r} observes values outside of the support of its distribution, where "
+                "the density means nothing.",
+                stacklevel=4,
+            )
     for name, density in among.items():
         value, size = np.asarray(density.value), np.asarray(density.size)
         eps = np.finfo(value.dtype).eps
@@ -108,9 +137,7 @@ def check_rows(
         if name not in model.sites:
             continue
         noise = np.abs(value - np.asarray(moved[name].value))
-        if alone is not None and _differ(
-            value, alone[name].value, _OTHER * size + _NOISE * noise + eps
-        ):
+        if compare and _differ(value, alone[name].value, _OTHER * size + _NOISE * noise + eps):
             raise ValueError(_sentence(name, model.sites[name], batch_sizes, mixed=False))
 
 

@@ -413,3 +413,29 @@ def test_data_count_groups_in_the_model(name, by_index):
     kernel = stochgrad.numpyro.SGHMC(model, 1e-3, 20.0)
     state = kernel.init(jax.random.key(0), 10, None, (G, Y), {})
     assert state.z["a"].shape == (4,)
+
+
+@pytest.mark.parametrize("how", ["streamed", "clients", "mesh"])
+def test_data_elsewhere_are_checked_too(how, tmp_path):
+    """Streamed rows, rows of several owners, rows spread over devices."""
+    np.save(tmp_path / "y.npy", Y)
+
+    def make(model):
+        if how == "streamed":
+            y = np.load(tmp_path / "y.npy", mmap_mode="r")
+            return stochgrad.from_numpyro(model, y, order="streamed")
+        if how == "clients":
+            return stochgrad.from_numpyro(model, clients=[(Y[:15],), (Y[15:],)])
+        mesh = jax.make_mesh((1,), ("data",))
+        return stochgrad.from_numpyro(model, Y, mesh=mesh)
+
+    make(plated(lambda w, y, x, rows: observe(w, read(y))))
+    with pytest.raises(ValueError, match="one value for the whole minibatch"):
+        make(plated(lambda w, y, x, rows: numpyro.factor("f", jnp.sum(log_prob(w, read(y))))))
+    with pytest.raises(ValueError, match=r"factor 'f', .* outside of the subsampled plate"):
+        make(
+            plated(
+                lambda w, y, x, rows: observe(w, (values := read(y))) or (values,),
+                lambda w, y: numpyro.factor("f", jnp.sum(log_prob(w, y))),
+            )
+        )
