@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from stochgrad.core import as_data, check_finite, describe, first_line
@@ -122,7 +123,7 @@ def _as_argument(name: str, leaf: Any, streamed: bool) -> Any:
         return leaf
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return leaf
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         raise TypeError(
             f"{name} must be an array whose values are known, got {describe(leaf)}: call this "
             "outside of jax.jit, jax.vmap and jax.grad."

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 from numpyro import handlers
 from numpyro.distributions import ExpandedDistribution, MaskedDistribution, Unit, biject_to
@@ -103,7 +104,7 @@ class _watch(Messenger):
 
     def _plate(self, msg: Any) -> None:
         name, (size, subsample_size) = msg["name"], msg["args"]
-        if isinstance(size, jax.core.Tracer) or isinstance(subsample_size, jax.core.Tracer):
+        if isinstance(size, Tracer) or isinstance(subsample_size, Tracer):
             raise Unknown
         size = _whole(name, "size", size)
         if subsample_size is not None:
@@ -195,7 +196,7 @@ def folds_constants() -> bool:
     seen = []
 
     def look(_):
-        seen.append(not isinstance(jnp.arange(2) + 1, jax.core.Tracer))
+        seen.append(not isinstance(jnp.arange(2) + 1, Tracer))
 
     jax.eval_shape(look, 0)
     return seen[0]

@@ -56,7 +56,6 @@ from stochgrad.interop._numpyro_inspect import (
 from stochgrad.interop._numpyro_rows import check_rows, check_shapes, site_densities
 
 _RADIUS = 2.0
-_SEED = 20260501
 
 
 def from_numpyro(
@@ -83,12 +82,19 @@ def from_numpyro(
     indexes its data by hand, ``x[idx]``, works as well, at the price of a gather. Several
     subsampled plates, nested or not, have independent streams of minibatches, each unbiased.
 
+    That the log density is a sum over the plate's rows is checked at one position, on two
+    minibatches: likelihoods outside of the plate, one number for a whole minibatch inside of it,
+    and rows that are paired with each other are refused by site. ``Predictive``,
+    ``log_likelihood`` and ArviZ are to be given ``stochgrad.numpyro.all_rows(model)``.
+
     Starting points are uniform on (-2, 2) in unconstrained space. Deterministic sites are part of
     the results, but for those inside a subsampled plate, which have no full-data value.
 
     Args:
         model: A numpyro model.
-        *args: Its arguments, with the whole data.
+        *args: Its arguments, with the whole data: arrays of numpy or jax, columns of a data frame
+            (``Series``). The model sees jax's arrays; where it counts with their values, as in
+            ``int(np.max(group)) + 1``, it sees numpy's.
         batch_size: Rows of a minibatch; by default the plate's own ``subsample_size``. For several
             subsampled plates, a dict by plate name.
         order: As in ``stochgrad.posterior``.
@@ -106,9 +112,17 @@ def from_numpyro(
             ``clients``, bind it with ``functools.partial`` first.
 
     Raises:
-        ValueError: no plate is subsampled (and ``batch_size`` is not the whole data); a latent site
-            is discrete, or lies inside a subsampled plate; the model's course depends on the value
-            of a latent site; the data hold NaN or infinity; the batch size does not fit.
+        TypeError: the model is none, or cannot be called with the arguments; an argument is a data
+            frame, or holds text, objects or masked entries.
+        ValueError: no plate is subsampled (and ``batch_size`` is not the whole data), or only one
+            within numpyro's ``scan``; the log density is no sum over a plate's rows; a latent site
+            is discrete, or lies inside a subsampled plate; the model has ``numpyro.param`` sites
+            that are not fixed; its course depends on the value of a latent site; the data hold NaN
+            or infinity; the batch size does not fit; the model fails.
+
+    Warns:
+        UserWarning: observed values lie outside of the support of their distribution; the model
+            takes no other number of rows than that of a minibatch.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist, stochgrad
@@ -228,7 +242,8 @@ def from_numpyro(
             _lay_out(log_density, initial, target.batches)
     laid_out.open = False
     sources = () if streamed is None else tuple(streamed.sources)
-    check_rows(by_site, initial(jax.random.key(_SEED)), found, sizes, sources)
+    with explained((args, kwargs)):
+        check_rows(by_site, initial, found, sizes, sources)
     return target
 
 
@@ -297,16 +312,15 @@ def _inspect(
     That is on the device, unless the model counts with the values of its data, as in
     ``int(group.max()) + 1``: jax knows no values where it compiles, numpy does.
     """
-    device = on_device(arguments, bool(streamed))
+    args, kwargs = on_device(arguments, bool(streamed))
     try:
-        if not (folds_constants() and counts_with_values(model, *device)):
-            return inspect_model(model, *device, streamed), device
+        if not (folds_constants() and counts_with_values(model, args, kwargs)):
+            return inspect_model(model, args, kwargs, streamed), (args, kwargs)
     except Unknown:
         pass
-    del device
-    host = on_host(arguments, bool(streamed))
+    args, kwargs = on_host(arguments, bool(streamed))
     try:
-        return inspect_model(model, *host, streamed), host
+        return inspect_model(model, args, kwargs, streamed), (args, kwargs)
     except Unknown as error:
         raise ValueError(
             "the model's course depends on the value of a latent site or of a row (a Python if, "
