@@ -15,7 +15,7 @@ from stochgrad.core import Rows, Source, compiled, first_line
 from stochgrad.interop._numpyro_inspect import Model, Site, own_distribution
 
 _SAME = 2.0**-12
-"""Share of the terms by which sums of the same terms may differ: of rounding, they do not at all."""
+"""Share of the terms by which sums of the same terms may differ: by rounding they do not."""
 _OTHER = 2.0**-5
 """Share of the terms by which sums in another order may differ: mistakes are of the order of 1."""
 _NOISE = 2.0**8
@@ -102,8 +102,13 @@ def check_rows(
         name: _Choice.of(model.plates[name].size, count, sources)
         for name, count in batch_sizes.items()
     }
-    few, many = compiled(by_site), compiled(by_site)
-    compare = True
+    weighted = {name: choice.half().among(False) for name, choice in rows.items()}
+    names = _dependent(by_site, initial, weighted)
+
+    def densities(position, rows):
+        return {name: value for name, value in by_site(position, rows).items() if name in names}
+
+    few, many, compare = compiled(densities), compiled(densities), True
     for key in jax.random.split(jax.random.key(_SEED), _TRIES):
         position = initial(key)
         alone = few(position, {name: choice.alone() for name, choice in rows.items()})
@@ -121,7 +126,7 @@ def check_rows(
             stacklevel=3,
         )
         rows = {name: choice.half() for name, choice in rows.items()}
-        many, compare = compiled(by_site), False
+        many, compare = compiled(densities), False
         among = many(position, {name: choice.among(False) for name, choice in rows.items()})
     others = many(position, {name: choice.among(True) for name, choice in rows.items()})
     moved = many(
@@ -145,6 +150,20 @@ def check_rows(
         noise = np.abs(value - np.asarray(moved[name].value))
         if compare and _differ(value, alone[name].value, _OTHER * size + _NOISE * noise + eps):
             raise ValueError(_sentence(name, model.sites[name], batch_sizes, mixed=False))
+
+
+def _dependent(by_site: Callable, initial: Callable, rows: Mapping[str, Rows]) -> set[str]:
+    """The sites whose density can depend on the rows: the priors need not be compiled."""
+    position = jax.eval_shape(initial, jax.random.key(_SEED))
+    closed, shapes = jax.make_jaxpr(by_site, return_shape=True)(position, rows)
+    jaxpr: Any = closed.jaxpr
+    reached = set(jaxpr.invars[len(jax.tree.leaves(position)) :])
+    for equation in jaxpr.eqns:
+        if any(x in reached for x in equation.invars if not hasattr(x, "val")):
+            reached.update(equation.outvars)
+    flags = [not hasattr(x, "val") and x in reached for x in jaxpr.outvars]
+    sites = jax.tree.unflatten(jax.tree.structure(shapes), flags)
+    return {name for name, density in sites.items() if density.value or density.size}
 
 
 def check_shapes(model: Model, batch_sizes: Iterable[str]) -> None:
