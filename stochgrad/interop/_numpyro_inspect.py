@@ -394,7 +394,7 @@ def _unconstrained_shape(name: str, site: Any) -> tuple[int, ...]:
     except NotImplementedError as error:
         raise ValueError(
             f"latent site {name!r} has a support without a map from unconstrained space "
-            f"({type(site['fn']).__name__}): reparameterise it, for example with "
+            f"({type(site['fn']).__name__}): reparameterize it, for example with "
             "numpyro.handlers.reparam."
         ) from error
     raise ValueError(
