@@ -12,6 +12,7 @@ from stochgrad.interop import GradientVariances as GradientVariances
 from stochgrad.interop import PathGradientELBO as PathGradientELBO
 from stochgrad.interop import PathGradientWarning as PathGradientWarning
 from stochgrad.interop import ReplicaExchange as ReplicaExchange
+from stochgrad.interop import all_rows as all_rows
 from stochgrad.interop import latent_guide as latent_guide
 from stochgrad.interop import latent_model as latent_model
 

@@ -1,6 +1,7 @@
 """Bridges to other libraries, each imported on first use."""
 
 from stochgrad.interop import _numpyro_transforms as _numpyro_transforms
+from stochgrad.interop._numpyro_handler import all_rows as all_rows
 from stochgrad.interop._numpyro_kernels import PSGLD as PSGLD
 from stochgrad.interop._numpyro_kernels import SGHMC as SGHMC
 from stochgrad.interop._numpyro_kernels import SGLD as SGLD

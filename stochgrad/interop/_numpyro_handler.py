@@ -9,7 +9,16 @@ import numpy as np
 from jax.core import Tracer
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
-from stochgrad.core import Partition, Rows, Source, block_of
+from stochgrad.core import (
+    Partition,
+    Rows,
+    Source,
+    block_of,
+    check_array,
+    check_callable,
+    check_finite,
+)
+from stochgrad.interop._numpyro_arguments import HostArray
 
 
 class give_rows(Messenger):
@@ -32,12 +41,15 @@ class give_rows(Messenger):
     ) -> None:
         self.rows = rows
         self.laid_out = laid_out
+        self.sizes: dict[str, int] = {}
+        self.indices: dict[str, Any] = {}
         super().__init__(fn)
 
     def process_message(self, msg: Any) -> None:
         if msg["type"] == "plate" and msg["name"] in self.rows:
-            rows = self.rows[msg["name"]]
-            msg["value"] = jnp.asarray(rows.index)
+            name, rows = msg["name"], self.rows[msg["name"]]
+            self.sizes[name] = msg["args"][0]
+            self.indices[name] = msg["value"] = jnp.asarray(rows.index)
             msg["args"] = (msg["args"][0], rows.index.shape[0])  # else numpyro warns of the size
         elif msg["type"] == "sample":
             for frame in msg["cond_indep_stack"]:
@@ -47,33 +59,90 @@ class give_rows(Messenger):
 
     def _weigh(self, msg: Any, frame: Any, rows: Rows) -> None:
         """Replace the plate's N/B, which ``msg`` carries already, by each row's own weight."""
-        size = self.plate_size(frame.name)
-        relative = rows.weight * (rows.index.shape[0] / size)
+        relative = rows.weight * (rows.index.shape[0] / self.sizes[frame.name])
         scale = 1.0 if msg["scale"] is None else msg["scale"]
         msg["scale"] = scale * relative.reshape(-1, *(1,) * (-frame.dim - 1))
 
-    def plate_size(self, name: str) -> int:
-        return next(p.size for p in _plates() if p.name == name)
-
     def postprocess_message(self, msg: Any) -> None:
-        if self.laid_out is not None:
-            answer_subsample(msg, self.laid_out, self.rows)
+        answer_subsample(msg, self.laid_out, self.rows, self.indices)
 
 
-def answer_subsample(msg: Any, laid_out: "LaidOut | Streamed", rows: Mapping[str, Rows]) -> None:
-    """Answer a model's ``numpyro.subsample``, where it can be."""
+class all_rows(Messenger):
+    """Run a model on all rows of its subsampled plates, in the order of the data.
+
+    A model whose plates are subsampled draws rows of its own whenever numpyro runs it, so that
+    ``Predictive(model, ...)``, ``log_likelihood(model, ...)`` and ``az.from_numpyro`` would see
+    some rows, in an order that nobody knows. ``Predictive(all_rows(model), draws)(key, x)`` and
+    ``log_likelihood(all_rows(model), draws, x, y)`` have one column for each row of the data.
+
+    Args:
+        fn: A numpyro model.
+
+    Raises:
+        TypeError: it is none.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import log_likelihood
+        >>> import stochgrad.numpyro
+        >>> def model(x):
+        ...     mean = numpyro.sample("mean", dist.Normal(0.0, 10.0))
+        ...     with numpyro.plate("rows", len(x), subsample_size=10):
+        ...         numpyro.sample("x", dist.Normal(mean, 1.0), obs=numpyro.subsample(x, 0))
+        >>> whole = stochgrad.numpyro.all_rows(model)
+        >>> log_likelihood(whole, {"mean": jnp.zeros(3)}, jnp.ones(100))["x"].shape
+        (3, 100)
+    """
+
+    def __init__(self, fn: Callable) -> None:
+        super().__init__(check_callable("fn", fn, "a numpyro model"))
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "plate":
+            size, _ = msg["args"]
+            with jax.ensure_compile_time_eval():
+                msg["value"] = jnp.arange(size)
+            msg["args"] = (size, size)
+        elif msg["type"] == "control_flow":
+            into_scan(msg, all_rows)
+
+
+def into_scan(msg: Any, handler: Callable[[Callable], Callable]) -> None:
+    """Put a handler around the steps of numpyro's scan, whose sites others do not see."""
+    if "scan" in getattr(msg["fn"], "__name__", ""):
+        step, *rest = msg["args"]
+        msg["args"] = (handler(step), *rest)
+
+
+def answer_subsample(
+    msg: Any,
+    laid_out: "LaidOut | Streamed | None",
+    rows: Mapping[str, Rows],
+    indices: Mapping[str, Any] | None = None,
+) -> None:
+    """Answer a model's ``numpyro.subsample``, where it can be.
+
+    Plates are known by the indices that they were told: a scope around them changes their names.
+    """
     if msg["type"] != "subsample":
         return
+    known = isinstance(msg["value"], jax.Array | np.ndarray)
+    if not known and not (isinstance(laid_out, Streamed) and hasattr(msg["value"], "shape")):
+        msg["value"] = jnp.asarray(check_array("what numpyro.subsample is to read", msg["value"]))
     event_dim = msg["kwargs"]["event_dim"]
+    names = {id(index): name for name, index in (indices or {}).items()}
     axes = tuple(
-        (p.name, p.dim - event_dim)
+        (name, p.dim - event_dim)
         for p in _plates()
-        if p.name in rows and _spans(msg["value"], p.dim - event_dim, p.size)
+        if (name := names.get(id(p._indices), p.name)) in rows
+        and _spans(msg["value"], p.dim - event_dim, p.size)
     )
-    value = laid_out.fetch(msg["value"], axes, rows)
+    value = None if laid_out is None else laid_out.fetch(msg["value"], axes, rows)
     if value is not None:
         msg["value"] = value
         msg["kwargs"]["event_dim"] = None  # which tells the plates that all is done
+    elif isinstance(msg["value"], HostArray):
+        msg["value"] = msg["value"].__jax_array__()
 
 
 class Streamed:
@@ -133,6 +202,7 @@ class LaidOut:
         if where not in self._kept:
             if not self.open:
                 return None
+            check_finite(f"what numpyro.subsample reads, of shape {value.shape},", value)
             laid_out: Any = value
             for name, axis in axes:
                 laid_out = self.partitions[name].lay_out(laid_out, axis)

@@ -30,6 +30,7 @@ from stochgrad.core import (
     shared_axes,
     tree_isfinite,
 )
+from stochgrad.interop._numpyro_handler import all_rows
 from stochgrad.interop._numpyro_model import from_numpyro
 from stochgrad.interop._numpyro_report import report_after_runs
 from stochgrad.interop._tuning import GradientName, Tuning, as_named_gradient, tune
@@ -102,7 +103,8 @@ class _SGKernel(MCMCKernel):
 
     @property
     def model(self) -> Callable:
-        return self._model
+        """The model on all rows, for whoever runs it: ``Predictive``, ``log_likelihood``, ArviZ."""
+        return all_rows(self._model)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A numpyro model as a posterior with minibatches."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 import numpyro
 from jax.sharding import Mesh
 from numpyro import handlers
-from numpyro.distributions import biject_to
+from numpyro.distributions import Distribution, biject_to
 from numpyro.distributions.transforms import IdentityTransform
 from numpyro.infer.util import constrain_fn, unconstrain_fn
 from numpyro.infer.util import log_density as numpyro_log_density
@@ -23,18 +23,37 @@ from stochgrad.core import (
     Posterior,
     Rows,
     check_batch_size,
-    check_finite,
+    check_callable,
+    check_choice,
+    check_count,
+    check_instance,
     check_no_mesh,
-    check_order,
     client_rows,
+    describe,
     given_as,
     pooled,
     row_batches,
     streamed_rows,
     visiting,
 )
+from stochgrad.interop._numpyro_arguments import (
+    Arguments,
+    as_arguments,
+    check_call,
+    on_device,
+    on_host,
+)
 from stochgrad.interop._numpyro_handler import LaidOut, Streamed, give_rows
-from stochgrad.interop._numpyro_inspect import Plate, inspect_model
+from stochgrad.interop._numpyro_inspect import (
+    Model,
+    Plate,
+    Unknown,
+    counts_with_values,
+    explained,
+    folds_constants,
+    inspect_model,
+)
+from stochgrad.interop._numpyro_rows import check_rows, check_shapes, site_densities
 
 _RADIUS = 2.0
 
@@ -63,12 +82,19 @@ def from_numpyro(
     indexes its data by hand, ``x[idx]``, works as well, at the price of a gather. Several
     subsampled plates, nested or not, have independent streams of minibatches, each unbiased.
 
+    That the log density is a sum over the plate's rows is checked at one position, on two
+    minibatches: likelihoods outside of the plate, one number for a whole minibatch inside of it,
+    and rows that are paired with each other are refused by site. ``Predictive``,
+    ``log_likelihood`` and ArviZ are to be given ``stochgrad.numpyro.all_rows(model)``.
+
     Starting points are uniform on (-2, 2) in unconstrained space. Deterministic sites are part of
     the results, but for those inside a subsampled plate, which have no full-data value.
 
     Args:
         model: A numpyro model.
-        *args: Its arguments, with the whole data.
+        *args: Its arguments, with the whole data: arrays of numpy or jax, columns of a data frame
+            (``Series``). The model sees jax's arrays; where it counts with their values, as in
+            ``int(np.max(group)) + 1``, it sees numpy's.
         batch_size: Rows of a minibatch; by default the plate's own ``subsample_size``. For several
             subsampled plates, a dict by plate name.
         order: As in ``stochgrad.posterior``.
@@ -86,9 +112,17 @@ def from_numpyro(
             ``clients``, bind it with ``functools.partial`` first.
 
     Raises:
-        ValueError: no plate is subsampled (and ``batch_size`` is not the whole data); a latent site
-            is discrete, or lies inside a subsampled plate; the model's course depends on the value
-            of a latent site; the data hold NaN or infinity; the batch size does not fit.
+        TypeError: the model is none, or cannot be called with the arguments; an argument is a data
+            frame, or holds text, objects or masked entries.
+        ValueError: no plate is subsampled (and ``batch_size`` is not the whole data), or only one
+            within numpyro's ``scan``; the log density is no sum over a plate's rows; a latent site
+            is discrete, or lies inside a subsampled plate; the model has ``numpyro.param`` sites
+            that are not fixed; its course depends on the value of a latent site; the data hold NaN
+            or infinity; the batch size does not fit; the model fails.
+
+    Warns:
+        UserWarning: observed values lie outside of the support of their distribution; the model
+            takes no other number of rows than that of a minibatch.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist, stochgrad
@@ -100,21 +134,34 @@ def from_numpyro(
         >>> target.batches.size, target.batches.batch_size
         (100, 10)
     """
-    check_order(order, layout)
+    wanted = "a numpyro model, a function of the data"
+    check_callable("model", model, wanted)
+    if isinstance(model, type | Distribution):
+        raise TypeError(f"model must be {wanted}, got {describe(model)}.")
+    check_choice("order", order, get_args(Order))
+    check_choice("layout", layout, get_args(Layout))
+    check_count("resident_bytes", resident_bytes)
+    if mesh is not None:
+        check_instance("mesh", mesh, Mesh, "a jax.sharding.Mesh")
+    if not (batch_size is None or isinstance(batch_size, Mapping)):
+        check_count("batch_size", batch_size)
     owned: list[int] | None = None
     if clients is not None:
         args, owned = _of_clients(args, clients, layout, mesh)
-    args, kwargs = _as_arrays(args, kwargs, streamed=order == "streamed")
+    check_call(model, args, kwargs)
     streamed = Streamed() if order == "streamed" else None
-    found = inspect_model(model, args, kwargs, streamed)
+    found, (args, kwargs) = _inspect(model, as_arguments(args, kwargs, bool(streamed)), streamed)
     sizes = _batch_sizes(found.plates, batch_size, order)
     for name, plate in found.inside.items():
         if plate in sizes:
             raise ValueError(
                 f"latent site {name!r} lies inside the subsampled plate {plate!r}: a minibatch "
                 "would leave most of it without data. Sum it out, or give the plate no "
-                "subsample_size."
+                "subsample_size; if it is the data's site, its obs is None: pass the data."
             )
+    if not found.shapes:
+        raise ValueError("the model has no latent site: there is nothing to sample.")
+    check_shapes(found, sizes)
 
     streams: dict[str, Batches] = {}
     partitions: dict[str, Partition] = {}
@@ -152,11 +199,19 @@ def from_numpyro(
         ((name, stream),) = streams.items()
         batches = given_as(stream, lambda rows: {name: rows}, {name: stream.full})
 
-    def log_density(position, batch):
+    def on_rows(position, batch):
         placed = _Placed(position)
         given = give_rows(handlers.substitute(model, substitute_fn=placed), batch, laid_out)
-        joint, _ = numpyro_log_density(given, args, kwargs, {})
+        joint, trace = numpyro_log_density(given, args, kwargs, {})
+        return joint, trace, placed
+
+    def log_density(position, batch):
+        joint, _, placed = on_rows(position, batch)
         return joint + placed.log_jacobian
+
+    def by_site(position, batch):
+        _, trace, placed = on_rows(position, batch)
+        return site_densities(trace, placed.log_jacobians, found.dims)
 
     def initial(key):
         keys = jax.random.split(key, len(found.shapes))
@@ -183,8 +238,12 @@ def from_numpyro(
     if owned is not None:
         target = visiting(target)
     if streamed is None:
-        _lay_out(log_density, initial, target.batches)
+        with explained((args, kwargs)):
+            _lay_out(log_density, initial, target.batches)
     laid_out.open = False
+    sources = () if streamed is None else tuple(streamed.sources)
+    with explained((args, kwargs)):
+        check_rows(by_site, initial, found, sizes, sources)
     return target
 
 
@@ -194,7 +253,13 @@ def _of_clients(args: tuple, clients: Any, layout: str, mesh: Any) -> tuple[tupl
         raise ValueError("give the model's arguments either as they are or by clients, not both.")
     if layout != "blocks" or mesh is not None:
         raise ValueError("clients need layout='blocks' and no mesh.")
-    pooled_args, sizes = pooled([tuple(client) for client in clients])
+    for s, client in enumerate(clients if isinstance(clients, Sequence) else ()):
+        if not isinstance(client, list | tuple):
+            raise TypeError(
+                f"clients must be a list of tuples, each of the model's arguments: client {s} is "
+                f"{describe(client)}; with one argument it is (x,)."
+            )
+    pooled_args, sizes = pooled(clients)
     return pooled_args, sizes
 
 
@@ -213,10 +278,10 @@ def _batch_sizes(
             "with order='full'."
         )
     if isinstance(batch_size, Mapping):
-        unknown = set(batch_size) - set(subsampled)
+        unknown = sorted(set(batch_size) - set(subsampled), key=str)
         if unknown:
             raise ValueError(
-                f"batch_size names {sorted(unknown)}, but the model's subsampled plates are "
+                f"batch_size names {unknown}, but the model's subsampled plates are "
                 f"{sorted(subsampled)}."
             )
         wanted = {name: batch_size.get(name) for name in subsampled}
@@ -239,29 +304,29 @@ def _batch_sizes(
     }
 
 
-def _as_arrays(args: tuple, kwargs: dict[str, Any], streamed: bool) -> tuple[tuple, dict[str, Any]]:
-    """The arguments with numpy arrays on the device, where rows can be picked, all finite.
+def _inspect(
+    model: Callable, arguments: Arguments, streamed: Streamed | None
+) -> tuple[Model, Arguments]:
+    """What the model tells of itself, and its arguments in the form that it can work with.
 
-    Streamed ones are left where they are.
+    That is on the device, unless the model counts with the values of its data, as in
+    ``int(group.max()) + 1``: jax knows no values where it compiles, numpy does.
     """
-
-    def here(leaf):
-        return isinstance(leaf, np.ndarray) and not (streamed and isinstance(leaf, np.memmap))
-
-    named = {f"argument {i}": value for i, value in enumerate(args)}
-    named.update({f"argument {name!r}": value for name, value in kwargs.items()})
-    for name, value in named.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-            if (isinstance(leaf, jax.Array) or here(leaf)) and np.ndim(leaf) > 0:
-                check_finite(name + jax.tree_util.keystr(path), leaf)
-
-    def convert(leaf):
-        if here(leaf) and leaf.dtype.kind in "biuf":
-            return jnp.asarray(leaf)
-        return leaf
-
-    with jax.ensure_compile_time_eval():
-        return jax.tree.map(convert, (args, kwargs))
+    args, kwargs = on_device(arguments, bool(streamed))
+    try:
+        if not (folds_constants() and counts_with_values(model, args, kwargs)):
+            return inspect_model(model, args, kwargs, streamed), (args, kwargs)
+    except Unknown:
+        pass
+    args, kwargs = on_host(arguments, bool(streamed))
+    try:
+        return inspect_model(model, args, kwargs, streamed), (args, kwargs)
+    except Unknown as error:
+        raise ValueError(
+            "the model's course depends on the value of a latent site or of a row (a Python if, "
+            "while or range over it): stochastic control flow is not supported; use jnp.where. "
+            "Counts of the data are taken with numpy: int(np.max(group)) + 1."
+        ) from error.__cause__
 
 
 class _Placed:
@@ -274,6 +339,7 @@ class _Placed:
     def __init__(self, position: Mapping[str, jax.Array]):
         self.position = position
         self.log_jacobian: Any = 0.0
+        self.log_jacobians: dict[str, Any] = {}
 
     def __call__(self, site: Any) -> Any:
         name = site["name"]
@@ -289,6 +355,7 @@ class _Placed:
             log_det = jnp.sum(transform.log_abs_det_jacobian(z, value))
             if index is None:
                 self.log_jacobian = self.log_jacobian + log_det
+                self.log_jacobians[name] = log_det
             else:  # inside a scan only a site of the scan can carry it out
                 numpyro.factor(f"_{name}_log_jacobian", log_det)
         return value
@@ -334,4 +401,9 @@ def _lay_out(log_density: Callable, initial: Callable, batches: Batches) -> None
         batch, _ = batches.next(batches.init(key))
         return log_density(initial(key), batch)
 
-    jax.eval_shape(once, jax.random.key(0))
+    density = jax.eval_shape(once, jax.random.key(0))
+    if density.shape != () or not jnp.issubdtype(density.dtype, jnp.floating):
+        raise ValueError(
+            f"the model's log density must be a real number, got dtype {density.dtype} and shape "
+            f"{density.shape}: its data or its parameters are of another kind."
+        )
