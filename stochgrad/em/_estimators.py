@@ -51,16 +51,20 @@ def trice(
 ) -> Estimator:
     r"""The gradient of the marginal log-likelihood, from the chains, with a control variate.
 
-    $$\hat g = \frac1n\sum_m \bigl[\nabla\log p_\theta(z_m) - \beta_m\nabla\log p_\theta(\tilde z_m)
-      \bigr],$$
+    $$\hat g = \frac1n\sum_m \bigl[\nabla\log p_\theta(z_m)
+      - k_m\beta_m\nabla\log p_\theta(\tilde z_m)\bigr],$$
 
     over the n questions whose chain stands at a right latent $z_m$, with the proposals
-    $\tilde z_m$, whose score has mean zero. A proposal that was taken is both, with weight
-    $1 - \beta_m$: as the model learns, $\beta_m\to 1$ and the variance goes to zero
-    [Phan et al. 2023, section 3.2].
+    $\tilde z_m$, whose score has mean zero, and with $k_m = 1$ where the chain was right before the
+    visit, 0 where it was not. A proposal that was taken by a chain that was right is both, with
+    weight $1 - \beta_m$: as the model learns, $\beta_m\to 1$ and the variance goes to zero
+    [Phan et al. 2023, section 3.2]. The first right proposal of a chain counts in full: that the
+    question takes part at all depends on it, so that its score is no control variate. (The paper
+    subtracts it there too, and a first visit of all questions, where every $\beta_m$ is 1, teaches
+    nothing.)
 
-    ``"leave_one_out"`` is $\beta_m$ = share of the other questions' proposals that were taken, as
-    in the paper. With V the posterior variance and S the mean square of
+    ``"leave_one_out"`` is $\beta_m$ = share of the proposals that were taken by the other questions'
+    chains, of those that were right before. With V the posterior variance and S the mean square of
     $\nabla\log p_\theta(\tilde z)$ it lowers a question's variance only if S < 2V, and raises it
     where there is one right rationale, V = 0. ``"optimal"`` estimates what is best from the other
     questions: where a chain moves from one posterior draw $z_l$ to the next, $\tilde z_l$, half the
@@ -69,9 +73,9 @@ def trice(
     $$\beta_m^* = \frac{\sum_{l\ne m}p_lV_l}{\sum_{l\ne m}S_l},\qquad
       \hat\beta_m = \frac{\sum_{l\ne m}\frac12[\text{l moved}]\,
       \|\nabla\log p(z_l) - \nabla\log p(\tilde z_l)\|^2}
-      {\sum_{l\ne m}\|\nabla\log p(\tilde z_l)\|^2}.$$
+      {\sum_{l\ne m}\|\nabla\log p(\tilde z_l)\|^2},$$
 
-    Its estimate is noisy: where nearly all proposals are right, leave-one-out comes closer to one.
+    with l over the chains that were right before. Its estimate is noisy: where nearly all proposals are right, leave-one-out comes closer to one.
 
     Args:
         control_variate: As above; ``"none"``; or a number for $\beta$.
@@ -95,22 +99,23 @@ def trice(
         check_count("subsample", subsample)
 
     def coefficients(visit: Visit):
-        right = visit.right
+        """Of chains that were right before the visit, from the others of them."""
+        before = visit.before
         if control_variate == "leave_one_out":
-            taken = right * visit.sums(visit.accept) / jnp.maximum(visit.counts(), 1.0)
-            others = jnp.sum(right) - right
-            return (jnp.sum(taken) - taken) / jnp.maximum(others, 1.0)
+            taken = before * visit.sums(visit.accept) / jnp.maximum(visit.counts(), 1.0)
+            others = jnp.sum(before) - before
+            return before * (jnp.sum(taken) - taken) / jnp.maximum(others, 1.0)
         if control_variate == "optimal":
             proposals, chains = visit.slopes()
             mean = visit.sums(proposals * visit.shares()[:, None])
-            moved = visit.before * (visit.chosen >= 0).astype(right.dtype)
+            moved = before * (visit.chosen >= 0).astype(before.dtype)
             apart = chains - proposals[jnp.maximum(visit.chosen, 0)]
             each = jnp.maximum(visit.counts(), 1.0)
             covariance = 0.5 * moved * jnp.sum(apart**2, axis=1) / each
-            square = right * jnp.sum(mean**2, axis=1)
+            square = before * jnp.sum(mean**2, axis=1)
             over, under = (jnp.sum(x) - x for x in (covariance, square))
-            return jnp.clip(over / jnp.where(under > 0, under, 1.0), 0.0, 1.0)
-        return jnp.full_like(right, float(control_variate))
+            return before * jnp.clip(over / jnp.where(under > 0, under, 1.0), 0.0, 1.0)
+        return before * float(control_variate)
 
     def weights(visit: Visit):
         right = visit.right

@@ -33,6 +33,48 @@ def test_trice_is_the_gradient_of_the_marginal_likelihood(estimator):
     assert mean == pytest.approx(gradient_of(toy.log_likelihood), abs=2e-6)
 
 
+@pytest.mark.parametrize("solved", [(0, 0, 0), (1, 0, 1), (0, 1, 0)], ids=str)
+@pytest.mark.parametrize(
+    "estimator",
+    [em.trice(), em.trice(0.3), em.trice("optimal", directions=None), em.trice("none")],
+    ids=["leave one out", "number", "optimal", "none"],
+)
+def test_first_right_proposals_count_in_full(estimator, solved):
+    """A control variate where a chain was never right would scale down what it learns, to zero.
+
+    Questions whose chain was right before have weight 1 / n, the others do if solved by now: the
+    mean over all sets of newly solved questions is that of the exact gradients.
+    """
+    toy, solved = small(), np.array(solved, bool)
+    mean, _ = moments(*every_visit(toy, estimator, THETA, solved=solved))
+    p = np.asarray(toy.solved(THETA), np.float64)
+    slopes = np.asarray(jax.jacobian(lambda t: jnp.log(toy.solved(t)))(THETA), np.float64)
+    expected = np.zeros(2)
+    for now in np.ndindex(2, 2, 2):
+        now = np.array(now, bool)
+        if np.any(solved & ~now):
+            continue
+        chance = np.prod(np.where(solved, 1.0, np.where(now, p, 1 - p)))
+        expected += chance * slopes[now].sum(axis=0) / max(now.sum(), 1)
+    assert np.abs(expected).max() > 0.1
+    assert mean == pytest.approx(expected, abs=2e-6)
+
+
+def test_learning_starts_with_the_first_right_proposal():
+    """From empty chains, the first visit already has a gradient: every default setting."""
+    toy = small()
+    gradient = em.mcmc_em(toy.model(), toy.questions(), batch_size=3)
+
+    @jax.jit
+    def first(key):
+        score, state = gradient.next(key, THETA, gradient.init(key, THETA))
+        return state.stats.right, score(THETA)[1]
+
+    right, slope = first(jax.random.key(0))
+    assert 0 < float(right) < 1
+    assert float(jnp.abs(slope).max()) > 0.01
+
+
 @pytest.mark.parametrize(
     "estimator",
     [
