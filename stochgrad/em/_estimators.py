@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.ops import segment_max, segment_min
 from jax.scipy.special import betaln, gammaln
 from jaxtyping import Array, Float
 
@@ -31,6 +32,7 @@ class Estimator(NamedTuple):
             gradients (small models only).
         subsample: How many latents to differentiate, drawn by systematic resampling; None for all.
         least: Proposals that a question needs.
+        unbounded: Whether rewards may be any finite numbers, instead of likelihoods from 0 to 1.
     """
 
     weights: Callable[[Visit], Weights]
@@ -41,6 +43,7 @@ class Estimator(NamedTuple):
     directions: int | None = 0
     subsample: int | None = None
     least: int = 1
+    unbounded: bool = False
 
 
 def trice(
@@ -201,6 +204,8 @@ def reinforce(
 
     $$\hat g = \frac1M\sum_m\frac1{K_m}\sum_k(c_{mk} - b_{mk})\nabla\log p_\theta(z_{mk}).$$
 
+    Rewards c may be any finite numbers.
+
     Args:
         baseline: ``"leave_one_out"``, the mean of the question's other proposals
             [Kool et al. 2019]; ``"optimal"``, their mean weighted by squared gradient norms, which
@@ -227,7 +232,8 @@ def reinforce(
         return None, _averaged(advantage, visit)
 
     directions = directions if baseline == "optimal" else 0
-    return Estimator(weights, "reinforce", directions=directions, least=1 + (baseline != "none"))
+    least = 1 + (baseline != "none")
+    return Estimator(weights, "reinforce", directions=directions, least=least, unbounded=True)
 
 
 def grpo(epsilon: float = 1e-4) -> Estimator:
@@ -235,7 +241,8 @@ def grpo(epsilon: float = 1e-4) -> Estimator:
 
     $$A_{mk} = \frac{r_{mk} - \bar r_m}{\sigma_m + \epsilon}.$$
 
-    A question whose proposals are all right, or all wrong, has no gradient.
+    A question whose proposals are all right, or all wrong, has no gradient. Rewards may be any
+    finite numbers.
 
     Args:
         epsilon: Keeps the quotient finite.
@@ -243,12 +250,19 @@ def grpo(epsilon: float = 1e-4) -> Estimator:
     check_number("epsilon", epsilon)
 
     def weights(visit: Visit):
+        # from the least of a question's rewards, and by the largest: equal ones give zero, large
+        # ones do not overflow
+        used, owner, questions = visit.used > 0, visit.owner, visit.present.shape[0]
+        low = segment_min(jnp.where(used, visit.reward, jnp.inf), owner, questions)
+        above = jnp.where(used, visit.reward - low[owner], 0.0)
+        high = segment_max(above, owner, questions)
+        scale = jnp.where((high > 0) & jnp.isfinite(high), high, 1.0)
+        visit = visit._replace(reward=above / scale[owner])
         mean, variance = _moments(visit)
-        return None, _averaged(
-            (visit.reward - mean[visit.owner]) / (jnp.sqrt(variance) + epsilon)[visit.owner], visit
-        )
+        deviation = jnp.sqrt(variance) + epsilon / scale
+        return None, _averaged((visit.reward - mean[owner]) / deviation[owner], visit)
 
-    return Estimator(weights, "grpo", least=2)
+    return Estimator(weights, "grpo", least=2, unbounded=True)
 
 
 def bnpo() -> Estimator:
@@ -260,7 +274,8 @@ def bnpo() -> Estimator:
 
     where m and v are the mean and the variance of $\hat p$ over the minibatch. With
     $\alpha = \beta = 1$ it is ``reinforce`` with a mean baseline; with 3/2, in proportion to
-    ``grpo`` [BNPO, Xiao et al. 2025; not TRL's loss of that name].
+    ``grpo`` [BNPO, Xiao et al. 2025; not TRL's loss of that name]. Rewards are from 0 to 1, as a Beta
+    density is.
     """
 
     def weights(visit: Visit):
@@ -291,6 +306,7 @@ def maxk(k: int) -> Estimator:
     $$s_i = \binom nk^{-1}\Bigl[\binom{i-1}{k-1}r_{(i)} + \sum_{j>i}\binom{j-2}{k-2}r_{(j)}\Bigr]$$
 
     [max@k, Bagirov et al. 2025]. With a verifier it is the gradient of pass@k.
+    Rewards may be any finite numbers.
 
     Args:
         k: Of how many the best counts; a question needs at least as many proposals.
@@ -319,7 +335,7 @@ def maxk(k: int) -> Estimator:
         s = jnp.where(place >= 1, own + after, 0.0)[jnp.argsort(order)]
         return None, used * s / jnp.maximum(jnp.sum(visit.present), 1.0)
 
-    return Estimator(weights, "maxk", least=k)
+    return Estimator(weights, "maxk", least=k, unbounded=True)
 
 
 def _right(visit: Visit):

@@ -167,7 +167,9 @@ def mcmc_em(
             draw = lambda key, rows: model.policy.greedy(theta, rows.prompts)  # type: ignore
         else:
             draw = lambda key, rows: model.policy.sample(theta, key, rows.prompts)
-        found = propose(draw_key, draw, model, theta, rows, present, allocator, past)
+        found = propose(
+            draw_key, draw, model, theta, rows, present, allocator, past, estimator.unbounded
+        )
         asking = take(rows, found.owner)
 
         likelihood = held.log_likelihood
@@ -193,7 +195,7 @@ def mcmc_em(
             (found.drawn.tokens, found.drawn.mask, found.log_likelihood),
             (held.tokens, held.mask, likelihood),
         )
-        reward = jnp.where(found.asked, jnp.exp(found.log_likelihood), 0.0)
+        reward = jnp.where(found.asked, found.reward, 0.0)
         right = jnp.isfinite(weight).astype(reward.dtype) * present
 
         def all_slopes():
@@ -224,7 +226,7 @@ def mcmc_em(
             mask,
             likelihood,
             allocator.decay * held.tries + tries,
-            allocator.decay * held.successes + visit.sums(jnp.minimum(reward, 1.0)),
+            allocator.decay * held.successes + visit.sums(jnp.clip(reward, 0.0, 1.0)),
             jnp.where(moved, 0, held.age + 1),
         )
         into = jnp.where(present > 0, index, size)
