@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ops import segment_sum
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -226,10 +227,8 @@ def judged(
         log_likelihood = model.log_likelihood(*arguments)
         if not model.fixed:
             return log_likelihood, jnp.exp(log_likelihood)
-        valid = log_likelihood <= 0
-        _warn_of_others(jnp.exp(log_likelihood), valid | ~asked, unbounded=False)
-        log_likelihood = jnp.where(valid, log_likelihood, -jnp.inf)
-        return log_likelihood, jnp.exp(log_likelihood)
+        reward = _warned(jnp.exp(log_likelihood), log_likelihood <= 0, asked, unbounded=False)
+        return jnp.where(log_likelihood <= 0, log_likelihood, -jnp.inf), reward
     reward = model.reward(*arguments)
     if reward.dtype == jnp.bool_:
         reward = reward.astype(jnp.float32)
@@ -237,29 +236,37 @@ def judged(
     valid = jnp.isfinite(reward)
     if not unbounded:
         valid &= (reward >= 0) & (reward <= 1)
-    _warn_of_others(reward, valid | ~asked, unbounded)
-    reward = jnp.where(valid, reward, 0.0)
+    reward = _warned(reward, valid, asked, unbounded)
     return jnp.log(jnp.maximum(reward, 0.0)), reward
 
 
-def _warn_of_others(reward: Float[Array, " n"], valid: Bool[Array, " n"], unbounded: bool) -> None:
-    """Warn, from the compiled step, of rewards that are none."""
+def _warned(
+    reward: Float[Array, " n"], valid: Bool[Array, " n"], asked: Bool[Array, " n"], unbounded: bool
+) -> Float[Array, " n"]:
+    """Rewards, zero for those that are none; with a warning, from the compiled step."""
+    reward = jnp.where(valid | asked, reward, 0.0)
+    wanted = (
+        "a finite number"
+        if unbounded
+        else "from 0 to 1, a likelihood, which only reinforce, grpo and maxk do without"
+    )
 
-    def warn(others, first):
-        if others:
-            wanted = (
-                "a finite number"
-                if unbounded
-                else "from 0 to 1, a likelihood, which only reinforce, grpo and maxk do without"
-            )
+    def warn(reward, valid):
+        reward, valid = np.asarray(reward), np.asarray(valid)
+        if not valid.all():
             warnings.warn(
-                f"verify returned {float(first):g} where a reward is {wanted}: {int(others)} "
-                f"of {reward.shape[0]} proposals of this step count as wrong.",
+                f"verify returned {reward[~valid][0]:g} where a reward is {wanted}: "
+                f"{np.sum(~valid)} of {valid.size} proposals of this step count as wrong.",
                 VerifierWarning,
                 stacklevel=2,
             )
+        return np.where(valid, reward, np.zeros((), reward.dtype))
 
-    jax.debug.callback(warn, jnp.sum(~valid), reward[jnp.argmin(valid)])
+    def replaced(reward):
+        shape = jax.ShapeDtypeStruct(reward.shape, reward.dtype)
+        return jax.pure_callback(warn, shape, reward, valid | ~asked, vmap_method="broadcast_all")
+
+    return lax.cond(jnp.all(valid | ~asked), lambda reward: reward, replaced, reward)
 
 
 def slopes(

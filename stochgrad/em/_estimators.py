@@ -13,7 +13,7 @@ from jax.ops import segment_max, segment_min
 from jax.scipy.special import betaln, gammaln
 from jaxtyping import Array, Float
 
-from stochgrad.core import check_count, check_number
+from stochgrad.core import check_choice, check_count, check_flag, check_number
 from stochgrad.em._e_step import Visit
 
 Weights = tuple[Float[Array, " questions"] | None, Float[Array, " proposals"] | None]
@@ -66,19 +66,21 @@ def trice(
     subtracts it there too, and a first visit of all questions, where every $\beta_m$ is 1, teaches
     nothing.)
 
-    ``"leave_one_out"`` is $\beta_m$ = share of the proposals that were taken by the other questions'
-    chains, of those that were right before. With V the posterior variance and S the mean square of
+    ``"leave_one_out"`` is $\beta_m$ = share of the proposals that were taken, of the other
+    questions whose chain was right before. With V the posterior variance and S the mean square of
     $\nabla\log p_\theta(\tilde z)$ it lowers a question's variance only if S < 2V, and raises it
-    where there is one right rationale, V = 0. ``"optimal"`` estimates what is best from the other
-    questions: where a chain moves from one posterior draw $z_l$ to the next, $\tilde z_l$, half the
-    squared distance of their gradients has the mean $V_l$, so that
+    where there is one right rationale, V = 0: the estimate is then exact without it. ``"optimal"``
+    estimates what is best from the other questions: where a chain moves from one posterior draw
+    $z_l$ to the next, $\tilde z_l$, half the squared distance of their gradients has mean $V_l$,
+    so that
 
     $$\beta_m^* = \frac{\sum_{l\ne m}p_lV_l}{\sum_{l\ne m}S_l},\qquad
       \hat\beta_m = \frac{\sum_{l\ne m}\frac12[\text{l moved}]\,
       \|\nabla\log p(z_l) - \nabla\log p(\tilde z_l)\|^2}
       {\sum_{l\ne m}\|\nabla\log p(\tilde z_l)\|^2},$$
 
-    with l over the chains that were right before. Its estimate is noisy: where nearly all proposals are right, leave-one-out comes closer to one.
+    with l over the chains that were right before. Its estimate is noisy: where nearly all proposals
+    are right, leave-one-out comes closer to one.
 
     Args:
         control_variate: As above; ``"none"``; or a number for $\beta$.
@@ -91,15 +93,12 @@ def trice(
         ValueError: the control variate is unknown.
     """
     if isinstance(control_variate, str):
-        if control_variate not in ("leave_one_out", "optimal", "none"):
-            raise ValueError(
-                "control_variate must be 'leave_one_out', 'optimal', 'none' or a number, got "
-                f"{control_variate!r}."
-            )
+        check_choice("control_variate", control_variate, ("leave_one_out", "optimal", "none"))
     else:
-        check_number("control_variate", control_variate, zero=True)
+        control_variate = check_number("control_variate", control_variate, zero=True)
     if subsample is not None:
-        check_count("subsample", subsample)
+        subsample = check_count("subsample", subsample)
+    directions = _checked(directions)
 
     def coefficients(visit: Visit):
         """Of chains that were right before the visit, from the others of them."""
@@ -118,7 +117,7 @@ def trice(
             square = before * jnp.sum(mean**2, axis=1)
             over, under = (jnp.sum(x) - x for x in (covariance, square))
             return before * jnp.clip(over / jnp.where(under > 0, under, 1.0), 0.0, 1.0)
-        return before * float(control_variate)
+        return before * control_variate
 
     def weights(visit: Visit):
         right = visit.right
@@ -145,6 +144,7 @@ def star(greedy: bool = False) -> Estimator:
     Args:
         greedy: Whether proposals are the policy's most probable rationales.
     """
+    check_flag("greedy", greedy)
 
     def weights(visit: Visit):
         right = visit.reward * visit.used
@@ -165,8 +165,7 @@ def raft(kept: Literal["one", "all"] = "one") -> Estimator:
         kept: ``"one"``, the first accepted of each question, or ``"all"``, the mean over them, as
             the M-step of GVM-RAFT does.
     """
-    if kept not in ("one", "all"):
-        raise ValueError(f"kept must be 'one' or 'all', got {kept!r}.")
+    check_choice("kept", kept, ("one", "all"))
 
     def weights(visit: Visit):
         right = _right(visit)
@@ -212,10 +211,8 @@ def reinforce(
             has the least variance; ``"none"``.
         directions: For ``"optimal"``: random directions, or None for whole gradients.
     """
-    if baseline not in ("leave_one_out", "optimal", "none"):
-        raise ValueError(
-            f"baseline must be 'leave_one_out', 'optimal' or 'none', got {baseline!r}."
-        )
+    check_choice("baseline", baseline, ("leave_one_out", "optimal", "none"))
+    directions = _checked(directions)
 
     def weights(visit: Visit):
         reward, used = visit.reward, visit.used
@@ -247,7 +244,7 @@ def grpo(epsilon: float = 1e-4) -> Estimator:
     Args:
         epsilon: Keeps the quotient finite.
     """
-    check_number("epsilon", epsilon)
+    epsilon = check_number("epsilon", epsilon)
 
     def weights(visit: Visit):
         # from the least of a question's rewards, and by the largest: equal ones give zero, large
@@ -274,8 +271,8 @@ def bnpo() -> Estimator:
 
     where m and v are the mean and the variance of $\hat p$ over the minibatch. With
     $\alpha = \beta = 1$ it is ``reinforce`` with a mean baseline; with 3/2, in proportion to
-    ``grpo`` [BNPO, Xiao et al. 2025; not TRL's loss of that name]. Rewards are from 0 to 1, as a Beta
-    density is.
+    ``grpo`` [BNPO, Xiao et al. 2025; not TRL's loss of that name]. Rewards are from 0 to 1, where
+    a Beta density is.
     """
 
     def weights(visit: Visit):
@@ -336,6 +333,10 @@ def maxk(k: int) -> Estimator:
         return None, used * s / jnp.maximum(jnp.sum(visit.present), 1.0)
 
     return Estimator(weights, "maxk", least=k, unbounded=True)
+
+
+def _checked(directions: int | None) -> int | None:
+    return None if directions is None else check_count("directions", directions)
 
 
 def _right(visit: Visit):

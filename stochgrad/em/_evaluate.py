@@ -29,6 +29,7 @@ from stochgrad.em._model import (
     called,
     check_draws,
     check_model,
+    check_params,
     check_questions,
     take,
 )
@@ -163,8 +164,9 @@ def evaluate(
         check_callable("vote", vote, "a function of tokens and mask, or None")
     if model.check is not None:
         model.check(questions.answers)
+    check_params(params)
     greedy = model.policy.greedy is not None
-    check_draws("model.policy", model.policy, params, questions.prompts, greedy=greedy)
+    check_draws("model.policy", model.policy, params, questions.prompts, at_once, greedy=greedy)
 
     @jax.jit
     def judge(params, key, rows: Questions):

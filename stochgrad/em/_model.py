@@ -1,10 +1,12 @@
 """What MCMC-EM learns: a model with one latent variable for each example."""
 
+import dis
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from stochgrad.core import (
@@ -215,13 +217,13 @@ def check_questions(questions: Any) -> tuple[Questions, int]:
 
 
 def check_draws(
-    name: str, policy: Policy, params: Any, prompts: PyTree, *, greedy: bool = False
+    name: str, policy: Policy, params: Any, prompts: PyTree, count: int, *, greedy: bool = False
 ) -> Rationales:
-    """Shapes of two draws; raise where the policy fails on these parameters and prompts."""
-    two = take(prompts, jnp.zeros(2, jnp.int32))
-    kinds: dict[str, tuple] = {"sample": (params, jax.random.key(0), two)}
+    """Shapes of some draws; raise where the policy fails on these parameters and prompts."""
+    some = take(prompts, jnp.zeros(count, jnp.int32))
+    kinds: dict[str, tuple] = {"sample": (params, jax.random.key(0), some)}
     if greedy:
-        kinds["greedy"] = (params, two)
+        kinds["greedy"] = (params, some)
     drawn = None
     for kind, arguments in kinds.items():
         where = f"{name}.{kind}"
@@ -234,10 +236,10 @@ def check_draws(
             "mask": [drawn.mask.shape[:1]],
         }
         for part, shapes in rows.items():
-            if not shapes or any(shape != (2,) for shape in shapes):
+            if not shapes or any(shape != (count,) for shape in shapes):
                 raise ValueError(
                     f"{where} must return one row of {part} for each prompt, got shapes {shapes} "
-                    "for 2 prompts."
+                    f"for {count} prompts."
                 )
         if drawn.mask.dtype != jnp.bool_ or len(drawn.mask.shape) != 2:
             raise ValueError(
@@ -249,27 +251,44 @@ def check_draws(
             jax.eval_shape,
             policy.log_prob,
             params,
-            two,
+            some,
             drawn.tokens,
             drawn.mask,
         )
-        if getattr(found, "shape", None) != (2,) or not jnp.issubdtype(found.dtype, jnp.floating):
-            raise ValueError(
-                f"{name}.log_prob must return one floating-point number for each prompt, got "
-                f"{getattr(found, 'dtype', describe(found))} of shape "
-                f"{getattr(found, 'shape', None)} for 2 prompts."
-            )
+        check_numbers(f"{name}.log_prob", found, count)
     assert drawn is not None
     return drawn
 
 
+def check_numbers(name: str, found: Any, count: int) -> None:
+    """Raise unless a function's result is one floating-point number for each row."""
+    dtype, shape = getattr(found, "dtype", None), getattr(found, "shape", None)
+    if dtype is None or shape != (count,) or not jnp.issubdtype(dtype, jnp.floating):
+        got = describe(found) if dtype is None else f"dtype {dtype} and shape {shape}"
+        raise ValueError(
+            f"{name} must return one floating-point number for each of {count} rows, got {got}."
+        )
+
+
+def check_params(params: Any) -> None:
+    """Raise where parameters hold NaN or infinity."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        known = hasattr(leaf, "dtype") and not isinstance(leaf, Tracer)
+        if known and jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.all(jnp.isfinite(leaf)):
+            where = "params" + jax.tree_util.keystr(path)
+            raise ValueError(f"{where} must be finite, but holds NaN or infinity.")
+
+
 def _is_ours(error: BaseException) -> bool:
-    """Whether the library itself raised it: it then says enough."""
+    """Whether a raise statement of the library made it: it then says enough."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    return module == "stochgrad" or module.startswith("stochgrad.")
+    if trace is None:
+        return False
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    operation = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
+    return module.split(".")[0] == "stochgrad" and operation == "RAISE_VARARGS"
 
 
 def take(tree: PyTree, index: Int[Array, " n"]) -> PyTree:

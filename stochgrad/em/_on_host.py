@@ -1,6 +1,7 @@
 """Verifiers in Python: run on the host, side by side, each with a deadline."""
 
 import _signal
+import contextlib
 import queue
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from stochgrad.core import (
     check_callable,
     check_count,
+    check_instance,
     check_number,
     data_rows,
     describe,
@@ -143,10 +145,8 @@ class _InProcess:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                try:
+                with contextlib.suppress(OSError):
                     pipe.close()  # type: ignore[union-attr]
-                except OSError:
-                    pass
 
 
 class _Worker:
@@ -191,11 +191,16 @@ class HostVerifier:
         processes: Processes that it runs in; 0 for threads.
     """
 
-    def __init__(self, verify, decode, timeout: float, threads: int, function: bytes | None):
+    def __init__(self, verify, decode, timeout: float, workers: int, function: bytes | None = None):
+        self._verify = check_callable("verify", verify, "a function (text, answer) -> bool")
+        self._decode = check_callable("decode", decode, "a function tokens -> text")
+        self._timeout = check_number("timeout", timeout)
+        self._workers = check_count("workers", workers)
+        if function is not None:
+            check_instance("function", function, bytes, "verify as bytes, or None")
+        self._function = function
         self.failures: Counter[str] = Counter()
-        self.processes = 0 if function is None else threads
-        self._verify, self._decode, self._function = verify, decode, function
-        self._timeout, self._threads = timeout, threads
+        self.processes = 0 if function is None else self._workers
         self._watched = False
         self._idle: list[_Worker] = []
         weakref.finalize(self, _stop_all, self._idle)
@@ -282,7 +287,7 @@ class HostVerifier:
         waiting = list(range(len(rows)))[::-1]
         grace = 0.0 if self._function is None else _START
         while waiting or running:
-            while waiting and len(running) < self._threads:
+            while waiting and len(running) < self._workers:
                 worker, number = self._worker(), waiting.pop()
                 tokens, truth = rows[number]
                 first = not self._watched and tokens.size > 0

@@ -69,11 +69,10 @@ def answer(verify: Any, text: str, truth: Any) -> tuple[str, Any]:
         verdict = verify(text, truth)
     except BaseException as error:
         return "raised", repr(error)
-    if isinstance(verdict, bool) or type(verdict).__module__ == "numpy" and (
-        type(verdict).__name__ in ("bool", "bool_")
-    ):
+    kind = type(verdict)
+    if kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")):
         return "bool", bool(verdict)
-    return "returned no bool", f"{verdict!r} of type {type(verdict).__name__}"
+    return "returned no bool", f"{verdict!r} of type {kind.__name__}"
 
 
 def _limit_time(seconds: float) -> None:

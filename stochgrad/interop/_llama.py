@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from stochgrad.core import at_least_float32
+from stochgrad.core import (
+    at_least_float32,
+    check_count,
+    check_flag,
+    check_instance,
+    check_number,
+    check_path,
+    describe,
+    first_line,
+)
 from stochgrad.em import Inputs, Network, Policy, decoder
 
 
@@ -83,14 +92,17 @@ class Llama(NamedTuple):
             remat: As in ``llama``.
 
         Raises:
+            TypeError: the model's config is no ``Config``, or its params are no Llama's.
             ValueError: a setting is out of range.
         """
-        if context is not None and context > self.config.context:
+        network = llama(self.config, remat=remat)
+        if context is not None and check_count("context", context) > self.config.context:
             raise ValueError(
                 f"context is {context} where the model was trained for {self.config.context}."
             )
+        _check_params(self.params)
         return decoder(
-            llama(self.config, remat=remat),
+            network,
             llama_cache(self.config, self.params["embedding"].dtype),
             length=length,
             end=self.end if end is None else end,
@@ -106,9 +118,16 @@ def llama_cache(config: Config, dtype: Any = jnp.float32) -> Callable[[int, int]
     Returns:
         ``(batch, slots) -> (keys, values)``, each of shape (layers, batch, kv_heads, slots,
         head_width), so that a head's slots lie side by side.
+
+    Raises:
+        TypeError: the config is no ``Config``, or the dtype none of floating-point numbers.
+        ValueError: sizes of the config do not fit each other.
     """
+    _check_config(config)
+    dtype = _floating(dtype)
 
     def cache(batch: int, slots: int) -> tuple[Array, Array]:
+        batch, slots = check_count("batch", batch), check_count("slots", slots)
         shape = (config.layers, batch, config.kv_heads, slots, config.head_width)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
@@ -152,11 +171,19 @@ def llama(config: Config, *, remat: bool = False) -> Network:
     Returns:
         ``(params, inputs, cache, keep) -> (logits, cache)``, with the logits at the last ``keep``
         inputs, shape (batch, keep, vocabulary), in float32 at least.
+
+    Raises:
+        TypeError: the config is no ``Config``; in use, params are no Llama's.
+        ValueError: sizes of the config do not fit each other.
     """
+    _check_config(config)
+    check_flag("remat", remat)
     heads, shared, size = config.heads, config.kv_heads, config.head_width
     rates = (config.rope_base ** (-np.arange(0, size, 2) / size)).astype(np.float32)
 
     def network(params, inputs: Inputs, cache, keep: int):
+        _check_params(params)
+        check_instance("inputs", inputs, Inputs, "Inputs, as stochgrad.em.decoder makes them")
         batch, length = inputs.tokens.shape
         x = params["embedding"][inputs.tokens]
         wide = at_least_float32(x.dtype)
@@ -215,6 +242,42 @@ def llama(config: Config, *, remat: bool = False) -> Network:
     return network
 
 
+def _check_config(config: Any) -> None:
+    check_instance("config", config, Config, "a Config, as read_gguf(...).config is")
+    for name, value in config._asdict().items():
+        if name in ("rope_base", "eps"):
+            check_number(f"config.{name}", value)
+        else:
+            check_count(f"config.{name}", value)
+    if config.heads % config.kv_heads or config.head_width % 2:
+        raise ValueError(
+            "config must have heads that are a multiple of kv_heads and an even head_width, got "
+            f"{config.heads} heads for {config.kv_heads} of width {config.head_width}."
+        )
+
+
+def _check_params(params: Any) -> None:
+    wanted = {"embedding", "norm", "layers"}
+    if not isinstance(params, Mapping) or not wanted <= params.keys():
+        raise TypeError(f"params must be a dict with {sorted(wanted)}, got {describe(params)}.")
+    layers = params["layers"]
+    if not isinstance(layers, Mapping) or layers.keys() != NAMES.keys():
+        raise TypeError(
+            f"params['layers'] must be a dict with {sorted(NAMES)}, got {describe(layers)}."
+        )
+
+
+def _floating(dtype: Any) -> Any:
+    """The dtype, if it is one of real floating-point numbers."""
+    try:
+        known = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise TypeError(f"dtype must be one of floating-point numbers, got {describe(dtype)}.")
+    return dtype
+
+
 def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -248,6 +311,7 @@ def read_gguf(path: str | Path, dtype: Any = jnp.float32) -> Llama:
 
     Raises:
         ImportError: gguf or tokenizers is not installed.
+        TypeError: the path is none, or the dtype is not one of floating-point numbers.
         FileNotFoundError: there is no such file.
         ValueError: the file is no GGUF, its architecture, quantisation, positions or tokenizer is
             another than these, or tensors are missing or left over.
@@ -263,13 +327,16 @@ def read_gguf(path: str | Path, dtype: Any = jnp.float32) -> Llama:
             tokens = policy.greedy(model.params, prompts).tokens[0]
             print(model.tokenizer.decode(tokens.tolist()))
     """
-    gguf, path = _imported("gguf"), Path(path)
+    path, dtype = check_path("path", path), _floating(dtype)
+    gguf = _imported("gguf")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+        raise FileNotFoundError(f"path must be a GGUF file, but there is no file {path}.")
     try:
         reader = gguf.GGUFReader(path)
-    except ValueError as error:
-        raise ValueError(f"gguf cannot read {path}: {error}.") from error
+    except Exception as error:
+        raise ValueError(
+            f"path must be a GGUF file, but gguf cannot read {path}: {first_line(error)}."
+        ) from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def field(name: str, *default: Any) -> Any:

@@ -107,7 +107,7 @@ def test_a_verifier_with_alarms_is_refused_in_threads():
         threads = em.on_host(verify, text_of, threads=2)
         if verify is later:
             threads.check(TWO[2])
-        with pytest.raises(TypeError, match="verify calls signal.*main thread.*processes=4"):
+        with pytest.raises(TypeError, match=r"verify calls signal.*main thread.*processes=4"):
             threads(*TWO) if verify is later else threads.check(TWO[2])
 
 
@@ -141,7 +141,7 @@ def test_what_is_seen_outside_a_verifier_keeps_it_in_threads():
 
 def test_what_cannot_be_sent_to_processes_is_refused():
     lock = threading.Lock()
-    with pytest.raises(TypeError, match="verify cannot be sent to processes: .*lock"):
+    with pytest.raises(TypeError, match=r"verify cannot be sent to processes: .*lock"):
         em.on_host(lambda text, answer: lock.locked(), text_of, processes=1)
     with pytest.raises(ValueError, match="threads and processes"):
         em.on_host(backtracks, text_of, processes=1, threads=1)
