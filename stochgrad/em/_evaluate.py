@@ -279,7 +279,9 @@ def _numbers(name: str, values: Any, finite: bool = True) -> np.ndarray:
     """Real numbers or truth values as an array."""
     if isinstance(values, jax.Array) and jnp.issubdtype(values.dtype, jnp.floating):
         values = np.asarray(values.astype(jnp.float32))  # numpy's own kinds: not bfloat16
-    kind = "boolean" if getattr(values, "dtype", type(values)) in (bool, np.bool_) else "number"
+    parts = values if isinstance(values, list | tuple) and len(values) else [values]
+    flags = all(getattr(part, "dtype", type(part)) in (bool, np.bool_) for part in parts)
+    kind = "boolean" if flags else "number"
     return check_array(name, values, kind=kind, finite=finite)
 
 

@@ -100,7 +100,7 @@ class Llama(NamedTuple):
             raise ValueError(
                 f"context is {context} where the model was trained for {self.config.context}."
             )
-        _check_params(self.params)
+        _check_params(self.params, config=self.config)
         return decoder(
             network,
             llama_cache(self.config, self.params["embedding"].dtype),
@@ -182,9 +182,20 @@ def llama(config: Config, *, remat: bool = False) -> Network:
     rates = (config.rope_base ** (-np.arange(0, size, 2) / size)).astype(np.float32)
 
     def network(params, inputs: Inputs, cache, keep: int):
-        _check_params(params)
+        _check_params(params, config)
         check_instance("inputs", inputs, Inputs, "Inputs, as stochgrad.em.decoder makes them")
         batch, length = inputs.tokens.shape
+        check_count("keep", keep, most=length)
+        block = (config.layers, batch, shared, inputs.mask.shape[-1], size)
+        if not (
+            isinstance(cache, tuple)
+            and len(cache) == 2
+            and all(getattr(part, "shape", None) == block for part in cache)
+        ):
+            raise ValueError(
+                f"cache must be a pair of arrays of shape {block}, as llama_cache(config) makes "
+                f"it, got {jax.tree.map(jnp.shape, cache)}."
+            )
         x = params["embedding"][inputs.tokens]
         wide = at_least_float32(x.dtype)
         angles = inputs.positions[:, :, None].astype(jnp.float32) * rates[None, None, :]
@@ -256,15 +267,44 @@ def _check_config(config: Any) -> None:
         )
 
 
-def _check_params(params: Any) -> None:
+def _check_params(params: Any, config: Config) -> None:
     wanted = {"embedding", "norm", "layers"}
     if not isinstance(params, Mapping) or not wanted <= params.keys():
         raise TypeError(f"params must be a dict with {sorted(wanted)}, got {describe(params)}.")
     layers = params["layers"]
-    if not isinstance(layers, Mapping) or layers.keys() != NAMES.keys():
+    if not isinstance(layers, Mapping) or not layers.keys() >= NAMES.keys():
         raise TypeError(
             f"params['layers'] must be a dict with {sorted(NAMES)}, got {describe(layers)}."
         )
+    table = (config.vocabulary, config.width)
+    shapes = {"embedding": table, "norm": (config.width,), "logits": table}
+    found = {f"params[{name!r}]": (params[name], shapes[name]) for name in shapes if name in params}
+    for name, shape in _shapes(config).items():
+        found[f"params['layers'][{name!r}]"] = layers[name], (config.layers, *shape)
+    for name, (leaf, shape) in found.items():
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or leaf.shape != shape or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be a floating-point array of the config's shape {shape}, got "
+                f"{describe(leaf)}."
+            )
+
+
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of a block's weights."""
+    width, hidden = config.width, config.hidden
+    wide, narrow = config.heads * config.head_width, config.kv_heads * config.head_width
+    return {
+        "attention_norm": (width,),
+        "query": (width, wide),
+        "key": (width, narrow),
+        "value": (width, narrow),
+        "output": (wide, width),
+        "mlp_norm": (width,),
+        "gate": (width, hidden),
+        "up": (width, hidden),
+        "down": (hidden, width),
+    }
 
 
 def _floating(dtype: Any) -> Any:
@@ -355,22 +395,35 @@ def read_gguf(path: str | Path, dtype: Any = jnp.float32) -> Llama:
             raise ValueError(
                 f"gguf cannot dequantise {name} of {path}, of type {tensor.tensor_type.name}."
             ) from error
-        return values.T.astype(dtype)
+        with np.errstate(over="ignore"):
+            values = values.T.astype(dtype)
+        if not np.all(np.isfinite(values)):
+            raise ValueError(f"{path} has a tensor {name} that is not finite in {values.dtype}.")
+        return values
+
+    def count(name: str, *default: Any) -> int:
+        return check_count(f"path={path} has metadata {name} that", field(name, *default))
+
+    def stacked(names: list[str]) -> Array:
+        blocks = [read(name) for name in names]
+        if len({block.shape for block in blocks}) > 1:
+            raise ValueError(f"{path} has blocks of unequal shape: {names[0]} and those after it.")
+        return jnp.asarray(np.stack(blocks))
 
     if (architecture := field("general.architecture")) != "llama":
         raise ValueError(f"{path} holds a {architecture!r} where read_gguf reads 'llama'.")
     if (scaling := field("llama.rope.scaling.type", "none")) != "none":
         raise ValueError(f"{path} scales its positions by {scaling!r}, which read_gguf does not.")
-    layers, heads = field("llama.block_count"), field("llama.attention.head_count")
-    width = field("llama.embedding_length")
-    size = field("llama.attention.key_length", width // heads)
-    if (turned := field("llama.rope.dimension_count", size)) != size:
+    layers, heads = count("llama.block_count"), count("llama.attention.head_count")
+    width = count("llama.embedding_length")
+    size = count("llama.attention.key_length", width // heads)
+    if (turned := count("llama.rope.dimension_count", size)) != size:
         raise ValueError(f"{path} turns {turned} of {size} dimensions where read_gguf turns all.")
     params: dict[str, Any] = {
         "embedding": jnp.asarray(read("token_embd.weight").T),
         "norm": jnp.asarray(read("output_norm.weight")),
         "layers": {
-            name: jnp.asarray(np.stack([read(f"blk.{i}.{its}.weight") for i in range(layers)]))
+            name: stacked([f"blk.{i}.{its}.weight" for i in range(layers)])
             for name, its in NAMES.items()
         },
     }
@@ -383,18 +436,36 @@ def read_gguf(path: str | Path, dtype: Any = jnp.float32) -> Llama:
         width=width,
         hidden=params["layers"]["gate"].shape[-1],
         heads=heads,
-        kv_heads=field("llama.attention.head_count_kv", heads),
+        kv_heads=count("llama.attention.head_count_kv", heads),
         head_width=size,
         vocabulary=params["embedding"].shape[0],
-        context=field("llama.context_length"),
+        context=count("llama.context_length"),
         rope_base=field("llama.rope.freq_base", 10_000.0),
         eps=field("llama.attention.layer_norm_rms_epsilon"),
     )
+    try:
+        _check_config(config)
+        _check_params(params, config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no Llama: {first_line(error)}.") from error
+    try:
+        tokenizer = _tokenizer(field, path)
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} has a tokenizer that cannot be made: {first_line(error)}."
+        ) from error
     return Llama(
         params=params,
         config=config,
-        tokenizer=_tokenizer(field, path),
-        end=field("tokenizer.ggml.eos_token_id"),
+        tokenizer=tokenizer,
+        end=check_count(
+            f"path={path} has metadata tokenizer.ggml.eos_token_id that",
+            field("tokenizer.ggml.eos_token_id"),
+            least=0,
+            most=config.vocabulary - 1,
+        ),
         chat_template=field("tokenizer.chat_template", None),
     )
 

@@ -140,7 +140,7 @@ class _Sites(NamedTuple):
     def run(self, params, key: PRNGKey, prompts, tokens: Mapping[str, Any] | None = None) -> _Run:
         """Run it with parameters, and with latents where they are given."""
         bare = self.trace(self.model, key, prompts)
-        rows, given = self.axis(bare), _constrain(bare, params)
+        rows, given = self.axis(bare), self.parameters(bare, params)
         for name, value in (tokens or {}).items():
             site = bare[name]
             axis = rows - len(site["fn"].event_shape) + jnp.ndim(site["value"])
@@ -150,6 +150,24 @@ class _Sites(NamedTuple):
     @property
     def name(self) -> str:
         return "guide" if self.latents_only else "model"
+
+    def parameters(self, sites: Mapping[str, Any], params) -> dict[str, PyTree]:
+        """Parameters as the model sees them, if they are its own."""
+        own = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
+        if not isinstance(params, Mapping) or params.keys() != own.keys():
+            raise ValueError(
+                f"the parameters must be a dict of the {self.name}'s numpyro.param sites "
+                f"{sorted(own)}, got {describe(params)}."
+            )
+        found = _constrain(sites, params)
+        for name, value in own.items():
+            shapes = [jax.tree.map(jnp.shape, tree) for tree in (value, found[name])]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"the parameter {name!r} must have shape {shapes[0]} as the {self.name} sees "
+                    f"it, got {shapes[1]}."
+                )
+        return found
 
     def trace(self, model, key, prompts) -> Mapping[str, Any]:
         arguments = prompts if isinstance(prompts, tuple) else (prompts,)
@@ -192,7 +210,7 @@ class _Sites(NamedTuple):
 
     def constrained(self, params, prompts) -> dict[str, PyTree]:
         """The parameters as the model sees them."""
-        return _constrain(self.trace(self.model, jax.random.key(0), prompts), params)
+        return self.parameters(self.trace(self.model, jax.random.key(0), prompts), params)
 
     def axis(self, sites: Mapping[str, Any]) -> int:
         """Dimension of the plate of rows."""
