@@ -117,7 +117,7 @@ def trice(
             square = before * jnp.sum(mean**2, axis=1)
             over, under = (jnp.sum(x) - x for x in (covariance, square))
             return before * jnp.clip(over / jnp.where(under > 0, under, 1.0), 0.0, 1.0)
-        return before * control_variate
+        return before * float(control_variate)
 
     def weights(visit: Visit):
         right = visit.right

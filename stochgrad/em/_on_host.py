@@ -1,7 +1,7 @@
 """Verifiers in Python: run on the host, side by side, each with a deadline."""
 
-import _signal
 import contextlib
+import importlib
 import queue
 import subprocess
 import sys
@@ -36,10 +36,11 @@ from stochgrad.em._sending import is_pure, packed
 _START = 120.0  # seconds in which a process must have started
 _NOTICED = 0.1  # seconds after a deadline in which it is noticed, if Python's lock is free
 _SIDE_BY_SIDE = 4
+_SIGNALS = importlib.import_module("_signal")
 _MAIN_ONLY = [  # functions of the C module that only the main thread may call, or hears from
-    getattr(_signal, name)
+    getattr(_SIGNALS, name)
     for name in ("signal", "alarm", "setitimer", "set_wakeup_fd")
-    if hasattr(_signal, name)
+    if hasattr(_SIGNALS, name)
 ]
 
 

@@ -63,7 +63,7 @@ def receive(stream: BinaryIO) -> Any:
     return _Unpickler(io.BytesIO(data)).load()
 
 
-def answer(verify: Any, text: str, truth: Any) -> tuple[str, Any]:
+def answer(verify: Any, text: Any, truth: Any) -> tuple[str, Any]:
     """A verdict and its kind, in what any process can read."""
     try:
         verdict = verify(text, truth)

@@ -186,16 +186,7 @@ def llama(config: Config, *, remat: bool = False) -> Network:
         check_instance("inputs", inputs, Inputs, "Inputs, as stochgrad.em.decoder makes them")
         batch, length = inputs.tokens.shape
         check_count("keep", keep, most=length)
-        block = (config.layers, batch, shared, inputs.mask.shape[-1], size)
-        if not (
-            isinstance(cache, tuple)
-            and len(cache) == 2
-            and all(getattr(part, "shape", None) == block for part in cache)
-        ):
-            raise ValueError(
-                f"cache must be a pair of arrays of shape {block}, as llama_cache(config) makes "
-                f"it, got {jax.tree.map(jnp.shape, cache)}."
-            )
+        _check_cache(cache, (config.layers, batch, shared, inputs.mask.shape[-1], size))
         x = params["embedding"][inputs.tokens]
         wide = at_least_float32(x.dtype)
         angles = inputs.positions[:, :, None].astype(jnp.float32) * rates[None, None, :]
@@ -288,6 +279,15 @@ def _check_params(params: Any, config: Config) -> None:
                 f"{name} must be a floating-point array of the config's shape {shape}, got "
                 f"{describe(leaf)}."
             )
+
+
+def _check_cache(cache: Any, shape: tuple[int, ...]) -> None:
+    pair = isinstance(cache, tuple) and len(cache) == 2
+    if not pair or any(getattr(part, "shape", None) != shape for part in cache):
+        raise ValueError(
+            f"cache must be a pair of arrays of shape {shape}, as llama_cache(config) makes it, "
+            f"got {describe(cache)}."
+        )
 
 
 def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
