@@ -504,7 +504,8 @@ def bias(smoke, output):
         ]
         for name, row in rows.items():
             title = "TRICE, chains at the posterior" if name == "TRICE" else name
-            lines.append(f"| {title} | " + " | ".join(f"{c:.2f} ± {e:.2f}" for c, e in row) + " |")
+            cells = [f"{c:.2f} ± {e:.2f}" if e < 1 else "lost in noise" for c, e in row]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
         blocks[f"bias {kind}"] = lines
         print(kind, "\n".join(lines), flush=True)
     points, lines = variances(smoke)

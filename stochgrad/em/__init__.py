@@ -35,7 +35,7 @@ from stochgrad.em._model import LatentModel as LatentModel
 from stochgrad.em._model import Policy as Policy
 from stochgrad.em._model import Questions as Questions
 from stochgrad.em._model import Rationales as Rationales
+from stochgrad.em._model import VerifierWarning as VerifierWarning
 from stochgrad.em._model import verified as verified
 from stochgrad.em._on_host import HostVerifier as HostVerifier
-from stochgrad.em._on_host import VerifierWarning as VerifierWarning
 from stochgrad.em._on_host import on_host as on_host

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ops import segment_sum
 from jaxtyping import Array, Bool, Float, Int
 
-from stochgrad.core import check_count, check_number
+from stochgrad.core import check_count, check_flag, check_number, check_real
 
 
 class Tally(NamedTuple):
@@ -29,6 +29,7 @@ class Tally(NamedTuple):
     @classmethod
     def none(cls, questions: int) -> "Tally":
         """Nothing yet."""
+        check_count("questions", questions)
         zeros = jnp.zeros(questions)
         return cls(zeros, zeros, zeros, jnp.full(questions, _NEVER))
 
@@ -123,6 +124,12 @@ def gvm(
     norm of the others: with the published $p_i = s / n$ it would get nothing, and is often the one
     that needs proposals most.
 
+    The price is a bias, of every estimator: a pilot decides how many proposals it is averaged with,
+    so that those that ask for more, by large norms or few successes, weigh less; chains leave such
+    rationales more often. On two questions with 4 proposals each it was 1 to 4% of the gradient,
+    with 8 it was 1 to 2% (the page on estimators has the table). ``uniform`` and ``vade`` have none
+    of it. What ``raft`` is biased by, for fixed numbers, comes on top, and is larger.
+
     Args:
         per_question: Proposals for each question on average, pilot included; even.
         alpha: Keeps questions that are hardly ever solved from taking all.
@@ -133,9 +140,9 @@ def gvm(
     number = check_count("per_question", per_question, least=2)
     if number % 2:
         raise ValueError(f"per_question must be even, a half is the pilot, got {number}.")
-    check_number("alpha", alpha, zero=True)
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor must be between 0 and 1, got {floor:g}.")
+    alpha, beta = check_number("alpha", alpha, zero=True), check_real("beta", beta)
+    floor = check_number("floor", floor, zero=True, most=1.0)
+    directions = check_count("directions", directions)
     pilot = number // 2
 
     def counts(key, round, past, tally, present):
@@ -186,8 +193,14 @@ def reinforce_ada(
         corrected: Whether to leave the deciding round out of averages.
     """
     each, rounds = check_count("per_round", per_round), check_count("rounds", rounds)
-    check_count("positive", positive)
-    check_count("negative", negative, least=0)
+    positive = check_count("positive", positive)
+    negative = check_count("negative", negative, least=0)
+    if positive + negative > each * rounds:
+        raise ValueError(
+            f"positive and negative must be reached by per_round * rounds = {each * rounds} "
+            f"proposals, got {positive} and {negative}."
+        )
+    check_flag("corrected", corrected)
 
     def enough(tally):
         return (tally.successes >= positive) & (tally.tries - tally.successes >= negative)
@@ -212,9 +225,8 @@ def vade(per_question: int = 4, *, decay: float = 0.9, floor: float = 0.25) -> A
         floor: Share of the proposals that is spread evenly.
     """
     number = check_count("per_question", per_question)
-    for name, value in (("decay", decay), ("floor", floor)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value:g}.")
+    decay = check_number("decay", decay, zero=True, most=1.0)
+    floor = check_number("floor", floor, zero=True, most=1.0)
 
     def counts(key, round, past, tally, present):
         failures = jnp.maximum(past.tries - past.successes, 0.0)

@@ -7,10 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from stochgrad.core import PRNGKey, at_least_float32, check_count, check_number
-from stochgrad.em._model import Policy, Rationales
+from stochgrad.core import (
+    PRNGKey,
+    at_least_float32,
+    check_array,
+    check_callable,
+    check_count,
+    check_instance,
+    check_number,
+    describe,
+)
+from stochgrad.em._model import Policy, Rationales, called
 
 
 class Prompts(NamedTuple):
@@ -46,6 +56,9 @@ Network = Callable[[Any, Inputs, PyTree, int], tuple[Float[Array, "batch keep vo
 """``(params, inputs, cache, keep) -> (logits, cache)``, as ``decoder`` wants it."""
 
 
+_LARGEST = int(np.iinfo(np.int32).max)
+
+
 def left_padded(
     prompts: Sequence[Sequence[int]], length: int | None = None, pad: int = 0
 ) -> Prompts:
@@ -57,19 +70,34 @@ def left_padded(
         pad: What stands before shorter ones. The network never attends to it.
 
     Raises:
-        ValueError: there are no prompts, one is empty, or longer than ``length``.
+        TypeError: prompts are no lists of whole numbers.
+        ValueError: there are no prompts, one is empty, longer than ``length``, or holds negative
+            numbers.
 
     Example:
         >>> from stochgrad import em
         >>> em.left_padded([[5, 6, 7], [8]]).tokens.tolist()
         [[5, 6, 7], [0, 0, 8]]
     """
-    sizes = [len(prompt) for prompt in prompts]
-    if not sizes or min(sizes) == 0:
-        raise ValueError(
-            f"prompts must be non-empty lists of token numbers, got {len(sizes)} of "
-            f"lengths from {min(sizes, default=0)}."
-        )
+    pad = check_count("pad", pad, least=0, most=_LARGEST)
+    if isinstance(prompts, str | bytes | dict) or not hasattr(prompts, "__len__"):
+        raise TypeError(f"prompts must be lists of token numbers, got {describe(prompts)}.")
+    rows = []
+    for number, prompt in enumerate(prompts):
+        if hasattr(prompt, "__len__") and len(prompt) == 0:
+            raise ValueError(
+                f"prompts must be non-empty lists of token numbers, but {number} is empty."
+            )
+        row = check_array(f"prompts[{number}]", prompt, shape=(None,), kind="integer")
+        if row.min() < 0 or row.max() > _LARGEST:
+            raise ValueError(
+                f"prompts[{number}] must hold token numbers from 0 to {_LARGEST}, got "
+                f"{row.min()} to {row.max()}."
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError("prompts must be non-empty lists of token numbers, got none at all.")
+    sizes = [len(row) for row in rows]
     length = max(sizes) if length is None else check_count("length", length)
     if max(sizes) > length:
         raise ValueError(
@@ -77,9 +105,9 @@ def left_padded(
         )
     tokens = np.full((len(sizes), length), pad, np.int32)
     mask = np.zeros((len(sizes), length), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = True
+    for number, row in enumerate(rows):
+        tokens[number, length - len(row) :] = row
+        mask[number, length - len(row) :] = True
     return Prompts(jnp.asarray(tokens), jnp.asarray(mask))
 
 
@@ -122,19 +150,33 @@ def decoder(
         pad: What stands after the end token.
 
     Raises:
-        ValueError: a setting is out of range; in use, prompts longer than the context.
-        TypeError: prompts are no ``Prompts``.
+        ValueError: a setting is out of range; in use, prompts longer than the context, token
+            numbers beyond the vocabulary, or logits of another shape.
+        TypeError: ``network`` or ``cache`` is no function; in use, prompts are no ``Prompts``.
     """
-    length = check_count("length", length)
-    check_number("temperature", temperature)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p:g}.")
+    check_callable("network", network, "a function (params, inputs, cache, keep)")
+    check_callable("cache", cache, "a function (batch, slots)")
+    length, end = check_count("length", length), check_count("end", end, least=0)
+    pad = check_count("pad", pad, least=0)
+    temperature = check_number("temperature", temperature)
+    top_p = check_number("top_p", top_p, most=1.0)
+    if context is not None:
+        context = check_count("context", context)
 
     def slots_of(prompts: Prompts) -> int:
-        if not isinstance(prompts, Prompts):
+        check_instance(
+            "prompts", prompts, Prompts, "Prompts, as stochgrad.em.left_padded makes them"
+        )
+        tokens, mask = prompts
+        if not all(hasattr(leaf, "dtype") for leaf in prompts) or not (
+            jnp.issubdtype(tokens.dtype, jnp.integer)
+            and mask.dtype == jnp.bool_
+            and tokens.ndim == 2
+            and tokens.shape == mask.shape
+        ):
             raise TypeError(
-                "prompts must be Prompts, as stochgrad.em.left_padded makes them, got "
-                f"{type(prompts).__name__}."
+                "prompts must be Prompts of integer tokens and a mask of bools, both of shape "
+                f"(prompts, length), got tokens: {describe(tokens)}; mask: {describe(mask)}."
             )
         slots = prompts.tokens.shape[1] + length
         if context is not None and slots > context:
@@ -159,6 +201,32 @@ def decoder(
         positions = lax.dynamic_slice_in_dim(jnp.maximum(places, 0), offset, size, axis=1)
         return Inputs(tokens, positions, mask, jnp.asarray(offset, jnp.int32))
 
+    def run(params, prompts: Prompts, inputs: Inputs, held, keep: int):
+        """The network, whose logits must be what a decoder can use."""
+        found = called("network", network, params, inputs, held, keep)
+        if not isinstance(found, tuple) or len(found) != 2 or not hasattr(found[0], "shape"):
+            raise TypeError(f"network must return (logits, cache), got {describe(found)}.")
+        shape, batch = found[0].shape, inputs.tokens.shape[0]
+        if len(shape) != 3 or shape[:2] != (batch, keep):
+            raise ValueError(
+                f"network must return logits of shape ({batch}, {keep}, vocabulary), for {batch} "
+                f"prompts and keep={keep}, got {shape}."
+            )
+        if not jnp.issubdtype(found[0].dtype, jnp.floating):
+            raise TypeError(f"network must return floating logits, got dtype {found[0].dtype}.")
+        largest = [("end", end), ("pad", pad)]
+        if not isinstance(prompts.tokens, Tracer):
+            largest.append(("prompts", int(np.max(np.asarray(prompts.tokens)))))
+        for name, token in largest:
+            if token >= shape[2]:
+                raise ValueError(
+                    f"{name} holds token {token} where the network has a vocabulary of {shape[2]}."
+                )
+        return found
+
+    def emptied(batch: int, slots: int):
+        return called("cache", cache, batch, slots)
+
     def log_probs(logits):
         """Log probabilities of what is sampled."""
         logits = logits.astype(at_least_float32(logits.dtype)) / temperature
@@ -172,9 +240,8 @@ def decoder(
 
     def decode(params, prompts: Prompts, choose) -> Rationales:
         slots, (batch, before) = slots_of(prompts), prompts.tokens.shape
-        logits, held = network(
-            params, inputs_of(prompts, prompts.tokens, slots, 0), cache(batch, slots), 1
-        )
+        inputs = inputs_of(prompts, prompts.tokens, slots, 0)
+        logits, held = run(params, prompts, inputs, emptied(batch, slots), 1)
 
         def pick(number, logits, alive, tokens, mask, total):
             rows = log_probs(logits[:, 0])
@@ -190,7 +257,7 @@ def decoder(
             number, held, alive, tokens, mask, total = carry
             last = lax.dynamic_slice_in_dim(tokens, number - 1, 1, axis=1)
             inputs = inputs_of(prompts, last, slots, before + number - 1)
-            logits, held = network(params, inputs, held, 1)
+            logits, held = run(params, prompts, inputs, held, 1)
             return number + 1, held, *pick(number, logits, alive, tokens, mask, total)
 
         tokens = jnp.full((batch, length), pad, jnp.int32)
@@ -217,9 +284,9 @@ def decoder(
         slots_of(prompts)
         slots = prompts.tokens.shape[1] + tokens.shape[1] - 1
         fed = jnp.concatenate([prompts.tokens, tokens[:, :-1]], axis=1, dtype=jnp.int32)
-        logits, _ = network(
-            params, inputs_of(prompts, fed, slots, 0), cache(fed.shape[0], slots), tokens.shape[1]
-        )
+        inputs = inputs_of(prompts, fed, slots, 0)
+        held = emptied(fed.shape[0], slots)
+        logits, _ = run(params, prompts, inputs, held, tokens.shape[1])
         each = jnp.take_along_axis(log_probs(logits), tokens[..., None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(mask, each, 0.0), axis=1)
 

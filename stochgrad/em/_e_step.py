@@ -1,18 +1,20 @@
 """The E-step: a chain for each example's latent, moved by independence Metropolis-Hastings."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ops import segment_sum
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from stochgrad.core import PRNGKey
 from stochgrad.em._allocate import Allocator, Tally
-from stochgrad.em._model import LatentModel, Questions, Rationales, take
+from stochgrad.em._model import LatentModel, Questions, Rationales, VerifierWarning, take
 from stochgrad.em._shelf import Shelf
 from stochgrad.gradients import directional_derivatives
 from stochgrad.kernels import acceptance
@@ -43,7 +45,8 @@ class Visit(NamedTuple):
 
     Attributes:
         owner: The question that each proposal is for.
-        reward: Likelihood of the answer given each proposal: 1 or 0, with a verifier.
+        reward: Likelihood of the answer given each proposal: 1 or 0, with a verifier; for an
+            estimator that is ``unbounded``, any finite number.
         accept: Probability with which the chain took each.
         used: 1 for proposals that an average over a question may hold without bias, 0 for others:
             they were not asked for, or ended the drawing.
@@ -141,6 +144,7 @@ class Proposals(NamedTuple):
     Attributes:
         drawn: The latents.
         log_likelihood: Of the answers given them.
+        reward: The likelihood, or what a reward that is none comes to.
         owner: The question that each is for.
         asked: Which were asked for; the rest fills up the last round.
         used: Which of them may be averaged over.
@@ -148,6 +152,7 @@ class Proposals(NamedTuple):
 
     drawn: Rationales
     log_likelihood: Float[Array, " proposals"]
+    reward: Float[Array, " proposals"]
     owner: Int[Array, " proposals"]
     asked: Bool[Array, " proposals"]
     used: Bool[Array, " proposals"]
@@ -162,8 +167,12 @@ def propose(
     present: Float[Array, " questions"],
     allocator: Allocator,
     past: Tally,
+    unbounded: bool = False,
 ) -> Proposals:
-    """Draw in rounds, as many each time as the rounds before suggest."""
+    """Draw in rounds, as many each time as the rounds before suggest.
+
+    ``unbounded`` is whether rewards may be other than likelihoods, which are from 0 to 1.
+    """
     questions = present.shape[0]
     size = allocator.per_round * questions
 
@@ -177,9 +186,7 @@ def propose(
         asked, owner = slot < ends[-1], jnp.minimum(owner, questions - 1)
         asking = take(rows, owner)
         drawn: Rationales = lax.stop_gradient(draw(draw_key, asking))
-        log_likelihood = model.log_likelihood(
-            params, asking.prompts, drawn.tokens, drawn.mask, asking.answers
-        )
+        log_likelihood, reward = judged(model, params, asking, drawn, asked, unbounded)
         norms = jnp.zeros(size)
         if allocator.directions:
             along = slopes(
@@ -189,9 +196,9 @@ def propose(
                 allocator.directions,
             )
             norms = jnp.sqrt(jnp.sum(along**2, axis=1))
-        reward = jnp.exp(log_likelihood)
-        tally = allocator.record(tally, owner, asked, reward, norms, number)
-        return tally, (drawn, log_likelihood, owner, asked)
+        success = jnp.clip(reward, 0.0, 1.0)
+        tally = allocator.record(tally, owner, asked, success, norms, number)
+        return tally, (drawn, log_likelihood, reward, owner, asked)
 
     keys = jax.random.split(key, allocator.rounds)
     numbers = jnp.arange(allocator.rounds, dtype=jnp.int32)
@@ -201,9 +208,65 @@ def propose(
     else:
         tally, out = lax.scan(one_round, tally, (numbers, keys))
         out = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
-    drawn, log_likelihood, owner, asked = out
+    drawn, log_likelihood, reward, owner, asked = out
     used = asked & allocator.usable(tally, owner, jnp.repeat(numbers, size))
-    return Proposals(drawn, log_likelihood, owner, asked, used)
+    return Proposals(drawn, log_likelihood, reward, owner, asked, used)
+
+
+def judged(
+    model: LatentModel,
+    params: Any,
+    rows: Questions,
+    drawn: Rationales,
+    asked: Bool[Array, " n"],
+    unbounded: bool,
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """Log likelihoods of the answers, and rewards; what is neither counts as wrong, and warns."""
+    arguments = params, rows.prompts, drawn.tokens, drawn.mask, rows.answers
+    if model.reward is None:
+        log_likelihood = model.log_likelihood(*arguments)
+        if not model.fixed:
+            return log_likelihood, jnp.exp(log_likelihood)
+        reward = _warned(jnp.exp(log_likelihood), log_likelihood <= 0, asked, unbounded=False)
+        return jnp.where(log_likelihood <= 0, log_likelihood, -jnp.inf), reward
+    reward = model.reward(*arguments)
+    if reward.dtype == jnp.bool_:
+        reward = reward.astype(jnp.float32)
+        return jnp.log(reward), reward
+    valid = jnp.isfinite(reward)
+    if not unbounded:
+        valid &= (reward >= 0) & (reward <= 1)
+    reward = _warned(reward, valid, asked, unbounded)
+    return jnp.log(jnp.maximum(reward, 0.0)), reward
+
+
+def _warned(
+    reward: Float[Array, " n"], valid: Bool[Array, " n"], asked: Bool[Array, " n"], unbounded: bool
+) -> Float[Array, " n"]:
+    """Rewards, zero for those that are none; with a warning, from the compiled step."""
+    reward = jnp.where(valid | asked, reward, 0.0)
+    wanted = (
+        "a finite number"
+        if unbounded
+        else "from 0 to 1, a likelihood, which only reinforce, grpo and maxk do without"
+    )
+
+    def warn(reward, valid):
+        reward, valid = np.asarray(reward), np.asarray(valid)
+        if not valid.all():
+            warnings.warn(
+                f"verify returned {reward[~valid][0]:g} where a reward is {wanted}: "
+                f"{np.sum(~valid)} of {valid.size} proposals of this step count as wrong.",
+                VerifierWarning,
+                stacklevel=2,
+            )
+        return np.where(valid, reward, np.zeros((), reward.dtype))
+
+    def replaced(reward):
+        shape = jax.ShapeDtypeStruct(reward.shape, reward.dtype)
+        return jax.pure_callback(warn, shape, reward, valid | ~asked, vmap_method="broadcast_all")
+
+    return lax.cond(jnp.all(valid | ~asked), lambda reward: reward, replaced, reward)
 
 
 def slopes(

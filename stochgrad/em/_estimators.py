@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.ops import segment_max, segment_min
 from jax.scipy.special import betaln, gammaln
 from jaxtyping import Array, Float
 
-from stochgrad.core import check_count, check_number
+from stochgrad.core import check_choice, check_count, check_flag, check_number
 from stochgrad.em._e_step import Visit
 
 Weights = tuple[Float[Array, " questions"] | None, Float[Array, " proposals"] | None]
@@ -31,6 +32,7 @@ class Estimator(NamedTuple):
             gradients (small models only).
         subsample: How many latents to differentiate, drawn by systematic resampling; None for all.
         least: Proposals that a question needs.
+        unbounded: Whether rewards may be any finite numbers, instead of likelihoods from 0 to 1.
     """
 
     weights: Callable[[Visit], Weights]
@@ -41,6 +43,7 @@ class Estimator(NamedTuple):
     directions: int | None = 0
     subsample: int | None = None
     least: int = 1
+    unbounded: bool = False
 
 
 def trice(
@@ -51,27 +54,33 @@ def trice(
 ) -> Estimator:
     r"""The gradient of the marginal log-likelihood, from the chains, with a control variate.
 
-    $$\hat g = \frac1n\sum_m \bigl[\nabla\log p_\theta(z_m) - \beta_m\nabla\log p_\theta(\tilde z_m)
-      \bigr],$$
+    $$\hat g = \frac1n\sum_m \bigl[\nabla\log p_\theta(z_m)
+      - k_m\beta_m\nabla\log p_\theta(\tilde z_m)\bigr],$$
 
     over the n questions whose chain stands at a right latent $z_m$, with the proposals
-    $\tilde z_m$, whose score has mean zero. A proposal that was taken is both, with weight
-    $1 - \beta_m$: as the model learns, $\beta_m\to 1$ and the variance goes to zero
-    [Phan et al. 2023, section 3.2].
+    $\tilde z_m$, whose score has mean zero, and with $k_m = 1$ where the chain was right before the
+    visit, 0 where it was not. A proposal that was taken by a chain that was right is both, with
+    weight $1 - \beta_m$: as the model learns, $\beta_m\to 1$ and the variance goes to zero
+    [Phan et al. 2023, section 3.2]. The first right proposal of a chain counts in full: that the
+    question takes part at all depends on it, so that its score is no control variate. (The paper
+    subtracts it there too, and a first visit of all questions, where every $\beta_m$ is 1, teaches
+    nothing.)
 
-    ``"leave_one_out"`` is $\beta_m$ = share of the other questions' proposals that were taken, as
-    in the paper. With V the posterior variance and S the mean square of
+    ``"leave_one_out"`` is $\beta_m$ = share of the proposals that were taken, of the other
+    questions whose chain was right before. With V the posterior variance and S the mean square of
     $\nabla\log p_\theta(\tilde z)$ it lowers a question's variance only if S < 2V, and raises it
-    where there is one right rationale, V = 0. ``"optimal"`` estimates what is best from the other
-    questions: where a chain moves from one posterior draw $z_l$ to the next, $\tilde z_l$, half the
-    squared distance of their gradients has the mean $V_l$, so that
+    where there is one right rationale, V = 0: the estimate is then exact without it. ``"optimal"``
+    estimates what is best from the other questions: where a chain moves from one posterior draw
+    $z_l$ to the next, $\tilde z_l$, half the squared distance of their gradients has mean $V_l$,
+    so that
 
     $$\beta_m^* = \frac{\sum_{l\ne m}p_lV_l}{\sum_{l\ne m}S_l},\qquad
       \hat\beta_m = \frac{\sum_{l\ne m}\frac12[\text{l moved}]\,
       \|\nabla\log p(z_l) - \nabla\log p(\tilde z_l)\|^2}
-      {\sum_{l\ne m}\|\nabla\log p(\tilde z_l)\|^2}.$$
+      {\sum_{l\ne m}\|\nabla\log p(\tilde z_l)\|^2},$$
 
-    Its estimate is noisy: where nearly all proposals are right, leave-one-out comes closer to one.
+    with l over the chains that were right before. Its estimate is noisy: where nearly all proposals
+    are right, leave-one-out comes closer to one.
 
     Args:
         control_variate: As above; ``"none"``; or a number for $\beta$.
@@ -84,33 +93,31 @@ def trice(
         ValueError: the control variate is unknown.
     """
     if isinstance(control_variate, str):
-        if control_variate not in ("leave_one_out", "optimal", "none"):
-            raise ValueError(
-                "control_variate must be 'leave_one_out', 'optimal', 'none' or a number, got "
-                f"{control_variate!r}."
-            )
+        check_choice("control_variate", control_variate, ("leave_one_out", "optimal", "none"))
     else:
-        check_number("control_variate", control_variate, zero=True)
+        control_variate = check_number("control_variate", control_variate, zero=True)
     if subsample is not None:
-        check_count("subsample", subsample)
+        subsample = check_count("subsample", subsample)
+    directions = _checked(directions)
 
     def coefficients(visit: Visit):
-        right = visit.right
+        """Of chains that were right before the visit, from the others of them."""
+        before = visit.before
         if control_variate == "leave_one_out":
-            taken = right * visit.sums(visit.accept) / jnp.maximum(visit.counts(), 1.0)
-            others = jnp.sum(right) - right
-            return (jnp.sum(taken) - taken) / jnp.maximum(others, 1.0)
+            taken = before * visit.sums(visit.accept) / jnp.maximum(visit.counts(), 1.0)
+            others = jnp.sum(before) - before
+            return before * (jnp.sum(taken) - taken) / jnp.maximum(others, 1.0)
         if control_variate == "optimal":
             proposals, chains = visit.slopes()
             mean = visit.sums(proposals * visit.shares()[:, None])
-            moved = visit.before * (visit.chosen >= 0).astype(right.dtype)
+            moved = before * (visit.chosen >= 0).astype(before.dtype)
             apart = chains - proposals[jnp.maximum(visit.chosen, 0)]
             each = jnp.maximum(visit.counts(), 1.0)
             covariance = 0.5 * moved * jnp.sum(apart**2, axis=1) / each
-            square = right * jnp.sum(mean**2, axis=1)
+            square = before * jnp.sum(mean**2, axis=1)
             over, under = (jnp.sum(x) - x for x in (covariance, square))
-            return jnp.clip(over / jnp.where(under > 0, under, 1.0), 0.0, 1.0)
-        return jnp.full_like(right, float(control_variate))
+            return before * jnp.clip(over / jnp.where(under > 0, under, 1.0), 0.0, 1.0)
+        return before * float(control_variate)
 
     def weights(visit: Visit):
         right = visit.right
@@ -137,6 +144,7 @@ def star(greedy: bool = False) -> Estimator:
     Args:
         greedy: Whether proposals are the policy's most probable rationales.
     """
+    check_flag("greedy", greedy)
 
     def weights(visit: Visit):
         right = visit.reward * visit.used
@@ -157,8 +165,7 @@ def raft(kept: Literal["one", "all"] = "one") -> Estimator:
         kept: ``"one"``, the first accepted of each question, or ``"all"``, the mean over them, as
             the M-step of GVM-RAFT does.
     """
-    if kept not in ("one", "all"):
-        raise ValueError(f"kept must be 'one' or 'all', got {kept!r}.")
+    check_choice("kept", kept, ("one", "all"))
 
     def weights(visit: Visit):
         right = _right(visit)
@@ -196,16 +203,16 @@ def reinforce(
 
     $$\hat g = \frac1M\sum_m\frac1{K_m}\sum_k(c_{mk} - b_{mk})\nabla\log p_\theta(z_{mk}).$$
 
+    Rewards c may be any finite numbers.
+
     Args:
         baseline: ``"leave_one_out"``, the mean of the question's other proposals
             [Kool et al. 2019]; ``"optimal"``, their mean weighted by squared gradient norms, which
             has the least variance; ``"none"``.
         directions: For ``"optimal"``: random directions, or None for whole gradients.
     """
-    if baseline not in ("leave_one_out", "optimal", "none"):
-        raise ValueError(
-            f"baseline must be 'leave_one_out', 'optimal' or 'none', got {baseline!r}."
-        )
+    check_choice("baseline", baseline, ("leave_one_out", "optimal", "none"))
+    directions = _checked(directions)
 
     def weights(visit: Visit):
         reward, used = visit.reward, visit.used
@@ -222,7 +229,8 @@ def reinforce(
         return None, _averaged(advantage, visit)
 
     directions = directions if baseline == "optimal" else 0
-    return Estimator(weights, "reinforce", directions=directions, least=1 + (baseline != "none"))
+    least = 1 + (baseline != "none")
+    return Estimator(weights, "reinforce", directions=directions, least=least, unbounded=True)
 
 
 def grpo(epsilon: float = 1e-4) -> Estimator:
@@ -230,20 +238,28 @@ def grpo(epsilon: float = 1e-4) -> Estimator:
 
     $$A_{mk} = \frac{r_{mk} - \bar r_m}{\sigma_m + \epsilon}.$$
 
-    A question whose proposals are all right, or all wrong, has no gradient.
+    A question whose proposals are all right, or all wrong, has no gradient. Rewards may be any
+    finite numbers.
 
     Args:
         epsilon: Keeps the quotient finite.
     """
-    check_number("epsilon", epsilon)
+    epsilon = check_number("epsilon", epsilon)
 
     def weights(visit: Visit):
+        # from the least of a question's rewards, and by the largest: equal ones give zero, large
+        # ones do not overflow
+        used, owner, questions = visit.used > 0, visit.owner, visit.present.shape[0]
+        low = segment_min(jnp.where(used, visit.reward, jnp.inf), owner, questions)
+        above = jnp.where(used, visit.reward - low[owner], 0.0)
+        high = segment_max(above, owner, questions)
+        scale = jnp.where((high > 0) & jnp.isfinite(high), high, 1.0)
+        visit = visit._replace(reward=above / scale[owner])
         mean, variance = _moments(visit)
-        return None, _averaged(
-            (visit.reward - mean[visit.owner]) / (jnp.sqrt(variance) + epsilon)[visit.owner], visit
-        )
+        deviation = jnp.sqrt(variance) + epsilon / scale
+        return None, _averaged((visit.reward - mean[owner]) / deviation[owner], visit)
 
-    return Estimator(weights, "grpo", least=2)
+    return Estimator(weights, "grpo", least=2, unbounded=True)
 
 
 def bnpo() -> Estimator:
@@ -255,7 +271,8 @@ def bnpo() -> Estimator:
 
     where m and v are the mean and the variance of $\hat p$ over the minibatch. With
     $\alpha = \beta = 1$ it is ``reinforce`` with a mean baseline; with 3/2, in proportion to
-    ``grpo`` [BNPO, Xiao et al. 2025; not TRL's loss of that name].
+    ``grpo`` [BNPO, Xiao et al. 2025; not TRL's loss of that name]. Rewards are from 0 to 1, where
+    a Beta density is.
     """
 
     def weights(visit: Visit):
@@ -286,6 +303,7 @@ def maxk(k: int) -> Estimator:
     $$s_i = \binom nk^{-1}\Bigl[\binom{i-1}{k-1}r_{(i)} + \sum_{j>i}\binom{j-2}{k-2}r_{(j)}\Bigr]$$
 
     [max@k, Bagirov et al. 2025]. With a verifier it is the gradient of pass@k.
+    Rewards may be any finite numbers.
 
     Args:
         k: Of how many the best counts; a question needs at least as many proposals.
@@ -314,7 +332,11 @@ def maxk(k: int) -> Estimator:
         s = jnp.where(place >= 1, own + after, 0.0)[jnp.argsort(order)]
         return None, used * s / jnp.maximum(jnp.sum(visit.present), 1.0)
 
-    return Estimator(weights, "maxk", least=k)
+    return Estimator(weights, "maxk", least=k, unbounded=True)
+
+
+def _checked(directions: int | None) -> int | None:
+    return None if directions is None else check_count("directions", directions)
 
 
 def _right(visit: Visit):

@@ -11,9 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from stochgrad.core import PRNGKey, check_count, check_key, data_rows
+from stochgrad.core import (
+    PRNGKey,
+    check_array,
+    check_callable,
+    check_count,
+    check_instance,
+    check_key,
+    check_path,
+    describe,
+    first_line,
+)
 from stochgrad.em._e_step import Stats
-from stochgrad.em._model import LatentModel, Questions, take
+from stochgrad.em._model import (
+    LatentModel,
+    Questions,
+    called,
+    check_draws,
+    check_model,
+    check_params,
+    check_questions,
+    take,
+)
 
 
 class Rate(NamedTuple):
@@ -31,8 +50,16 @@ class Rate(NamedTuple):
 
     @classmethod
     def of(cls, values: Array | np.ndarray) -> "Rate":
-        """Of numbers between 0 and 1, one for each question."""
-        values = np.asarray(values, np.float64)
+        """Of numbers between 0 and 1, one for each question.
+
+        Raises:
+            TypeError: they are no numbers.
+            ValueError: there are none, or one is below 0 or above 1.
+        """
+        values = _numbers("values", values).astype(np.float64)
+        if values.size == 0 or values.min() < 0 or values.max() > 1:
+            got = "none" if values.size == 0 else f"{values.min():g} to {values.max():g}"
+            raise ValueError(f"values must be numbers from 0 to 1, at least one, got {got}.")
         n, p, z = values.size, float(values.mean()), 1.959964
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -103,8 +130,10 @@ def evaluate(
             number, negative where it gives none. Of answers equally frequent the first drawn wins.
 
     Raises:
-        ValueError: there are no questions, or a number is not positive.
-        TypeError: the key is no PRNG key.
+        ValueError: there are no questions, or a number is not positive; a reward is not from 0 to
+            1, so that nobody knows what is right; ``vote`` returns something else than integers.
+        TypeError: the key is no PRNG key, the model none of ``verified``; the policy or the
+            verifier fails on the parameters and the questions.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -121,29 +150,53 @@ def evaluate(
         >>> found.pass_at[1].low < 0.5 < found.pass_at[1].high, found.pass_at[8].mean > 0.98
         (True, True)
     """
+    check_model(model)
+    if not model.fixed:
+        raise ValueError(
+            "model must say what is right, as stochgrad.em.verified does, got one whose likelihood "
+            "is a density."
+        )
     check_key(key)
-    samples, size = check_count("samples", samples), data_rows(questions)
-    at_once = min(check_count("batch_size", batch_size), size)
+    questions, size = check_questions(questions)
+    samples, at_once = check_count("samples", samples), check_count("batch_size", batch_size)
+    at_once = min(at_once, size)
+    if vote is not None:
+        check_callable("vote", vote, "a function of tokens and mask, or None")
+    if model.check is not None:
+        model.check(questions.answers)
+    check_params(params)
+    greedy = model.policy.greedy is not None
+    check_draws("model.policy", model.policy, params, questions.prompts, at_once, greedy=greedy)
 
     @jax.jit
     def judge(params, key, rows: Questions):
         def verdict(drawn):
-            ll = model.log_likelihood(params, rows.prompts, drawn.tokens, drawn.mask, rows.answers)
+            given = params, rows.prompts, drawn.tokens, drawn.mask, rows.answers
+            if model.reward is None:
+                rewards = jnp.exp(called("model.log_likelihood", model.log_likelihood, *given))
+            else:
+                rewards = model.reward(*given)
             votes = jnp.zeros(at_once, jnp.int32)
             if vote is not None:
-                votes = vote(drawn.tokens, drawn.mask)
-            return jnp.exp(ll) > 0.5, votes
+                votes = called("vote", vote, drawn.tokens, drawn.mask)
+                dtype, shape = getattr(votes, "dtype", None), jnp.shape(votes)
+                if dtype is None or shape != (at_once,) or not jnp.issubdtype(dtype, jnp.integer):
+                    raise ValueError(
+                        f"vote must return {at_once} integers, one for each rationale, got "
+                        f"{describe(votes) if dtype is None else f'dtype {dtype}, shape {shape}'}."
+                    )
+            return rewards, votes
 
         def one(key):
             drawn = model.policy.sample(params, key, rows.prompts)
             return *verdict(drawn), drawn.tokens, drawn.mask
 
-        right, votes, tokens, mask = jax.lax.map(one, jax.random.split(key, samples))
-        first = (*jax.tree.map(lambda leaf: leaf[0], (tokens, mask)), right[0])
+        rewards, votes, tokens, mask = jax.lax.map(one, jax.random.split(key, samples))
+        first = (*jax.tree.map(lambda leaf: leaf[0], (tokens, mask)), rewards[0])
         if model.policy.greedy is not None:
             best = model.policy.greedy(params, rows.prompts)
             first = best.tokens, best.mask, verdict(best)[0]
-        return (right.T, votes.T), first
+        return (rewards.T, votes.T), first
 
     found = []
     for start in range(0, size, at_once):
@@ -155,6 +208,7 @@ def evaluate(
     (right, votes), (tokens, mask, shown) = jax.tree.map(
         lambda *parts: np.concatenate(parts), *found
     )
+    right, shown = _as_right(right), _as_right(shown)
     counts = right.sum(axis=1)
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return Evaluation(
@@ -171,6 +225,9 @@ def evaluate(
 def json_lines(path: str | Path, metrics: Mapping[str, Any] | Stats, step: int = 0) -> None:
     """Append metrics to a file, one JSON object a step, which any tracker reads.
 
+    JSON has no NaN and no infinity: both are written as ``null``, which ``json.loads`` reads as
+    None, and pandas as NaN.
+
     Args:
         path: The file.
         metrics: Numbers by name, as ``Evaluation.metrics`` has them, or arrays with one leading
@@ -178,20 +235,65 @@ def json_lines(path: str | Path, metrics: Mapping[str, Any] | Stats, step: int =
         step: Number of the (first) step.
 
     Raises:
-        ValueError: a metric is neither a number nor a sequence of them, or lengths differ.
+        TypeError: metrics are neither a mapping of names nor ``Stats``, or one is no number.
+        ValueError: there are none, lengths differ, or one is called ``step``.
+
+    Example:
+        >>> import json, pathlib, tempfile, numpy as np
+        >>> from stochgrad import em
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> em.json_lines(path, {"loss": np.array([1.0, np.nan])}, step=10)
+        >>> [json.loads(line) for line in path.read_text().splitlines()]
+        [{'step': 10, 'loss': 1.0}, {'step': 11, 'loss': None}]
     """
+    place, step = check_path("path", path), check_count("step", step, least=0)
+    check_instance("metrics", metrics, (Mapping, Stats), "a dict of numbers by name, or Stats")
     named = metrics if isinstance(metrics, Mapping) else metrics._asdict()
-    columns = {name: np.asarray(values) for name, values in named.items()}
+    for name in named:
+        if not isinstance(name, str) or name == "step":
+            raise ValueError(
+                f"metrics must have names of text other than 'step', got {describe(name)}."
+            )
+    columns = {
+        name: _numbers(f"metrics[{name!r}]", values, finite=False) for name, values in named.items()
+    }
     shapes = {values.shape for values in columns.values()}
     if len(shapes) != 1 or len(shape := shapes.pop()) > 1:
         raise ValueError(
             "metrics must be numbers, or sequences of them of one length, got shapes "
             f"{ {name: values.shape for name, values in columns.items()} }."
         )
-    with Path(path).open("a") as file:
-        for row in range(shape[0] if shape else 1):
-            values = {name: np.atleast_1d(column)[row].item() for name, column in columns.items()}
-            file.write(json.dumps({"step": step + row, **values}) + "\n")
+    lines = []
+    for row in range(shape[0] if shape else 1):
+        values = {name: np.atleast_1d(column)[row].item() for name, column in columns.items()}
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        lines.append(json.dumps({"step": step + row, **values}, allow_nan=False) + "\n")
+    try:
+        with place.open("a") as file:
+            file.write("".join(lines))
+    except OSError as error:
+        raise OSError(f"path={str(path)!r} cannot be written: {first_line(error)}.") from error
+
+
+def _numbers(name: str, values: Any, finite: bool = True) -> np.ndarray:
+    """Real numbers or truth values as an array."""
+    if isinstance(values, jax.Array) and jnp.issubdtype(values.dtype, jnp.floating):
+        values = np.asarray(values.astype(jnp.float32))  # numpy's own kinds: not bfloat16
+    parts = values if isinstance(values, list | tuple) and len(values) else [values]
+    flags = all(getattr(part, "dtype", type(part)) in (bool, np.bool_) for part in parts)
+    kind = "boolean" if flags else "number"
+    return check_array(name, values, kind=kind, finite=finite)
+
+
+def _as_right(rewards: np.ndarray) -> np.ndarray:
+    """Whether each is right, by a reward of more than a half."""
+    valid = (rewards >= 0) & (rewards <= 1)
+    if not valid.all():
+        raise ValueError(
+            f"verify must return bools, or numbers from 0 to 1, to say what is right, got "
+            f"{rewards[~valid][0]:g}: evaluate with a verify that does."
+        )
+    return rewards > 0.5
 
 
 def _pass_at(counts, n: int, k: int) -> np.ndarray:

@@ -8,7 +8,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from stochgrad.core import Gradient, Order, Position, PRNGKey, check_count, data_batches, data_rows
+from stochgrad.core import (
+    Gradient,
+    Order,
+    Position,
+    PRNGKey,
+    check_callable,
+    check_count,
+    check_flag,
+    check_instance,
+    check_path,
+    data_batches,
+    describe,
+    first_line,
+)
 from stochgrad.em._allocate import Allocator, Tally, uniform
 from stochgrad.em._e_step import (
     Memory,
@@ -25,7 +38,19 @@ from stochgrad.em._e_step import (
 )
 from stochgrad.em._estimators import Estimator, trice
 from stochgrad.em._m_step import Items, in_pieces, joined, times, weighed
-from stochgrad.em._model import Guide, LatentModel, Questions, Rationales, take
+from stochgrad.em._model import (
+    Guide,
+    LatentModel,
+    Questions,
+    Rationales,
+    called,
+    check_draws,
+    check_model,
+    check_numbers,
+    check_policy,
+    check_questions,
+    take,
+)
 from stochgrad.em._shelf import Shelf, on_device, on_disk
 
 
@@ -94,10 +119,12 @@ def mcmc_em(
             itself, and each of several restarts has a file of its own.
 
     Raises:
-        TypeError: the model is no ``LatentModel``.
+        TypeError: the model is no ``LatentModel``, or another part not what it should be.
         ValueError: there are no questions, or the minibatch does not fit them; the estimator needs
             more proposals than there are, the policy's own proposals, or a likelihood that is free
-            of parameters; a guide is without hints.
+            of parameters; a guide is without hints; when it begins, the policy, a guide or the
+            likelihood fails on the parameters, or returns something else than it should.
+        OSError: ``memory_path`` cannot be written to.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, stochgrad
@@ -121,9 +148,10 @@ def mcmc_em(
     """
     estimator = trice() if estimator is None else estimator
     allocator = uniform() if allocator is None else allocator
-    _check(model, questions, estimator, allocator, proposal, start)
+    questions, size = _check(model, questions, estimator, allocator, proposal, start)
     pieces = check_count("pieces", pieces)
-    size = data_rows(questions)
+    if memory_path is not None:
+        memory_path = _writable(memory_path)
     if model.check is not None:
         model.check(questions.answers)
     learned = proposal is not None and proposal.learned
@@ -131,12 +159,8 @@ def mcmc_em(
     starts = (model.initial, proposal.initial) if learned else (model.initial,)  # type: ignore
     for begin in starts:
         if begin is not None:
-            jax.eval_shape(begin, jax.random.key(0), one)  # what does not fit is refused here
-    batches = data_batches(
-        (questions, jnp.arange(size, dtype=jnp.int32)),
-        size if order == "full" else batch_size,
-        order,
-    )
+            called("model.initial", jax.eval_shape, begin, jax.random.key(0), one)
+    batches = data_batches((questions, jnp.arange(size, dtype=jnp.int32)), batch_size, order)
 
     def of(position: Position) -> tuple[Any, Any]:
         """The model's parameters, and those that a guide is called with."""
@@ -167,7 +191,9 @@ def mcmc_em(
             draw = lambda key, rows: model.policy.greedy(theta, rows.prompts)  # type: ignore
         else:
             draw = lambda key, rows: model.policy.sample(theta, key, rows.prompts)
-        found = propose(draw_key, draw, model, theta, rows, present, allocator, past)
+        found = propose(
+            draw_key, draw, model, theta, rows, present, allocator, past, estimator.unbounded
+        )
         asking = take(rows, found.owner)
 
         likelihood = held.log_likelihood
@@ -193,7 +219,7 @@ def mcmc_em(
             (found.drawn.tokens, found.drawn.mask, found.log_likelihood),
             (held.tokens, held.mask, likelihood),
         )
-        reward = jnp.where(found.asked, jnp.exp(found.log_likelihood), 0.0)
+        reward = jnp.where(found.asked, found.reward, 0.0)
         right = jnp.isfinite(weight).astype(reward.dtype) * present
 
         def all_slopes():
@@ -224,7 +250,7 @@ def mcmc_em(
             mask,
             likelihood,
             allocator.decay * held.tries + tries,
-            allocator.decay * held.successes + visit.sums(jnp.minimum(reward, 1.0)),
+            allocator.decay * held.successes + visit.sums(jnp.clip(reward, 0.0, 1.0)),
             jnp.where(moved, 0, held.age + 1),
         )
         into = jnp.where(present > 0, index, size)
@@ -270,7 +296,14 @@ def mcmc_em(
 
     def init(key: PRNGKey, position: Position) -> EMState:
         batch_key, start_key = jax.random.split(key)
-        theta, _ = of(position)
+        if learned and not (isinstance(position, tuple) and len(position) == 2):
+            raise ValueError(
+                "position must be a pair of the model's parameters and the learned guide's, got "
+                f"{describe(position)}."
+            )
+        theta, phi = of(position)
+        count = allocator.per_round * min(batch_size, size)
+        _try(model, questions, theta, phi, proposal, start, estimator.greedy, count)
         shelf, one = shelf_of(theta), latent_shapes(model, theta, questions)
         memory = empty_memory(shelf, jax.random.fold_in(start_key, 0), one, size)
         if start is not None:
@@ -298,10 +331,19 @@ def unsolved(state: Any) -> Int[Array, " examples"]:
 
     Args:
         state: The kernel's state, the gradient's, or a memory.
+
+    Raises:
+        TypeError: it is none of these.
     """
-    while not isinstance(state, Memory):
-        state = getattr(state, "gradient_state", None) or state.memory
-    return jnp.flatnonzero(jnp.isneginf(state.log_likelihood))
+    memory = state
+    while not isinstance(memory, Memory):
+        memory = getattr(memory, "gradient_state", None) or getattr(memory, "memory", None)
+        if memory is None:
+            raise TypeError(
+                "state must be a state of a kernel with mcmc_em, of the gradient, or a memory, got "
+                f"{describe(state)}."
+            )
+    return jnp.flatnonzero(jnp.isneginf(memory.log_likelihood))
 
 
 def _started(
@@ -343,18 +385,80 @@ def _stats(visit: Visit, found: Proposals, updated: Memory, memory: Memory) -> S
     )
 
 
-def _check(model, questions, estimator: Estimator, allocator: Allocator, proposal, start) -> None:
-    """Raise where parts do not fit each other."""
-    if not isinstance(model, LatentModel):
-        raise TypeError(
-            "model must be a LatentModel, as stochgrad.em.verified makes it, got "
-            f"{type(model).__name__}."
-        )
+def _writable(memory_path: str | Path) -> Path:
+    place = check_path("memory_path", memory_path)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / ".written").touch()
+        (place / ".written").unlink()
+    except OSError as error:
+        raise OSError(
+            f"memory_path={str(memory_path)!r} cannot be written to: {first_line(error)}."
+        ) from error
+    return place
+
+
+def _try(
+    model, questions: Questions, theta, phi, proposal, start, greedy: bool, count: int
+) -> None:
+    """Raise where the policy, a guide or the likelihood does not do what it should: by shapes."""
+    drawn = check_draws(
+        "model.policy", model.policy, theta, questions.prompts, count, greedy=greedy
+    )
+    for name, guide, params in (("proposal", proposal, phi), ("start", start, theta)):
+        if guide is None:
+            continue
+        its = check_draws(f"{name}.policy", guide.policy, params, questions.hints, count)
+        shapes = [
+            jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), (of.tokens, of.mask))
+            for of in (drawn, its)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{name}.policy must draw what the model's policy draws, {shapes[0]}, got "
+                f"{shapes[1]}."
+            )
+    some = take(questions, jnp.zeros(count, jnp.int32))
+    found = called(
+        "model.log_likelihood",
+        jax.eval_shape,
+        model.log_likelihood,
+        theta,
+        some.prompts,
+        drawn.tokens,
+        drawn.mask,
+        some.answers,
+    )
+    check_numbers("model.log_likelihood", found, count)
+
+
+def _check(
+    model, questions, estimator: Estimator, allocator: Allocator, proposal, start
+) -> tuple[Questions, int]:
+    """Raise where parts are not what they should be, or do not fit each other."""
+    check_model(model)
+    questions, size = check_questions(questions)
+    check_instance("estimator", estimator, Estimator, "an Estimator, as stochgrad.em.trice() is")
+    check_callable("estimator.weights", estimator.weights, "a function of a Visit")
+    check_instance("allocator", allocator, Allocator, "an Allocator, as stochgrad.em.uniform() is")
+    check_callable("allocator.counts", allocator.counts)
+    check_count("allocator.per_round", allocator.per_round)
+    check_count("allocator.rounds", allocator.rounds)
     for name, guide in (("proposal", proposal), ("start", start)):
-        if guide is not None and not isinstance(guide, Guide):
-            raise TypeError(f"{name} must be a Guide, got {type(guide).__name__}.")
-        if guide is not None and questions.hints is None:
+        if guide is None:
+            continue
+        check_instance(name, guide, Guide, "a Guide")
+        check_policy(f"{name}.policy", guide.policy)
+        check_flag(f"{name}.learned", guide.learned)
+        if guide.initial is not None:
+            check_callable(f"{name}.initial", guide.initial, "a function, or None")
+        if questions.hints is None:
             raise ValueError(f"{name} sees hints, but questions.hints is None.")
+    if start is not None and start.learned:
+        raise ValueError(
+            "start must be a guide with the model's parameters, got a learned one: give it as "
+            "proposal."
+        )
     if proposal is not None and not estimator.chains:
         raise ValueError(
             f"{estimator.name} needs the policy's own proposals: leave proposal out, or use trice."
@@ -376,3 +480,4 @@ def _check(model, questions, estimator: Estimator, allocator: Allocator, proposa
             f"{estimator.name} needs at least {estimator.least} proposals a question, got {most}: "
             "set allocator=stochgrad.em.uniform(n)."
         )
+    return questions, size

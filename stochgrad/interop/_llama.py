@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from stochgrad.core import at_least_float32
+from stochgrad.core import (
+    at_least_float32,
+    check_count,
+    check_flag,
+    check_instance,
+    check_number,
+    check_path,
+    describe,
+    first_line,
+)
 from stochgrad.em import Inputs, Network, Policy, decoder
 
 
@@ -83,14 +92,17 @@ class Llama(NamedTuple):
             remat: As in ``llama``.
 
         Raises:
+            TypeError: the model's config is no ``Config``, or its params are no Llama's.
             ValueError: a setting is out of range.
         """
-        if context is not None and context > self.config.context:
+        network = llama(self.config, remat=remat)
+        if context is not None and check_count("context", context) > self.config.context:
             raise ValueError(
                 f"context is {context} where the model was trained for {self.config.context}."
             )
+        _check_params(self.params, config=self.config)
         return decoder(
-            llama(self.config, remat=remat),
+            network,
             llama_cache(self.config, self.params["embedding"].dtype),
             length=length,
             end=self.end if end is None else end,
@@ -106,9 +118,16 @@ def llama_cache(config: Config, dtype: Any = jnp.float32) -> Callable[[int, int]
     Returns:
         ``(batch, slots) -> (keys, values)``, each of shape (layers, batch, kv_heads, slots,
         head_width), so that a head's slots lie side by side.
+
+    Raises:
+        TypeError: the config is no ``Config``, or the dtype none of floating-point numbers.
+        ValueError: sizes of the config do not fit each other.
     """
+    _check_config(config)
+    dtype = _floating(dtype)
 
     def cache(batch: int, slots: int) -> tuple[Array, Array]:
+        batch, slots = check_count("batch", batch), check_count("slots", slots)
         shape = (config.layers, batch, config.kv_heads, slots, config.head_width)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
@@ -152,12 +171,22 @@ def llama(config: Config, *, remat: bool = False) -> Network:
     Returns:
         ``(params, inputs, cache, keep) -> (logits, cache)``, with the logits at the last ``keep``
         inputs, shape (batch, keep, vocabulary), in float32 at least.
+
+    Raises:
+        TypeError: the config is no ``Config``; in use, params are no Llama's.
+        ValueError: sizes of the config do not fit each other.
     """
+    _check_config(config)
+    check_flag("remat", remat)
     heads, shared, size = config.heads, config.kv_heads, config.head_width
     rates = (config.rope_base ** (-np.arange(0, size, 2) / size)).astype(np.float32)
 
     def network(params, inputs: Inputs, cache, keep: int):
+        _check_params(params, config)
+        check_instance("inputs", inputs, Inputs, "Inputs, as stochgrad.em.decoder makes them")
         batch, length = inputs.tokens.shape
+        check_count("keep", keep, most=length)
+        _check_cache(cache, (config.layers, batch, shared, inputs.mask.shape[-1], size))
         x = params["embedding"][inputs.tokens]
         wide = at_least_float32(x.dtype)
         angles = inputs.positions[:, :, None].astype(jnp.float32) * rates[None, None, :]
@@ -215,6 +244,80 @@ def llama(config: Config, *, remat: bool = False) -> Network:
     return network
 
 
+def _check_config(config: Any) -> None:
+    check_instance("config", config, Config, "a Config, as read_gguf(...).config is")
+    for name, value in config._asdict().items():
+        if name in ("rope_base", "eps"):
+            check_number(f"config.{name}", value)
+        else:
+            check_count(f"config.{name}", value)
+    if config.heads % config.kv_heads or config.head_width % 2:
+        raise ValueError(
+            "config must have heads that are a multiple of kv_heads and an even head_width, got "
+            f"{config.heads} heads for {config.kv_heads} of width {config.head_width}."
+        )
+
+
+def _check_params(params: Any, config: Config) -> None:
+    wanted = {"embedding", "norm", "layers"}
+    if not isinstance(params, Mapping) or not wanted <= params.keys():
+        raise TypeError(f"params must be a dict with {sorted(wanted)}, got {describe(params)}.")
+    layers = params["layers"]
+    if not isinstance(layers, Mapping) or not layers.keys() >= NAMES.keys():
+        raise TypeError(
+            f"params['layers'] must be a dict with {sorted(NAMES)}, got {describe(layers)}."
+        )
+    table = (config.vocabulary, config.width)
+    shapes = {"embedding": table, "norm": (config.width,), "logits": table}
+    found = {f"params[{name!r}]": (params[name], shapes[name]) for name in shapes if name in params}
+    for name, shape in _shapes(config).items():
+        found[f"params['layers'][{name!r}]"] = layers[name], (config.layers, *shape)
+    for name, (leaf, shape) in found.items():
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or leaf.shape != shape or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be a floating-point array of the config's shape {shape}, got "
+                f"{describe(leaf)}."
+            )
+
+
+def _check_cache(cache: Any, shape: tuple[int, ...]) -> None:
+    pair = isinstance(cache, tuple) and len(cache) == 2
+    if not pair or any(getattr(part, "shape", None) != shape for part in cache):
+        raise ValueError(
+            f"cache must be a pair of arrays of shape {shape}, as llama_cache(config) makes it, "
+            f"got {describe(cache)}."
+        )
+
+
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of a block's weights."""
+    width, hidden = config.width, config.hidden
+    wide, narrow = config.heads * config.head_width, config.kv_heads * config.head_width
+    return {
+        "attention_norm": (width,),
+        "query": (width, wide),
+        "key": (width, narrow),
+        "value": (width, narrow),
+        "output": (wide, width),
+        "mlp_norm": (width,),
+        "gate": (width, hidden),
+        "up": (width, hidden),
+        "down": (hidden, width),
+    }
+
+
+def _floating(dtype: Any) -> Any:
+    """The dtype, if it is one of real floating-point numbers."""
+    try:
+        known = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise TypeError(f"dtype must be one of floating-point numbers, got {describe(dtype)}.")
+    return dtype
+
+
 def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -248,6 +351,7 @@ def read_gguf(path: str | Path, dtype: Any = jnp.float32) -> Llama:
 
     Raises:
         ImportError: gguf or tokenizers is not installed.
+        TypeError: the path is none, or the dtype is not one of floating-point numbers.
         FileNotFoundError: there is no such file.
         ValueError: the file is no GGUF, its architecture, quantisation, positions or tokenizer is
             another than these, or tensors are missing or left over.
@@ -263,13 +367,16 @@ def read_gguf(path: str | Path, dtype: Any = jnp.float32) -> Llama:
             tokens = policy.greedy(model.params, prompts).tokens[0]
             print(model.tokenizer.decode(tokens.tolist()))
     """
-    gguf, path = _imported("gguf"), Path(path)
+    path, dtype = check_path("path", path), _floating(dtype)
+    gguf = _imported("gguf")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+        raise FileNotFoundError(f"path must be a GGUF file, but there is no file {path}.")
     try:
         reader = gguf.GGUFReader(path)
-    except ValueError as error:
-        raise ValueError(f"gguf cannot read {path}: {error}.") from error
+    except Exception as error:
+        raise ValueError(
+            f"path must be a GGUF file, but gguf cannot read {path}: {first_line(error)}."
+        ) from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def field(name: str, *default: Any) -> Any:
@@ -288,22 +395,35 @@ def read_gguf(path: str | Path, dtype: Any = jnp.float32) -> Llama:
             raise ValueError(
                 f"gguf cannot dequantise {name} of {path}, of type {tensor.tensor_type.name}."
             ) from error
-        return values.T.astype(dtype)
+        with np.errstate(over="ignore"):
+            values = values.T.astype(dtype)
+        if not np.all(np.isfinite(values)):
+            raise ValueError(f"{path} has a tensor {name} that is not finite in {values.dtype}.")
+        return values
+
+    def count(name: str, *default: Any) -> int:
+        return check_count(f"path={path} has metadata {name} that", field(name, *default))
+
+    def stacked(names: list[str]) -> Array:
+        blocks = [read(name) for name in names]
+        if len({block.shape for block in blocks}) > 1:
+            raise ValueError(f"{path} has blocks of unequal shape: {names[0]} and those after it.")
+        return jnp.asarray(np.stack(blocks))
 
     if (architecture := field("general.architecture")) != "llama":
         raise ValueError(f"{path} holds a {architecture!r} where read_gguf reads 'llama'.")
     if (scaling := field("llama.rope.scaling.type", "none")) != "none":
         raise ValueError(f"{path} scales its positions by {scaling!r}, which read_gguf does not.")
-    layers, heads = field("llama.block_count"), field("llama.attention.head_count")
-    width = field("llama.embedding_length")
-    size = field("llama.attention.key_length", width // heads)
-    if (turned := field("llama.rope.dimension_count", size)) != size:
+    layers, heads = count("llama.block_count"), count("llama.attention.head_count")
+    width = count("llama.embedding_length")
+    size = count("llama.attention.key_length", width // heads)
+    if (turned := count("llama.rope.dimension_count", size)) != size:
         raise ValueError(f"{path} turns {turned} of {size} dimensions where read_gguf turns all.")
     params: dict[str, Any] = {
         "embedding": jnp.asarray(read("token_embd.weight").T),
         "norm": jnp.asarray(read("output_norm.weight")),
         "layers": {
-            name: jnp.asarray(np.stack([read(f"blk.{i}.{its}.weight") for i in range(layers)]))
+            name: stacked([f"blk.{i}.{its}.weight" for i in range(layers)])
             for name, its in NAMES.items()
         },
     }
@@ -316,18 +436,36 @@ def read_gguf(path: str | Path, dtype: Any = jnp.float32) -> Llama:
         width=width,
         hidden=params["layers"]["gate"].shape[-1],
         heads=heads,
-        kv_heads=field("llama.attention.head_count_kv", heads),
+        kv_heads=count("llama.attention.head_count_kv", heads),
         head_width=size,
         vocabulary=params["embedding"].shape[0],
-        context=field("llama.context_length"),
+        context=count("llama.context_length"),
         rope_base=field("llama.rope.freq_base", 10_000.0),
         eps=field("llama.attention.layer_norm_rms_epsilon"),
     )
+    try:
+        _check_config(config)
+        _check_params(params, config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no Llama: {first_line(error)}.") from error
+    try:
+        tokenizer = _tokenizer(field, path)
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} has a tokenizer that cannot be made: {first_line(error)}."
+        ) from error
     return Llama(
         params=params,
         config=config,
-        tokenizer=_tokenizer(field, path),
-        end=field("tokenizer.ggml.eos_token_id"),
+        tokenizer=tokenizer,
+        end=check_count(
+            f"path={path} has metadata tokenizer.ggml.eos_token_id that",
+            field("tokenizer.ggml.eos_token_id"),
+            least=0,
+            most=config.vocabulary - 1,
+        ),
         chat_template=field("tokenizer.chat_template", None),
     )
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 
-from stochgrad.core import PRNGKey
+from stochgrad.core import PRNGKey, check_callable, describe, first_line
 from stochgrad.em import Guide, LatentModel, Policy, Rationales
 
 
@@ -35,8 +35,9 @@ def latent_model(model: Callable, plate: str | None = None) -> LatentModel:
         plate: Name of the plate of rows; by default the outermost one around all sample sites.
 
     Raises:
+        TypeError: the model is no function, or the plate no name.
         ValueError: when handed to ``mcmc_em``, where there is no such plate, a sample site lies
-            outside it, it is subsampled, or the model has no parameters.
+            outside it, it is subsampled, the model has no parameters, or fails.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, stochgrad
@@ -55,7 +56,7 @@ def latent_model(model: Callable, plate: str | None = None) -> LatentModel:
         >>> (4 * fit.model["share"]).round().tolist(), fit.model["mean"].round(1).tolist()
         ([3.0, 1.0], [-3.0, 2.0])
     """
-    sites = _Sites(model, plate, latents_only=False)
+    sites = _Sites(*_checked("model", model, plate), latents_only=False)
 
     def log_likelihood(params, prompts, tokens, mask, answers):
         return sites.log_prob(params, prompts, tokens, observed=True)
@@ -81,14 +82,24 @@ def latent_guide(guide: Callable, plate: str | None = None) -> Guide:
         plate: As for ``latent_model``.
 
     Raises:
+        TypeError: as for ``latent_model``.
         ValueError: as for ``latent_model``.
     """
-    sites = _Sites(guide, plate, latents_only=True)
+    sites = _Sites(*_checked("guide", guide, plate), latents_only=True)
     return Guide(
         sites.policy(),
         learned=True,
         initial=lambda key, questions: sites.initial(key, questions.hints),
     )
+
+
+def _checked(name: str, model: Any, plate: Any) -> tuple[Callable, str | None]:
+    check_callable(name, model, "a numpyro model, a function of the data")
+    if isinstance(model, type):
+        raise TypeError(f"{name} must be a function of the data, got {describe(model)}.")
+    if plate is not None and not (isinstance(plate, str) and plate):
+        raise TypeError(f"plate must be the name of a plate, or None, got {describe(plate)}.")
+    return model, plate
 
 
 class _Run(NamedTuple):
@@ -129,17 +140,45 @@ class _Sites(NamedTuple):
     def run(self, params, key: PRNGKey, prompts, tokens: Mapping[str, Any] | None = None) -> _Run:
         """Run it with parameters, and with latents where they are given."""
         bare = self.trace(self.model, key, prompts)
-        rows, given = self.axis(bare), _constrain(bare, params)
+        rows, given = self.axis(bare), self.parameters(bare, params)
         for name, value in (tokens or {}).items():
             site = bare[name]
             axis = rows - len(site["fn"].event_shape) + jnp.ndim(site["value"])
             given[name] = jnp.moveaxis(value, 0, axis)
         return _Run(self.trace(handlers.substitute(self.model, given), key, prompts), rows)
 
-    @staticmethod
-    def trace(model, key, prompts) -> Mapping[str, Any]:
+    @property
+    def name(self) -> str:
+        return "guide" if self.latents_only else "model"
+
+    def parameters(self, sites: Mapping[str, Any], params) -> dict[str, PyTree]:
+        """Parameters as the model sees them, if they are its own."""
+        own = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
+        if not isinstance(params, Mapping) or params.keys() != own.keys():
+            raise ValueError(
+                f"the parameters must be a dict of the {self.name}'s numpyro.param sites "
+                f"{sorted(own)}, got {describe(params)}."
+            )
+        found = _constrain(sites, params)
+        for name, value in own.items():
+            shapes = [jax.tree.map(jnp.shape, tree) for tree in (value, found[name])]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"the parameter {name!r} must have shape {shapes[0]} as the {self.name} sees "
+                    f"it, got {shapes[1]}."
+                )
+        return found
+
+    def trace(self, model, key, prompts) -> Mapping[str, Any]:
         arguments = prompts if isinstance(prompts, tuple) else (prompts,)
-        return handlers.trace(handlers.seed(model, key)).get_trace(*arguments)
+        try:
+            return handlers.trace(handlers.seed(model, key)).get_trace(*arguments)
+        except Exception as error:
+            raise ValueError(
+                f"{self.name} fails on its arguments, questions."
+                f"{'hints' if self.latents_only else 'prompts'}: {type(error).__name__}: "
+                f"{first_line(error)}."
+            ) from error
 
     def log_prob(self, params, prompts, tokens, observed: bool) -> Float[Array, " rows"]:
         """Log probability of the observed sites, or of the latent ones, of each row."""
@@ -164,18 +203,20 @@ class _Sites(NamedTuple):
             if site["type"] == "param"
         }
         if not found:
-            raise ValueError("the model has no numpyro.param sites: there is nothing to learn.")
+            raise ValueError(
+                f"the {self.name} has no numpyro.param sites: there is nothing to learn."
+            )
         return found
 
     def constrained(self, params, prompts) -> dict[str, PyTree]:
         """The parameters as the model sees them."""
-        return _constrain(self.trace(self.model, jax.random.key(0), prompts), params)
+        return self.parameters(self.trace(self.model, jax.random.key(0), prompts), params)
 
     def axis(self, sites: Mapping[str, Any]) -> int:
         """Dimension of the plate of rows."""
         samples = {n: s for n, s in sites.items() if s["type"] == "sample"}
         if not _latent(samples):
-            raise ValueError("the model has no latent sample site.")
+            raise ValueError(f"the {self.name} has no latent sample site.")
         frames = {n: {f.name: f for f in s["cond_indep_stack"]} for n, s in samples.items()}
         shared = set.intersection(*(set(names) for names in frames.values()))
         if self.plate is not None:

@@ -7,7 +7,7 @@ import pytest
 
 from stochgrad import em
 from tests.conftest import Z
-from tests.em.toys import every_visit, large, moments, small
+from tests.em.toys import Toy, every_visit, large, moments, small
 
 THETA = jnp.array([0.4, -0.3], jnp.float32)
 PER_QUESTION = 2
@@ -31,6 +31,48 @@ def test_trice_is_the_gradient_of_the_marginal_likelihood(estimator):
     toy = small()
     mean, _ = moments(*every_visit(toy, estimator, THETA))
     assert mean == pytest.approx(gradient_of(toy.log_likelihood), abs=2e-6)
+
+
+@pytest.mark.parametrize("solved", [(0, 0, 0), (1, 0, 1), (0, 1, 0)], ids=str)
+@pytest.mark.parametrize(
+    "estimator",
+    [em.trice(), em.trice(0.3), em.trice("optimal", directions=None), em.trice("none")],
+    ids=["leave one out", "number", "optimal", "none"],
+)
+def test_first_right_proposals_count_in_full(estimator, solved):
+    """A control variate where a chain was never right would scale down what it learns, to zero.
+
+    Questions whose chain was right before have weight 1 / n, the others do if solved by now: the
+    mean over all sets of newly solved questions is that of the exact gradients.
+    """
+    toy, solved = small(), np.array(solved, bool)
+    mean, _ = moments(*every_visit(toy, estimator, THETA, solved=solved))
+    p = np.asarray(toy.solved(THETA), np.float64)
+    slopes = np.asarray(jax.jacobian(lambda t: jnp.log(toy.solved(t)))(THETA), np.float64)
+    expected = np.zeros(2)
+    for now in np.ndindex(2, 2, 2):
+        now = np.array(now, bool)
+        if np.any(solved & ~now):
+            continue
+        chance = np.prod(np.where(solved, 1.0, np.where(now, p, 1 - p)))
+        expected += chance * slopes[now].sum(axis=0) / max(now.sum(), 1)
+    assert np.abs(expected).max() > 0.1
+    assert mean == pytest.approx(expected, abs=2e-6)
+
+
+def test_learning_starts_with_the_first_right_proposal():
+    """From empty chains, the first visit already has a gradient: every default setting."""
+    toy = small()
+    gradient = em.mcmc_em(toy.model(), toy.questions(), batch_size=3)
+
+    @jax.jit
+    def first(key):
+        score, state = gradient.next(key, THETA, gradient.init(key, THETA))
+        return state.stats.right, score(THETA)[1]
+
+    right, slope = first(jax.random.key(0))
+    assert 0 < float(right) < 1
+    assert float(jnp.abs(slope).max()) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -109,6 +151,114 @@ def test_grpo_and_bnpo_against_their_formulas():
     for estimator in (em.grpo(), em.bnpo()):
         mean, _ = moments(*every_visit(toy, estimator, THETA, PER_QUESTION))
         assert mean == pytest.approx(expected[estimator.name], abs=1e-5)
+
+
+REWARDS = np.array([[-2.0, 0.5, 3.0, 3.0], [-1.0, -4.0, -1.0, -0.2]], np.float32)
+
+
+class Rewarded(Toy):
+    """Rationales with rewards of any size and sign."""
+
+    table = REWARDS
+
+    def verify(self, tokens, mask, answers):
+        return jnp.asarray(self.table)[answers, tokens[:, 0]]
+
+    def model(self):
+        return em.verified(self.policy(), self.verify)
+
+
+def test_rewards_of_any_size_and_sign():
+    """Not through a logarithm, where all but the positive ones would be NaN or nothing."""
+    toy, theta = Rewarded(*small(2)), jnp.array([0.8, -0.3])
+    slopes = np.asarray(jax.jacobian(toy.log_probs)(theta), np.float64)
+    p = np.exp(np.asarray(toy.log_probs(theta), np.float64))
+    mean, best, standard = np.zeros(2), np.zeros(2), np.zeros(2)
+    for q in range(2):
+        for pair in np.ndindex(4, 4):
+            chance = p[q, pair[0]] * p[q, pair[1]]
+            r = REWARDS[q, list(pair)].astype(np.float64)
+            scores = slopes[q, list(pair)]
+            mean += chance * r @ scores / 4
+            best += chance * r.max() * scores.sum(axis=0) / 2
+            standard += chance * (r - r.mean()) / (r.std() + 1e-4) @ scores / 4
+    for estimator, expected in (
+        (em.reinforce(), mean),
+        (em.maxk(2), best),
+        (em.grpo(), standard),
+    ):
+        found, _ = moments(*every_visit(toy, estimator, theta, PER_QUESTION))
+        assert found == pytest.approx(expected, abs=1e-5), estimator.name
+
+
+def weights_of(estimator, rewards):
+    """Weights of the proposals of one question."""
+    count = len(rewards)
+    ones, one = jnp.ones(count), jnp.ones(1)
+    owner = jnp.zeros(count, jnp.int32)
+    rewards = jnp.asarray(rewards, jnp.float32)
+    visit = em.Visit(owner, rewards, rewards, ones, one, one, one, owner[:1], lambda: None)
+    return np.asarray(estimator.weights(visit)[1])
+
+
+def test_equal_rewards_standardised_are_zero_and_large_ones_do_not_overflow():
+    """Rounding of their mean, over the rounding of their deviation, would be a weight of one."""
+    for reward in (0.1, 1.0, 1234.567, -3e20):
+        assert not np.any(weights_of(em.grpo(), [reward] * 3))
+    large = weights_of(em.grpo(1e-6), [-1e30, 0.0, 1e30])
+    assert large == pytest.approx(np.array([-1, 0, 1]) * np.sqrt(1.5) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "estimator", [em.trice(), em.star(), em.raft(), em.rest_em(), em.bnpo()], ids=lambda e: e.name
+)
+def test_what_is_no_likelihood_counts_as_wrong_and_says_so(estimator):
+    toy, bounded = Rewarded(*small(2)), Rewarded(*small(2))
+    bounded.table = np.where((REWARDS >= 0) & (REWARDS <= 1), REWARDS, 0.0)
+    theta = jnp.array([0.8, -0.3])
+
+    def steps(toy):
+        target = em.mcmc_em(
+            toy.model(),
+            toy.questions(),
+            batch_size=2,
+            estimator=estimator,
+            allocator=em.uniform(2),
+        )
+        state, found = target.init(jax.random.key(0), theta), []
+        step = jax.jit(lambda key, state: _slope(target, key, theta, state))
+        for key in jax.random.split(jax.random.key(1), 4):
+            slope, state = step(key, state)
+            found.append(np.asarray(slope))
+        return np.array(found), state.memory.successes
+
+    with pytest.warns(em.VerifierWarning, match="from 0 to 1, a likelihood.*count as wrong"):
+        found, successes = steps(toy)
+    expected, expected_successes = steps(bounded)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(successes, expected_successes)
+    assert np.abs(expected).max() > 0
+
+
+def _slope(target, key, theta, state):
+    score, state = target.next(key, theta, state)
+    return score(theta)[1], state
+
+
+def test_a_reward_that_is_no_number_counts_as_nothing_and_says_so():
+    toy = Rewarded(*small(2))
+    toy.table = np.where(REWARDS < 0, np.nan, REWARDS)
+    target = em.mcmc_em(
+        toy.model(),
+        toy.questions(),
+        batch_size=2,
+        estimator=em.reinforce("none"),
+        allocator=em.uniform(4),
+    )
+    theta, key = jnp.array([0.8, -0.3]), jax.random.key(0)
+    with pytest.warns(em.VerifierWarning, match="nan where a reward is a finite number"):
+        slope, _ = jax.jit(lambda key: _slope(target, key, theta, target.init(key, theta)))(key)
+    assert np.isfinite(np.asarray(slope)).all()
 
 
 def test_maxk_weights_with_ties_and_real_rewards():
@@ -258,6 +408,18 @@ def test_a_subsample_has_the_same_mean():
     found = drawn(toy, em.trice(subsample=2), THETA, 1, jax.random.key(6), 20_000)
     error = found.std(axis=0) / np.sqrt(len(found))
     assert np.all(abs(found.mean(axis=0) - gradient_of(toy.log_likelihood)) < Z * error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("allocator", [em.uniform(4), em.vade(4), em.gvm(4)])
+def test_a_pilot_that_decides_what_it_is_averaged_with_is_biased(allocator):
+    """gvm's documented bias, 42 standard errors of 400,000 estimates; other numbers have none."""
+    toy, count = small(2), 20_000
+    found = drawn(
+        toy, em.reinforce("none"), THETA, 1, jax.random.key(8), count, allocator=allocator
+    )
+    off = abs(found.mean(axis=0) - gradient_of(toy.accuracy)) * np.sqrt(count) / found.std(axis=0)
+    assert np.any(off > Z) if allocator.rounds == 2 else np.all(off < Z)
 
 
 @pytest.mark.parametrize("corrected", [True, False])

@@ -1,5 +1,8 @@
 """Verifiers in Python: what raises, hangs or returns nonsense costs one rationale."""
 
+import os
+import re
+import signal
 import threading
 import time
 
@@ -42,6 +45,118 @@ def test_what_fails_costs_one_rationale():
     released.set()
     again = verify(tokens[:1], jnp.ones((1, 1), bool), answers[:1])
     assert again.tolist() == [True]
+
+
+TWO = jnp.array([[1, 2], [3, 4]], jnp.int32), jnp.ones((2, 2), bool), jnp.array([1, 3])
+
+
+def backtracks(text, answer):
+    return bool(re.match(r"(a+)+$", "a" * 60 + "b")) if text == "1 2" else True
+
+
+def test_a_deadline_comes_also_where_pythons_lock_is_held():
+    """A regular expression that would take centuries, with no setting; then the run goes on."""
+    verify = em.on_host(backtracks, text_of, timeout=0.3)
+    assert verify.processes
+    start = time.monotonic()
+    with pytest.warns(em.VerifierWarning, match=r"more than 0\.3 seconds"):
+        assert verify(*TWO).tolist() == [False, True]
+    assert time.monotonic() - start < 60
+    assert verify.failures == {"timed out": 1}
+    assert verify(*(part[1:] for part in TWO)).tolist() == [True]
+
+
+def test_a_thread_that_came_too_late_is_wrong_and_says_why():
+    """In threads nothing ends it: its verdict must not count, and the remedy is named."""
+
+    def verify(text, answer):
+        return not re.match(r"(a+)+$", "a" * 23 + "b")
+
+    verify = em.on_host(verify, text_of, timeout=0.01, threads=1)
+    with pytest.warns(em.VerifierWarning, match="Python's lock.*processes=4"):
+        assert verify(*TWO).tolist() == [False, False]
+    assert verify.failures == {"timed out": 2}
+
+
+def alarmed(text, answer):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(30)
+    try:
+        return text.endswith(str(answer + 1))
+    finally:
+        signal.alarm(0)
+
+
+def test_a_verifier_with_alarms_runs_where_they_work():
+    assert em.on_host(alarmed, text_of)(*TWO).tolist() == [True, True]
+
+
+def test_a_verifier_with_alarms_is_refused_in_threads():
+    """Also where it hides the error, and where it looks at rationales with text alone."""
+
+    def swallows(text, answer):
+        try:
+            return alarmed(text, answer)
+        except ValueError:
+            return False
+
+    def later(text, answer):
+        return swallows(text, answer) if text else False
+
+    for verify in (alarmed, swallows, later):
+        threads = em.on_host(verify, text_of, threads=2)
+        if verify is later:
+            threads.check(TWO[2])
+        with pytest.raises(TypeError, match=r"verify calls signal.*main thread.*processes=4"):
+            threads(*TWO) if verify is later else threads.check(TWO[2])
+
+
+def test_what_is_seen_outside_a_verifier_keeps_it_in_threads():
+    """A copy in another process would lose it without a word."""
+    seen = []
+
+    def collects(text, answer):
+        seen.append(text)
+        return True
+
+    def counts(text, answer):
+        nonlocal number
+        number += 1
+        return True
+
+    def prints(text, answer):
+        print(text)
+        return True
+
+    number = 0
+    for verify in (collects, counts, prints):
+        assert em.on_host(verify, text_of).processes == 0
+    verifier = em.on_host(counts, text_of)
+    assert verifier(*TWO).tolist() == [True, True]
+    assert number == 2
+    table = {"1 2": True}
+    copied = em.on_host(lambda text, answer: table.get(text, False), text_of, processes=1)
+    assert copied(*TWO).tolist() == [True, False]
+
+
+def test_what_cannot_be_sent_to_processes_is_refused():
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"verify cannot be sent to processes: .*lock"):
+        em.on_host(lambda text, answer: lock.locked(), text_of, processes=1)
+    with pytest.raises(ValueError, match="threads and processes"):
+        em.on_host(backtracks, text_of, processes=1, threads=1)
+
+
+def test_a_process_that_ends_costs_one_rationale():
+    def verify(text, answer):
+        if answer == 1:
+            os._exit(3)
+        return True
+
+    verify = em.on_host(verify, text_of, processes=1)
+    with pytest.warns(em.VerifierWarning, match=r"ended its process \(code 3\)"):
+        assert verify(*TWO).tolist() == [False, True]
+    assert verify.failures == {"ended its process": 1}
 
 
 def test_rationales_are_verified_side_by_side():
@@ -95,6 +210,8 @@ def test_a_verifier_that_returns_no_bool_is_refused():
         model = em.verified(toy.policy(), em.on_host(lambda text, answer: verdict, text_of))
         with pytest.raises(TypeError, match="verify must return a bool, got"):
             em.mcmc_em(model, toy.questions(), batch_size=1)
+        with pytest.raises(TypeError, match="verify must return a bool, got"):
+            em.evaluate(model, jnp.zeros(2), toy.questions(), jax.random.key(0))
     with pytest.raises(TypeError, match="decode must be a function"):
         em.on_host(lambda text, answer: True, None)
     with pytest.raises(ValueError, match="timeout"):

@@ -87,10 +87,11 @@ def large(questions=64, rationales=24, d=20, share=0.25, seed=0):
     return Toy(features, right)
 
 
-def every_visit(toy, estimator, theta, per_question=1, allocator=None):
+def every_visit(toy, estimator, theta, per_question=1, allocator=None, solved=None):
     """The estimate at every outcome of a visit of all questions, with the outcome's probability.
 
-    Chains are at the posterior. Returns probabilities and estimates.
+    Chains are at the posterior, those that are not ``solved`` at a wrong rationale. Returns
+    probabilities and estimates.
     """
     count, choices = toy.right.shape
     p = np.exp(np.asarray(toy.log_probs(theta), np.float64))
@@ -98,8 +99,14 @@ def every_visit(toy, estimator, theta, per_question=1, allocator=None):
     owner = np.repeat(np.arange(count), per_question)
     chance = np.prod(p[owner, plans], axis=1)
     if estimator.chains:
-        held = np.array(list(itertools.product(*[np.flatnonzero(row) for row in toy.right])))
-        at_posterior = np.prod(toy.posterior(theta)[np.arange(count), held], axis=1)
+        solved = np.ones(count, bool) if solved is None else np.asarray(solved)
+        choices_of = [
+            np.flatnonzero(row) if known else np.flatnonzero(~row)[:1]
+            for row, known in zip(toy.right, solved, strict=True)
+        ]
+        held = np.array(list(itertools.product(*choices_of)))
+        each = np.where(solved[None, :], toy.posterior(theta)[np.arange(count), held], 1.0)
+        at_posterior = np.prod(each, axis=1)
     else:
         held, at_posterior = np.zeros((1, count), int), np.ones(1)
     gradient = em.mcmc_em(
