@@ -175,6 +175,7 @@ def test_any_source_gives_the_same_draws(tmp_path, kind):
 def test_the_next_rows_are_read_in_the_background():
     source = Recorded(rows(400))
     kernel = stochgrad.sgld(streamed(source), 1e-5)
+    source.threads.clear()  # the first row has been looked at
     stochgrad.sample(jax.random.key(0), kernel, init=jnp.zeros(3), num_samples=100, progress=False)
     assert all(name.startswith("stochgrad-reader") for name in source.threads)
     lengths = {stop - start for start, stop in source.asked}
