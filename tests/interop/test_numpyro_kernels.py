@@ -66,6 +66,7 @@ FOUND = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(FOUND))
+@pytest.mark.filterwarnings("ignore:minibatch noise")
 def test_every_kernel_has_its_numpyro_form(name):
     mcmc = run(FOUND[name]())
     samples = mcmc.get_samples(group_by_chain=True)
