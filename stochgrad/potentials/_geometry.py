@@ -180,8 +180,7 @@ def as_atoms(name: str, value: Any, count: int, atoms: int | None = None) -> Arr
 def as_box(box: Any, dim: int) -> Array:
     """Edge lengths or lattice vectors of a box in so many dimensions."""
     if not isinstance(box, Tracer):
-        with jax.ensure_compile_time_eval():
-            values = check_array("box", box)
+        values = check_array("box", box)
         if (values.ndim == 1 and np.any(values <= 0)) or (
             values.ndim == 2 and values.shape[0] == values.shape[1] and np.linalg.det(values) == 0
         ):
