@@ -115,26 +115,30 @@ def graph_array(name: str, value: Any) -> Any:
     return check_array(name, value, kind=kind, finite=False)
 
 
-def check_static(static: Any, graph: dict[str, Any], atoms: int) -> None:
-    """Raise where an array looks like a neighbor list, which dynamics would leave behind.
+def check_static(static: Any, graph: dict[str, Any], atoms: int | None) -> None:
+    """Raise unless ``static`` names arrays, and where an array looks like a neighbor list.
 
     Numbers of each atom (shape ``(atoms,)``) and scalars stay what they are as atoms move. Integers
-    and booleans of any other shape, and whatever bears a neighbor list's name, belong to one frame,
-    unless named in ``static``.
+    and booleans of any other shape, and vectors that bear a neighbor list's name, belong to one
+    frame, unless named in ``static``. Shapes are looked at once the number of atoms is known.
     """
     if isinstance(static, str) or not isinstance(static, Iterable):
         raise TypeError(f'static must be names in a tuple, ("bonds",), got {describe(static)}.')
     names = list(static)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f'static must be names in a tuple, ("bonds",), got {describe(static)}.')
     unknown = [name for name in names if name not in graph]
     if unknown:
         raise ValueError(
             f"static must name arrays for energy_fn, {sorted(graph)}, got {describe(unknown[0])}."
         )
     for name, array in graph.items():
-        if name in names or name in ("species", "box"):
+        if atoms is None or name in names or name in ("species", "box"):
             continue
+        discrete = array.dtype.kind in "iub"
         own = np.ndim(array) == 0 or np.shape(array) == (atoms,)
-        if (_LISTS.search(name) and np.ndim(array)) or (array.dtype.kind in "iub" and not own):
+        named = bool(_LISTS.search(name)) and np.ndim(array) >= (1 if discrete else 2)
+        if named or (discrete and not own):
             raise ValueError(
                 f"{name} looks like a list of neighbors, {describe(array)}: it would stay that of "
                 "the first frame while atoms move; let energy_fn find neighbors itself (all pairs "

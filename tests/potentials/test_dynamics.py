@@ -217,7 +217,7 @@ BAD = {
     "no masses": ({"masses": np.array([])}, "masses must be positive"),
     "masses of another number": (
         {"masses": np.ones(3)},
-        r"masses\s+one entry for each atom, got \(3,\)",
+        r"masses must have one entry for each atom, got \(3,\) for 2 atoms",
     ),
     "kT of zero": ({"kT": 0.0}, "kT must be a positive number"),
     "a time step below zero": ({"time_step": -0.1}, "time_step must be a positive number"),
