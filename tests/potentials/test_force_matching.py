@@ -387,7 +387,7 @@ BAD = {
     ),
     "an energy without the last species": (
         {"energy": clamped, "data": THREE},
-        "energy_fn has no parameters for species 2: it takes them for species 1",
+        "energy_fn has no parameters for species 2, the largest .*beyond the end of a table",
     ),
     "an order unknown": ({"order": "random", "batch_size": 2}, "order"),
     "no batch size": ({"order": "reshuffled"}, "batch_size"),
@@ -402,7 +402,7 @@ def test_bad_input_is_refused_in_words(case):
 
 
 def test_only_configurations_are_data():
-    with pytest.raises(TypeError, match=r"dataset must come from .*configurations, got dict"):
+    with pytest.raises(TypeError, match=r"dataset must be configurations, as .*got a dict"):
         potentials.force_matching(springs, {"positions": R}, init=PARAMS, noise=1.0)
 
 
