@@ -55,7 +55,9 @@ def rhat(draws: Any) -> PyTree:
     if chains < 2:
         raise ValueError("rhat compares chains: draws of num_chains of 2 or more are needed.")
     if length < 2:
-        raise ValueError(f"rhat compares chains' spread: two draws or more are needed, got {length}.")
+        raise ValueError(
+            f"rhat compares chains' spread: two draws or more are needed, got {length}."
+        )
 
     def one(x):
         x = np.asarray(x, np.float64)

@@ -276,7 +276,8 @@ def simulate(
         resume: Whether to go on from there.
         static: Names of arrays in ``graph`` that hold for every frame: ``("bonds",)``. Without it
             integers and booleans whose shape is not ``(atoms,)``, and what is named like a
-            list of neighbors (vectors too), are refused, for they would stay those of the first frame.
+            list of neighbors (vectors too), are refused, for they would stay those of the first
+            frame.
         graph: What ``energy_fn`` takes beside the positions, the same for all frames: numbers of
             each atom, a box, parameters.
 

@@ -250,7 +250,7 @@ def _warn_of_energies(dataset: Configurations, scale, dtype) -> None:
 
 
 def _check_energy(energy_fn, params, dataset: Configurations) -> Any:
-    """The energy's type; raise unless it is a scalar, and there are parameters for every species."""
+    """The energy's type; raise unless it is a scalar with parameters for every species."""
     each, shared = dataset.inputs()
     graph = {**{name: value[0] for name, value in each.items()}, **shared}
     dtype = check_energy(energy_fn, params, jnp.asarray(dataset.positions[0]), graph)
@@ -320,8 +320,8 @@ def _check_gradient(energy_fn, params, dataset: Configurations, batch_size: Any)
                 f"the gradient by {_leaf_at(slopes, row)}, of the weights, is none; {remedy}"
             )
         raise ValueError(
-            f"energy_fn has forces whose gradient by {_leaf_at(slopes, row)}, of the weights, is not "
-            f"finite in configuration {begin + row}: {remedy}"
+            f"energy_fn has forces whose gradient by {_leaf_at(slopes, row)}, of the weights, is "
+            f"not finite in configuration {begin + row}: {remedy}"
         )
 
 

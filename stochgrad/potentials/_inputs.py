@@ -154,8 +154,7 @@ def check_frame_inputs(graph: dict[str, Any], atoms: int, dim: int) -> None:
         if name in graph and np.shape(graph[name]) not in wanted:
             listed = " or ".join(map(str, wanted))
             raise ValueError(
-                f"{name} must have shape {listed}, one for all frames, got "
-                f"{np.shape(graph[name])}."
+                f"{name} must have shape {listed}, one for all frames, got {np.shape(graph[name])}."
             )
     if "species" in graph and graph["species"].dtype.kind not in "iu":
         raise TypeError(f"species must be integers, got {describe(graph['species'])}.")

@@ -20,7 +20,6 @@ from stochgrad.core import (
 )
 from stochgrad.potentials._geometry import as_atoms, as_box, dihedral, displacement, distances
 
-
 _ROUNDING = 1e-9  # of probabilities: a jackknife takes one from a sum
 
 
@@ -180,9 +179,7 @@ def average(observable: Observable, positions: Any, weights: Any = None) -> np.n
     """
     array = check_array("positions", positions, finite=False)
     if array.ndim < 3 or 0 in array.shape:
-        raise ValueError(
-            f"positions must have shape (..., frames, atoms, dim), got {array.shape}."
-        )
+        raise ValueError(f"positions must have shape (..., frames, atoms, dim), got {array.shape}.")
     bad = ~np.isfinite(array).all((-1, -2))
     if bad.any():
         *trajectory, frame = map(int, np.argwhere(bad)[0])
@@ -226,7 +223,7 @@ def check_observable(name: str, observable: Any, frame: Any) -> None:
             f"{name} fails on a frame of shape {frame.shape}: {first_line(error)}."
         ) from error
     dtype = getattr(out, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or dtype == bool):
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or dtype.kind == "b"):
         raise ValueError(f"{name} must return one array of numbers of a frame, got {out}.")
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(f"{name} must return real numbers, got {dtype}.")

@@ -153,9 +153,9 @@ def reweight(
 def _reference_energies(reference: Any, frames: Any) -> np.ndarray:
     """The energies that frames have in the potential that they come from."""
     if not callable(reference):
-        return check_array(
-            "reference", reference, shape=frames.shape[:2], finite=False
-        ).astype(np.float64)
+        return check_array("reference", reference, shape=frames.shape[:2], finite=False).astype(
+            np.float64
+        )
     try:
         energies = jax.jit(lambda x: lax.map(jax.vmap(reference), x))(frames)
     except Exception as error:
