@@ -92,7 +92,9 @@ def calibration(
     if levels is not None:
         p = check_array("levels", levels, finite=False).astype(np.float64)
     if m.ndim != y.ndim + 1 or m.shape[1:] != y.shape or not m.size:
-        raise ValueError(f"draws must have shape (D, *{y.shape}), not empty, got {m.shape}.")
+        raise ValueError(
+            f"draws must have shape (D, *{y.shape}) by observed, not empty, got {m.shape}."
+        )
     s = None
     if noise is not None:
         s = check_array("noise", noise, finite=False).astype(np.float64)

@@ -181,9 +181,10 @@ def _rows(rows: Any, count: int) -> Any:
         if not chosen:
             raise ValueError(f"data[{rows.start}:{rows.stop}] chooses none of {count}.")
         return rows
-    array = np.asarray(rows)
-    kind = "boolean" if array.dtype == bool else "integer"
-    array = np.atleast_1d(check_array("data[rows]: rows", rows, kind=kind)) if array.size else array
+    kind = "boolean" if holds_booleans(rows) else "integer"
+    empty = isinstance(rows, list) and not rows
+    array = np.zeros(0, int) if empty else check_array("data[rows]: rows", rows, kind=kind)
+    array = np.atleast_1d(array)
     if not array.size or (kind == "boolean" and array.shape == (count,) and not array.any()):
         raise ValueError(f"data[rows] chooses none of the {count} configurations.")
     if array.ndim != 1:
@@ -201,6 +202,14 @@ def _rows(rows: Any, count: int) -> Any:
     return array
 
 
+def holds_booleans(value: Any) -> bool:
+    """Whether numpy makes an array of booleans of a value."""
+    try:
+        return np.asarray(value).dtype == bool
+    except Exception:
+        return False
+
+
 def _as_floats(name, value):
     array = check_array(name, value, finite=False)
     return array.astype(np.float32) if array.dtype.kind in "iu" else array
@@ -214,7 +223,7 @@ def _as_integers(name, value):
 
 
 def _as_booleans(name, value):
-    if np.asarray(value).dtype == bool:
+    if holds_booleans(value):
         return check_array(name, value, kind="boolean")
     array = check_array(name, value)
     if not np.isin(array, (0, 1)).all():
@@ -224,11 +233,8 @@ def _as_booleans(name, value):
 
 def _checked_graph(name, value, count, mask):
     """One of the further arrays, with rows; NaN is for padding alone."""
-    try:
-        boolean = np.asarray(value).dtype == bool
-    except ValueError:
-        boolean = False
-    array = check_array(name, value, kind="boolean" if boolean else "number", finite=False)
+    kind = "boolean" if holds_booleans(value) else "number"
+    array = check_array(name, value, kind=kind, finite=False)
     if array.shape[:1] != (count,):
         raise ValueError(
             f"{name} must have a row for each of the {count} configurations, got shape "
@@ -316,7 +322,7 @@ def _refuse_overlap(positions, mask, box) -> None:
     if len(bad):
         n, atom = bad[0]
         raise ValueError(
-            f"atoms must not overlap: in configuration {n} atom {atom} is {nearest[n, atom]:g} "
+            f"positions: atoms must not overlap: in configuration {n} atom {atom} is {nearest[n, atom]:g} "
             "from another."
         )
 

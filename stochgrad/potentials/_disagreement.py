@@ -90,12 +90,11 @@ def novelty(
         >>> stochgrad.potentials.novelty(forces, mask=mask).round(1)
         array([1., 1.])
     """
-    if np.ndim(noise) == 0:
-        sigma = np.asarray(check_number("noise", noise))
-    else:
-        sigma = check_array("noise", noise).astype(np.float64)
-        if np.any(sigma <= 0):
-            raise ValueError(f"noise must be positive, got {sigma.min():g}.")
+    sigma = check_array("noise", noise).astype(np.float64)
+    if sigma.ndim == 0:
+        check_number("noise", noise)
+    if np.any(sigma <= 0):
+        raise ValueError(f"noise must be positive, got {sigma.min():g}.")
     scores = _scores("forces", forces, sigma, "mask", mask)
     if known is None:
         if known_mask is not None:

@@ -208,7 +208,7 @@ def _log_prior(prior: Prior, params: PyTree) -> Callable[[PyTree], Scalar]:
         if out.shape != () or not jnp.issubdtype(out.dtype, jnp.number):
             raise ValueError(f"prior must return a scalar, the log density, got {out}.")
         return prior
-    if prior == "flat":
+    if isinstance(prior, str) and prior == "flat":
         return lambda params: jnp.zeros(())
     if not isinstance(prior, int | float | np.number | jax.Array | np.ndarray) and (
         not isinstance(prior, str) or prior != "scaled"
@@ -216,12 +216,13 @@ def _log_prior(prior: Prior, params: PyTree) -> Callable[[PyTree], Scalar]:
         raise ValueError(
             f"prior must be a number, 'scaled', 'flat' or a function, got {describe(prior)}."
         )
-    sd = 1.0 if prior == "scaled" else check_number("prior", prior)
+    scaled = isinstance(prior, str)
+    sd = 1.0 if scaled else check_number("prior", prior)
 
     def log_density(params):
         def of_leaf(x: Array):
             x = jnp.asarray(x)
-            fan_in = float(np.prod(x.shape[:-1])) if prior == "scaled" and x.ndim > 1 else 1.0
+            fan_in = float(np.prod(x.shape[:-1])) if scaled and x.ndim > 1 else 1.0
             return -0.5 * jnp.sum(x.astype(float) ** 2) * (fan_in / sd**2)
 
         return sum(map(of_leaf, jax.tree.leaves(params)), jnp.zeros(()))

@@ -19,7 +19,7 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.potentials._configurations import Configurations
+from stochgrad.potentials._configurations import Configurations, holds_booleans
 
 _LISTS = re.compile("neigh|edge|sender|receiver|pair|index|idx|shift|image|triplet", re.IGNORECASE)
 """Names that arrays of a neighbor list go by."""
@@ -111,7 +111,7 @@ def graph_array(name: str, value: Any) -> Any:
     """One array that an energy function takes, of numbers or booleans."""
     if isinstance(value, jax.Array) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return value
-    kind = "boolean" if _is_boolean(value) else "number"
+    kind = "boolean" if holds_booleans(value) else "number"
     return check_array(name, value, kind=kind, finite=False)
 
 
@@ -205,10 +205,3 @@ def warn_of_rounding(
         PrecisionWarning,
         stacklevel=stacklevel + 1,
     )
-
-
-def _is_boolean(value: Any) -> bool:
-    try:
-        return np.asarray(value).dtype == bool
-    except Exception:
-        return False
