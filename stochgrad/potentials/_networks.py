@@ -241,7 +241,7 @@ def _trained(key: PRNGKey, kernel: Kernel, **options: Any) -> PyTree:
         chain, step = int(bad[0]), int(run.first_bad[bad[0]])
         why = (
             "its first gradient is not finite where it starts"
-            if step <= 1
+            if step == 0
             else "take a smaller learning_rate"
         )
         raise ValueError(
