@@ -322,8 +322,8 @@ def _refuse_overlap(positions, mask, box) -> None:
     if len(bad):
         n, atom = bad[0]
         raise ValueError(
-            f"positions: atoms must not overlap: in configuration {n} atom {atom} is {nearest[n, atom]:g} "
-            "from another."
+            f"positions: atoms must not overlap: in configuration {n} atom {atom} is "
+            f"{nearest[n, atom]:g} from another."
         )
 
 

@@ -58,7 +58,8 @@ ENERGY = [*FUNCTIONS, fails, int, lambda k, r: r, lambda k, r: (k, k), lambda k:
 KEYS = [None, 0, np.zeros(2, np.uint32), jax.random.PRNGKey(0), jax.random.split(KEY), "key"]
 ARRAYS = [None, "text", object(), [[1.0], [1.0, 2.0]], np.array(["a"] * 3), {}, fails, MASKED, True]
 NETWORKS = [None, {}, "w", 1.0, np.zeros((0,)), np.array([np.nan, 1]), {"a": np.ones(2), "b": 1.0},
-            [1.0, "a"], {"a": np.ones(2), "b": np.ones(3)}, np.array([object()]), fails]  # fmt: skip
+            [1.0, "a"], {"a": np.ones(2), "b": np.ones(3)}, np.array([object()]),
+            fails]  # fmt: skip
 PATHS = [1, b"x", object(), "", ["a"]]
 NOT_DATA = [None, R, {"positions": R}, "data", potentials.Configurations, (R, R)]
 
@@ -200,7 +201,8 @@ CASES = {
         "bins": COUNTS, "box": [4.0, [1.0], np.zeros(3)],
     }),
     "average": (potentials.average, {"observable": OBSERVABLE, "positions": R}, {
-        "observable": [None, fails, "rdf", potentials.Observable, potentials.dihedrals((0, 1, 2, 9)),
+        "observable": [None, fails, "rdf", potentials.Observable,
+                       potentials.dihedrals((0, 1, 2, 9)),
                        potentials.Observable((np.ones(3),), fails),
                        potentials.Observable((np.ones(3),), lambda frame: frame[0, 0]),
                        potentials.Observable((np.ones(3),), lambda frame: None),

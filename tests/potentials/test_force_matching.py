@@ -477,21 +477,33 @@ def test_species_of_padding_need_no_parameters():
 
 def test_a_gradient_that_is_not_finite_is_named_before_training():
     """The leaf of the weights, and the first configuration."""
+    charge = np.where(np.arange(N) < 4, 1, 0).astype(np.float32)
+    data = potentials.configurations(R, F, charge=charge)
+    weights = {"a": jnp.float32(0), "k": jnp.float32(1)}
+
+    def norm(params, r, charge):
+        length = jnp.sqrt(charge * jnp.sum(r**2))
+        return params["a"] + params["k"] * jnp.where(charge > 0, length, 0)
+
+    with pytest.raises(ValueError, match=r"forces .*finite in configuration 4: .*params\['k'\]"):
+        matched(data, norm, init=weights)
+    root = lambda params, r, charge: jnp.sqrt(params["a"]) * jnp.sum(r)
+    with pytest.raises(ValueError, match=r"gradient by params\['a'\].*in configuration 0"):
+        matched(data, root, init=weights)
+
+
+def test_padding_that_spoils_no_gradient_passes():
+    """A norm of a zero distance between atoms of padding: its NaN is multiplied by nothing."""
     there = np.ones((N, ATOMS), bool)
     there[4:, 1:] = False
     data = potentials.configurations(np.where(there[..., None], R, 0), F, mask=there)
-    weights = {"a": jnp.float32(0), "k": jnp.float32(1)}
-    norm = lambda d: jnp.linalg.norm(d, axis=-1)
 
-    def behind(params, positions, mask):
-        d = positions[1:] - positions[:-1]
-        return params["a"] + params["k"] * jnp.sum(jnp.where(mask[1:], norm(d), 0))
+    def chain(k, r, mask):
+        length = jnp.linalg.norm(r[1:] - r[:-1], axis=-1)
+        return k * jnp.sum(jnp.where(mask[1:], length, 0))
 
-    with pytest.raises(ValueError, match=r"forces .*not finite in configuration 4.*params\['k'\]"):
-        matched(data, behind, init=weights)
-    root = lambda params, r, mask: jnp.sqrt(params["a"]) * jnp.sum(jnp.where(mask[:, None], r, 0))
-    with pytest.raises(ValueError, match=r"gradient by params\['a'\].*in configuration 0"):
-        matched(data, root, init=weights)
+    target = matched(data, chain, init=jnp.float32(1))
+    assert np.isfinite(density(target, {"params": jnp.float32(1), "noise": {}}))
 
 
 class Weights(dict):
