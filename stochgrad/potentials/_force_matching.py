@@ -234,9 +234,10 @@ def _refuse_species_without_noise(scale, dataset: Configurations) -> None:
     shape = np.shape(scale.mean if isinstance(scale, Learned) else scale)
     if not shape:
         return
-    if dataset.species is None:
+    species = dataset.known_species()
+    if species is None:
         raise ValueError("noise of one number for each species needs species in the data.")
-    last = int(dataset.known_species().max())
+    last = int(species.max())
     if last >= shape[0]:
         raise ValueError(f"noise has {shape[0]} species, the data have a species {last}.")
 
@@ -316,9 +317,11 @@ def _check_gradient(energy_fn, params, dataset: Configurations, batch_size: Any)
             "where it is zero."
         )
         if not good[0][row]:
+            leaf = _leaf_at(slopes, row)
+            also = f", nor is their gradient by {leaf}, of the weights" if leaf else ""
             raise ValueError(
-                f"energy_fn gives forces that are not finite in configuration {begin + row}: "
-                f"the gradient by {_leaf_at(slopes, row)}, of the weights, is none; {remedy}"
+                f"energy_fn gives forces that are not finite in configuration {begin + row}{also}: "
+                f"{remedy}"
             )
         raise ValueError(
             f"energy_fn has forces whose gradient by {_leaf_at(slopes, row)}, of the weights, is "
@@ -326,12 +329,12 @@ def _check_gradient(energy_fn, params, dataset: Configurations, batch_size: Any)
         )
 
 
-def _leaf_at(slopes: PyTree, row: int) -> str:
-    """The first leaf of the weights whose gradient is not finite in a row."""
+def _leaf_at(slopes: PyTree, row: int) -> str | None:
+    """The first leaf of the weights whose gradient is not finite in a row, if there is one."""
     for path, finite in jax.tree_util.tree_leaves_with_path(slopes):
         if not finite[row]:
             return "params" + jax.tree_util.keystr(path)
-    return "params"
+    return None
 
 
 @lru_cache(maxsize=16)
@@ -352,7 +355,7 @@ def _gradients(energy_fn, strain):
                 error = error if there is None else jnp.where(there[:, None], error, 0)
                 total = jnp.sum(error**2) + found.energy.astype(error.dtype)
                 if strain is not None:
-                    total += jnp.sum(found.virial)
+                    total += jnp.sum(jnp.asarray(found.virial))
                 return total.astype(float), jnp.all(jnp.isfinite(error))
 
             slopes, finite = jax.grad(misfit, has_aux=True)(params)

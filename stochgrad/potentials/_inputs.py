@@ -86,7 +86,7 @@ def check_energy(
             f"{first_line(error)}."
         ) from error
     dtype = getattr(out, "dtype", None)
-    if getattr(out, "shape", None) != () or not jnp.issubdtype(dtype, jnp.floating):
+    if dtype is None or out.shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"energy_fn must return a scalar, a floating-point number, got {out}.")
     return dtype
 

@@ -178,7 +178,8 @@ def networks(
             return options
         return {**options, "checkpoint": checkpoint / part, "resume": resume}
 
-    if init is None and posterior.initial is None:
+    begin = posterior.initial if init is None else init
+    if begin is None:
         raise ValueError("init is needed: the posterior does not know where to start.")
     if train_steps:
         trained = _trained(
@@ -191,9 +192,9 @@ def networks(
             **where("training"),
         )
     else:
-        if init is None or callable(init):
+        if callable(begin):
             keys = jax.random.split(train_key, num_chains)
-            each = [_called(init or posterior.initial, k) for k in keys]
+            each = [_called(begin, k) for k in keys]
             trained = jax.tree.map(lambda *x: jnp.stack(x), *each)
         else:
             check_position(init)

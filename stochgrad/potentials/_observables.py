@@ -142,8 +142,9 @@ def dihedrals(*atoms: Any, bins: int = 24, box: Any = None) -> Observable:
     """
     if len(atoms) not in (1, 2) or any(np.shape(four) != (4,) for four in atoms):
         raise ValueError(f"atoms: one or two times four atoms are needed, got {atoms}.")
-    quadruples = np.asarray(as_atoms("atoms", atoms, 4))
-    if any(len(set(four)) < 4 for four in quadruples.tolist()):
+    quadruples = as_atoms("atoms", atoms, 4)
+    numbers = np.asarray(quadruples)
+    if any(len(set(four)) < 4 for four in numbers.tolist()):
         raise ValueError(f"atoms of a dihedral must be four different ones, got {atoms}.")
     bins = check_count("bins", bins)
     if box is not None:
@@ -151,7 +152,7 @@ def dihedrals(*atoms: Any, bins: int = 24, box: Any = None) -> Observable:
     middles = _middles(np.linspace(-np.pi, np.pi, bins + 1))
 
     def of_frame(frame):
-        _check_frame(frame, (3,), atoms=int(quadruples.max()) + 1)
+        _check_frame(frame, (3,), atoms=int(numbers.max()) + 1)
         turns = dihedral(frame, quadruples, box) / frame.dtype.type(2 * np.pi)
         place = jnp.clip(jnp.floor((turns + 0.5) * bins).astype(jnp.int32), 0, bins - 1)
         one = jax.nn.one_hot(place, bins, dtype=frame.dtype)

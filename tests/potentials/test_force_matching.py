@@ -485,7 +485,7 @@ def test_a_gradient_that_is_not_finite_is_named_before_training():
         length = jnp.sqrt(charge * jnp.sum(r**2))
         return params["a"] + params["k"] * jnp.where(charge > 0, length, 0)
 
-    with pytest.raises(ValueError, match=r"forces .*finite in configuration 4: .*params\['k'\]"):
+    with pytest.raises(ValueError, match="gives forces that are not finite in configuration 4"):
         matched(data, norm, init=weights)
     root = lambda params, r, charge: jnp.sqrt(params["a"]) * jnp.sum(r)
     with pytest.raises(ValueError, match=r"gradient by params\['a'\].*in configuration 0"):
