@@ -84,7 +84,7 @@ def novelty(
 
     Example:
         >>> import numpy as np, stochgrad
-        >>> forces = np.random.default_rng(0).normal(size=(50, 2, 4, 3))
+        >>> forces = np.random.default_rng(0).normal(size=(500, 2, 4, 3))
         >>> forces[:, 1, 2:] = 0  # two atoms of padding
         >>> mask = np.array([[True] * 4, [True, True, False, False]])
         >>> stochgrad.potentials.novelty(forces, mask=mask).round(1)

@@ -189,7 +189,7 @@ def _langevin(energy_fn, masses: _Frozen, kT, h, friction, frozen, static) -> Ke
             raise ValueError(
                 f"positions must have shape (replicas, atoms, dim), got {start.shape}."
             )
-        _check_frames(m, graph, static, *start.shape[1:])
+        _check_frames(m, graph, static, start.shape[1], start.shape[2])
         inner = inner_of(params, start.shape).init(start, rng_key)
         none = jnp.full(start.shape[:1], -1, jnp.int32)
         return MDState(start, inner, params, none, jnp.zeros((), jnp.int32))
@@ -326,7 +326,8 @@ def simulate(
         **graph,
     )
     graph = check_graph(graph)
-    _check_frames(_checked_masses(masses), graph, static, *start.shape[2:])
+    atoms, dim = start.shape[2:]
+    _check_frames(_checked_masses(masses), graph, static, atoms, dim)
     one = jax.tree.map(lambda x: x[0], (params, start[:, 0]))
     dtype = check_energy(energy_fn, *one, graph)
     first = jax.tree.map(lambda x: x[:1], params)
