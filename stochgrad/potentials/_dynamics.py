@@ -329,7 +329,7 @@ def simulate(
     atoms, dim = start.shape[2:]
     _check_frames(_checked_masses(masses), graph, static, atoms, dim)
     one = jax.tree.map(lambda x: x[0], (params, start[:, 0]))
-    dtype = check_energy(energy_fn, *one, graph)
+    dtype = check_energy(energy_fn, one[0], one[1], graph)
     first = jax.tree.map(lambda x: x[:1], params)
     energies = energies_of(energy_fn)(first, start[:1, :1], graph)
     remedy = "leave out of the energy what is the same for all frames"
