@@ -49,10 +49,11 @@ def rounds_of(strategy, frames, helix, pool, test, rounds: int, steps: int):
         members = trained(jax.random.key(n), frames[known], energy, init, steps)
         predict = partial(potentials.predict, energy, members["params"])
         sigma = NOISE * np.exp(np.asarray(members["noise"]["forces"]))[:, None, :, None]
-        history.append(calibration(test.forces, predict(test).forces, sigma).nll)
+        history.append(calibration(test.forces, predict(test).forces, sigma, where=test.mask).nll)
         if strategy == "novelty":
             scale = sigma.mean(0)[..., 0][..., None]
-            scores = potentials.novelty(predict(frames[left]).forces, scale)
+            pool_forces = predict(frames[left]).forces
+            scores = potentials.novelty(pool_forces, scale, mask=frames[left].mask)
         else:
             scores = rng.random(len(left))
         if n < rounds:

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from stochgrad.core import check_array
+
 _ROUNDING = 1e-12  # of levels, ranks and deviations; distances of ranks are far above it
 
 
@@ -33,7 +35,9 @@ class Calibration(NamedTuple):
     rank_correlation: float
 
 
-def calibration(observed: Any, draws: Any, noise: Any = None, *, levels: Any = None) -> Calibration:
+def calibration(
+    observed: Any, draws: Any, noise: Any = None, *, levels: Any = None, where: Any = None
+) -> Calibration:
     r"""Calibration, sharpness and scores of the predictions of posterior draws.
 
     Each observation y is predicted by the mixture of D draws,
@@ -58,10 +62,16 @@ def calibration(observed: Any, draws: Any, noise: Any = None, *, levels: Any = N
         noise: Standard deviation $s_d$ of an observation about a prediction: a number, shape S,
             (D, 1, ..., 1), or whatever broadcasts to the draws; None where the draws contain it.
         levels: Increasing levels in (0, 1); 0.05, 0.1, ..., 0.95 by default.
+        where: Booleans, which observations count: of shape S, or of its first axes only, such as
+            the mask (N, atoms) of forces (N, atoms, 3). All by default. What is left out may hold
+            anything.
 
     Raises:
-        ValueError: shapes do not fit or are empty, a number is not finite, noise is not positive,
-            or levels do not increase from above 0 to below 1.
+        TypeError: these are no arrays of numbers, or ``where`` none of booleans.
+        ValueError: shapes do not fit or are empty, a number that counts is not finite, noise is not
+            positive, or levels do not increase from above 0 to below 1; or, without ``where``,
+            there is padding: numbers that are exactly zero in the observations and in all draws (a
+            whole last axis of them, in three axes or more), unless all draws are whole numbers.
 
     Example:
         >>> import numpy as np
@@ -76,20 +86,34 @@ def calibration(observed: Any, draws: Any, noise: Any = None, *, levels: Any = N
     from scipy.special import logsumexp, ndtr
     from scipy.stats import rankdata
 
-    y, m = np.asarray(observed, np.float64), np.asarray(draws, np.float64)
-    p = np.linspace(0.05, 0.95, 19) if levels is None else np.asarray(levels, np.float64)
+    y = check_array("observed", observed, finite=False).astype(np.float64)
+    m = check_array("draws", draws, finite=False).astype(np.float64)
+    p = np.linspace(0.05, 0.95, 19)
+    if levels is not None:
+        p = check_array("levels", levels, finite=False).astype(np.float64)
     if m.ndim != y.ndim + 1 or m.shape[1:] != y.shape or not m.size:
-        raise ValueError(f"draws must have shape (D, *{y.shape}), not empty, got {m.shape}.")
+        raise ValueError(
+            f"draws must have shape (D, *{y.shape}) by observed, not empty, got {m.shape}."
+        )
+    s = None
+    if noise is not None:
+        s = check_array("noise", noise, finite=False).astype(np.float64)
+    if where is not None:
+        counted = _counted(where, y.shape)
+        s = None if s is None else _broadcast_noise(s, m.shape, counted)[:, counted]
+        y, m = y[counted], m[:, counted]
     _check("observed", y, np.isfinite(y), "finite")
     _check("draws", m, np.isfinite(m), "finite")
     if p.ndim != 1 or not p.size or not np.all(np.diff(p, prepend=0.0, append=1.0) > 0):
         raise ValueError(f"levels must increase from above 0 to below 1, got {p}.")
+    if where is None:
+        _refuse_padding(y, m)
     variance = m.var(axis=0)
-    if noise is None:
+    if s is None:
         u = ((m < y).sum(axis=0) + (m <= y).sum(axis=0) + 1) / (2 * len(m) + 2)
         crps, nll = _empirical_crps(m - y), np.nan
     else:
-        s = _broadcast_noise(np.asarray(noise, np.float64), m.shape)
+        s = _broadcast_noise(s, m.shape)
         variance = variance + np.mean(s**2, axis=0)
         z = (y - m) / s
         u = ndtr(z).mean(axis=0)
@@ -123,21 +147,27 @@ def interval_coverage(truth: Any, low: Any, high: Any, where: Any = None) -> flo
         where: Booleans, likewise: which bins to count; all by default.
 
     Raises:
-        ValueError: shapes differ, an interval ends before it begins, ``where`` is not of booleans
-            or chooses nothing, or a number that it chooses is NaN.
+        TypeError: these are no arrays of numbers, or ``where`` none of booleans.
+        ValueError: shapes differ, an interval ends before it begins, ``where`` chooses nothing, or
+            a number that it chooses is NaN.
 
     Example:
         >>> from stochgrad.diagnostics import interval_coverage
         >>> interval_coverage([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 5.0, 3.0])
         0.75
     """
-    t, l, h = (np.asarray(x, np.float64) for x in (truth, low, high))  # noqa: E741
-    mask = np.ones(t.shape, bool) if where is None else np.asarray(where)
+    t, l, h = (  # noqa: E741
+        check_array(name, x, finite=False).astype(np.float64)
+        for name, x in {"truth": truth, "low": low, "high": high}.items()
+    )
+    mask = np.ones(t.shape, bool) if where is None else _booleans(where)
     if not t.shape == l.shape == h.shape == mask.shape:
         got = f"{t.shape}, {l.shape}, {h.shape} and {mask.shape}"
         raise ValueError(f"truth, low, high and where must have one shape, got {got}.")
-    if mask.dtype != bool or not mask.any():
-        raise ValueError(f"where must be booleans, some true, got {mask.dtype}, sum {mask.sum()}.")
+    if not t.size:
+        raise ValueError("truth must not be empty.")
+    if not mask.any():
+        raise ValueError("where must choose something, got False everywhere.")
     for name, x in {"truth": t, "low": l, "high": h}.items():
         _check(name, x, ~(mask & np.isnan(x)), "a number where it is counted")
     _check("low", l, ~(l > h), "at most high")
@@ -150,12 +180,48 @@ def _check(name, x, good, wanted):
         raise ValueError(f"{name} must be {wanted}, got {x[index]} at index {index}.")
 
 
-def _broadcast_noise(s, shape):
-    _check("noise", s, np.isfinite(s) & (s > 0), "positive and finite")
+def _booleans(where):
+    return check_array("where", where, kind="boolean")
+
+
+def _counted(where, shape):
+    """Which observations count, from booleans of their shape or of its first axes."""
+    mask = _booleans(where)
+    if mask.ndim > len(shape) or mask.shape != shape[: mask.ndim]:
+        raise ValueError(
+            f"where must have the shape of observed, {shape}, or of its first axes, got "
+            f"{mask.shape}."
+        )
+    if not mask.any():
+        raise ValueError("where must choose something, got False everywhere.")
+    more = (1,) * (len(shape) - mask.ndim)
+    return np.broadcast_to(mask.reshape(*mask.shape, *more), shape)
+
+
+def _refuse_padding(y, m):
+    """Raise where observation and draws are all exactly zero, as only padding (or counts) are."""
+    zero = (y == 0) & (m == 0).all(axis=0)
+    if y.ndim >= 3:
+        zero = zero.all(axis=-1)
+    if zero.any() and np.any(np.mod(m, 1) != 0):
+        index = tuple(map(int, np.argwhere(zero)[0]))
+        raise ValueError(
+            f"observed and all draws are exactly zero in {zero.sum()} places, the first at index "
+            f"{index}, as padding is: pass where=mask, booleans of what counts, to leave it out, "
+            f"or where=numpy.ones({y.shape}, bool) to count it."
+        )
+
+
+def _broadcast_noise(s, shape, counted=None):
+    if counted is None:
+        _check("noise", s, np.isfinite(s) & (s > 0), "positive and finite")
     try:
-        return np.broadcast_to(s, shape)
+        s = np.broadcast_to(s, shape)
     except ValueError:
         raise ValueError(f"noise must broadcast to draws, {shape}, got {s.shape}.") from None
+    if counted is not None:
+        _check("noise", s, ~counted | (np.isfinite(s) & (s > 0)), "positive and finite")
+    return s
 
 
 def _mixture_crps(m, s):

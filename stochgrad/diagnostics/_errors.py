@@ -43,14 +43,21 @@ def rhat(draws: Any) -> PyTree:
         draws: Draws of two or more chains, all finite, or an ArviZ object.
 
     Returns:
-        Ratios in the structure of ``draws.positions``, without the chain and draw axes.
+        Ratios in the structure of ``draws.positions``, without the chain and draw axes; NaN for
+        what never changes, infinity for what differs between chains alone.
 
     Raises:
-        ValueError: there is one chain only.
+        TypeError: they are neither draws nor an ArviZ object.
+        ValueError: there is one chain, or one draw, only; a draw is not finite.
     """
     arrays = arrays_of(draws)
-    if len(jax.tree.leaves(arrays)[0]) < 2:
-        raise ValueError("rhat compares chains: run with num_chains of 2 or more.")
+    chains, length = jax.tree.leaves(arrays)[0].shape[:2]
+    if chains < 2:
+        raise ValueError("rhat compares chains: draws of num_chains of 2 or more are needed.")
+    if length < 2:
+        raise ValueError(
+            f"rhat compares chains' spread: two draws or more are needed, got {length}."
+        )
 
     def one(x):
         x = np.asarray(x, np.float64)
@@ -58,7 +65,8 @@ def rhat(draws: Any) -> PyTree:
         departure = x - x.mean(axis=0, keepdims=True)
         within = departure.var(axis=1, ddof=1).mean(axis=0) * chains / (chains - 1)
         between = n * x.mean(axis=1).var(axis=0, ddof=1)
-        return np.sqrt((n - 1) / n + between / (n * within))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.sqrt((n - 1) / n + between / (n * within))
 
     return jax.tree.map(one, arrays)
 

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from stochgrad.core import Draws, Posterior
+from stochgrad.core import (
+    Draws,
+    Gradient,
+    Posterior,
+    check_array,
+    describe,
+    first_line,
+    one_block_at_hand,
+)
+from stochgrad.gradients import as_gradient
 
 
 def finite(draws: Draws) -> Draws:
@@ -22,20 +31,34 @@ def arrays_of(draws: Any) -> PyTree:
 
     Raises:
         TypeError: it is neither.
-        ValueError: some draws are not finite.
+        ValueError: some draws are not finite, there are none, or they were summed up.
     """
     if isinstance(draws, Draws):
-        return jax.tree.map(np.asarray, finite(draws).positions)  # read those of a store
+        if not jax.tree.leaves(draws.positions):
+            raise ValueError("draws hold no positions: they were summed up as they came.")
+        arrays = jax.tree.map(np.asarray, finite(draws).positions)  # read those of a store
+        _refuse_none(arrays)
+        return arrays
     group = _group(draws)
     if group is None:
         raise TypeError(
             "draws must be stochgrad.Draws or an ArviZ object with a posterior group, "
-            f"got {type(draws).__name__}."
+            f"got {describe(draws)}."
         )
-    values = {str(name): np.asarray(group[name].values) for name in group.data_vars}
+    values = {
+        str(name): check_array(f"draws[{name!r}]", group[name].values, finite=False)
+        for name in group.data_vars
+    }
+    _refuse_none(values)
     if not all(np.isfinite(value).all() for value in values.values()):
         raise ValueError("some draws are not finite: drop their chains first.")
     return values
+
+
+def _refuse_none(arrays: PyTree) -> None:
+    shapes = [np.shape(x) for x in jax.tree.leaves(arrays)]
+    if not shapes or any(len(shape) < 2 or 0 in shape[:2] for shape in shapes):
+        raise ValueError(f"draws must hold arrays of (chain, draw, ...), not empty, got {shapes}.")
 
 
 def positions_of(draws: Any, posterior: Posterior | None) -> PyTree:
@@ -58,8 +81,42 @@ def positions_of(draws: Any, posterior: Posterior | None) -> PyTree:
         return values
     if posterior is not None and posterior.unconstrain is not None:
         back = jax.jit(jax.vmap(jax.vmap(posterior.unconstrain)))
-        return jax.tree.map(np.asarray, back(jax.tree.map(jnp.asarray, values)))
+        try:
+            return jax.tree.map(np.asarray, back(jax.tree.map(jnp.asarray, values)))
+        except Exception as error:
+            raise ValueError(
+                f"draws of {sorted(values)} do not fit the target's model: {first_line(error)}."
+            ) from error
     return values["x"] if set(values) == {"x"} else values
+
+
+def gradient_of(target: Any) -> Gradient:
+    """The gradient of a target, a posterior or a gradient."""
+    if not isinstance(target, Posterior | Gradient):
+        raise TypeError(f"target must be a posterior or a gradient, got {describe(target)}.")
+    return as_gradient(target)
+
+
+def check_fit(gradient: Gradient, positions: PyTree) -> None:
+    """Raise unless the target's score can be taken at a draw, and has the draw's structure."""
+    example = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[2:], jnp.result_type(x)), positions
+    )
+
+    def score_at(key, position):
+        score, _ = gradient.next(key, position, gradient.init(key, position))
+        return score(position)[1]
+
+    try:
+        with one_block_at_hand(gradient.posterior):
+            found = jax.eval_shape(score_at, jax.random.key(0), example)
+    except Exception as error:
+        shapes = jax.tree.map(lambda x: x.shape, example)
+        raise ValueError(
+            f"target does not fit the draws, of shapes {shapes}: {first_line(error)}."
+        ) from error
+    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, example):
+        raise ValueError("target has scores of other shapes than the draws.")
 
 
 def flattened(positions: PyTree) -> np.ndarray:
@@ -72,7 +129,7 @@ def flattened(positions: PyTree) -> np.ndarray:
 def _group(draws: Any) -> Any:
     try:
         group = draws["posterior"]
-    except (KeyError, TypeError, IndexError):
+    except Exception:  # of whatever kind: it is no such object
         return None
     group = getattr(group, "dataset", group)
     return group if hasattr(group, "data_vars") else None

@@ -26,6 +26,7 @@ def knn_divergence(draws: Any, reference: Any, *, k: int = 5) -> float:
         k: Which neighbour; more is smoother and more biased.
 
     Raises:
+        TypeError: they are neither draws nor ArviZ objects.
         ValueError: the two differ in their dimensions, have k draws or fewer, or only repeats.
 
     Example:
@@ -47,7 +48,7 @@ def knn_divergence(draws: Any, reference: Any, *, k: int = 5) -> float:
     from scipy.spatial import KDTree
 
     k = check_count("k", k)
-    x, y = flattened(arrays_of(draws)), flattened(arrays_of(reference))
+    x, y = flattened(arrays_of(draws)), flattened(_reference_of(reference))
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"draws have {x.shape[1]} dimensions, the reference {y.shape[1]}.")
     if min(len(x) - 1, len(y)) < k:
@@ -61,3 +62,10 @@ def knn_divergence(draws: Any, reference: Any, *, k: int = 5) -> float:
         raise ValueError("every draw repeats another: there are no distances to go by.")
     ratio = np.log(other[apart] / own[apart])
     return float(x.shape[1] * ratio.mean() + np.log(len(y) / (len(x) - 1)))
+
+
+def _reference_of(reference: Any) -> Any:
+    try:
+        return arrays_of(reference)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"reference: {error}") from error

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from stochgrad.core import Draws
+from stochgrad.core import Draws, check_callable, check_instance, check_number, first_line
 from stochgrad.diagnostics._errors import error_of_mean
 from stochgrad.diagnostics._inputs import arrays_of
 
@@ -48,6 +48,7 @@ def richardson(
             out, and ``numpy.square`` for second moments.
 
     Raises:
+        TypeError: these are no draws, or ``function`` no function.
         ValueError: the step sizes are not on record, or the first is not the larger; a draw is not
             finite.
 
@@ -70,17 +71,43 @@ def richardson(
         >>> round(float(richardson(*runs).value), 1)
         0.9
     """
+    for name, draws in (("coarse", coarse), ("fine", fine)):
+        check_instance(name, draws, Draws, "draws, as stochgrad.sample returns them")
+    order = check_number("order", order)
+    if function is not None:
+        check_callable("function", function, "a function of an array (chain, draw, ...)")
     large, small = (draws.attrs.get("step_size") for draws in (coarse, fine))
     if not (isinstance(large, float) and isinstance(small, float)):
-        raise ValueError(f"richardson needs runs at constant step sizes, got {large}, {small}.")
+        raise ValueError(
+            f"coarse and fine must be runs at constant step sizes, got {large}, {small}."
+        )
     if large <= small:
-        raise ValueError(f"the first run must have the larger step size, got {large}, {small}.")
+        raise ValueError(f"coarse must have the larger step size, got {large}, fine {small}.")
     factor = (large / small) ** order
-    of = function if function is not None else np.asarray
+
+    def of(x):
+        try:
+            value = np.asarray(x if function is None else function(x), np.float64)
+        except Exception as error:
+            raise ValueError(
+                f"function fails on draws of shape {x.shape}: {first_line(error)}."
+            ) from error
+        if value.shape[:2] != x.shape[:2] or not np.isfinite(value).all():
+            raise ValueError(
+                f"function must keep the axes of chains and draws, {x.shape[:2]}, and be finite, "
+                f"got shape {value.shape}."
+            )
+        return value
+
     values = [
         jax.tree.map(lambda x: of(np.asarray(x, np.float64)), arrays_of(draws))
         for draws in (coarse, fine)
     ]
+    shapes = [jax.tree.map(lambda x: x.shape[2:], value) for value in values]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"coarse and fine must be runs of one model, got {shapes[0]}, {shapes[1]}."
+        )
     means = [jax.tree.map(lambda x: x.mean(axis=(0, 1)), value) for value in values]
     errors = [jax.tree.map(error_of_mean, value) for value in values]
     bias = jax.tree.map(lambda a, b: (a - b) / (factor - 1), *means)

@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochgrad.core import PRNGKey, Target, check_key, compiled, in_one_block, one_block_at_hand
-from stochgrad.diagnostics._inputs import flattened, positions_of
-from stochgrad.gradients import as_gradient
+from stochgrad.core import (
+    PRNGKey,
+    Target,
+    check_choice,
+    check_key,
+    compiled,
+    in_one_block,
+    one_block_at_hand,
+)
+from stochgrad.diagnostics._inputs import check_fit, flattened, gradient_of, positions_of
 
 _BLOCK = 512
 
@@ -50,21 +57,23 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
         True
     """
     check_key(key)
-    gradient = as_gradient(target)
+    scores = check_choice("scores", scores, ("minibatch", "full"))
+    gradient = gradient_of(target)
     positions = positions_of(draws, gradient.posterior)
-    if scores not in ("minibatch", "full"):
-        raise ValueError(f"scores must be 'minibatch' or 'full', got {scores!r}.")
+    check_fit(gradient, positions)
     full_score = None
     if scores == "full":
         posterior = gradient.posterior
         if posterior is None:
-            raise ValueError("full scores need a posterior: this gradient has none.")
+            raise ValueError("scores='full' need a posterior: this gradient has none.")
         if posterior.batches.stream is not None:
-            raise ValueError("full scores need data in memory: take minibatch scores of a stream.")
+            raise ValueError(
+                "scores='full' need data in memory: take minibatch scores of a stream."
+            )
         full_score = in_one_block(posterior, jax.grad(posterior.log_density))
     flat = flattened(positions)
     if len(flat) < 2:
-        raise ValueError(f"ksd needs two draws or more, got {len(flat)}.")
+        raise ValueError(f"draws: ksd needs two draws or more, got {len(flat)}.")
 
     def score_at(x):
         key, position = x
@@ -78,6 +87,9 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
     keys = jax.random.split(key, len(flat))
     with one_block_at_hand(gradient.posterior):
         found = compiled(lambda *x: jax.lax.map(score_at, x, batch_size=16))(keys, merged)
+    bad = ~np.isfinite(np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)]))
+    if bad.any():
+        raise ValueError("target has scores that are not finite at the draws.")
     s = flattened(jax.tree.map(lambda x: np.asarray(x)[None], found))
     scale = np.maximum(flat.std(axis=0), np.finfo(flat.dtype).tiny)
     squared = float(_mean_off_diagonal(jnp.asarray(flat / scale), jnp.asarray(s * scale)))

@@ -10,14 +10,14 @@ from stochgrad.core import (
     Draws,
     PRNGKey,
     Target,
+    check_flag,
     check_key,
     compiled,
     one_block_at_hand,
     tree_dot,
 )
 from stochgrad.diagnostics._errors import error_of_mean
-from stochgrad.diagnostics._inputs import positions_of
-from stochgrad.gradients import as_gradient
+from stochgrad.diagnostics._inputs import check_fit, gradient_of, positions_of
 
 
 class Temperatures(NamedTuple):
@@ -63,8 +63,10 @@ def temperatures(
         ValueError: the draws were collected by a function of the caller's, or are not finite.
     """
     check_key(key)
-    gradient = as_gradient(target)
+    per_chain = check_flag("per_chain", per_chain)
+    gradient = gradient_of(target)
     positions = positions_of(draws, gradient.posterior)
+    check_fit(gradient, positions)
 
     def at(x):
         key, position, centered = x
@@ -95,7 +97,10 @@ def temperatures(
 def _kinetic(draws: Any) -> np.ndarray | None:
     if isinstance(draws, Draws):
         return draws.stats.get("kinetic_temperature")
-    stats = draws["sample_stats"]
+    try:
+        stats = draws["sample_stats"]
+    except Exception:  # an object of draws alone
+        return None
     return np.asarray(stats["kinetic_temperature"]) if "kinetic_temperature" in stats else None
 
 

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
-from stochgrad.core import ORDERS
+from stochgrad.core import (
+    ORDERS,
+    check_array,
+    check_callable,
+    check_choice,
+    check_count,
+    check_instance,
+    check_number,
+    describe,
+    first_line,
+)
 from stochgrad.diagnostics._spectral import spectral_moments
 from stochgrad.kernels import Affine, KernelFactory, OpenStep, affine_steps, open_step
 
@@ -68,7 +78,14 @@ def minibatch_gaussian(order: str) -> Problem:
 
     In two dimensions, with Hessians that do not commute, and mean and precision that are those of
     the average.
+
+    Args:
+        order: ``"reshuffled"``, ``"symmetric"`` or ``"iid"``.
+
+    Raises:
+        ValueError: there is no such order.
     """
+    check_choice("order", order, ORDERS)
     shears = np.array(
         [[[1.5, 0.5], [0.5, 0.5]], [[0.9, -0.15], [-0.15, 1.0]], [[1.2, 0.25], [0.25, 0.9]]]
     )
@@ -122,13 +139,16 @@ def weak_order(
         >>> round(weak_order(factory, gaussian, [0.1, 0.05]).position_order, 2)
         2.0
     """
-    sizes = np.asarray(step_sizes, float)
-    if sizes.ndim != 1 or sizes.size < 2 or np.any(np.diff(sizes) >= 0):
-        raise ValueError(f"step_sizes must be two or more falling numbers, got {step_sizes!r}.")
-    if problem.num_batches > _MOST_BATCHES:
+    sizes = check_array("step_sizes", step_sizes).astype(float)
+    falling = sizes.ndim == 1 and sizes.size >= 2 and np.all(np.diff(sizes) < 0)
+    if not falling or np.any(sizes <= 0):
         raise ValueError(
-            f"problem must have at most {_MOST_BATCHES} batches, got {problem.num_batches}."
+            f"step_sizes must be two or more falling numbers, all positive, got {step_sizes!r}."
         )
+    if time is not None:
+        time = check_number("time", time)
+    _check_problem(problem)
+    _check_factory(kernel_factory)
     with jax.enable_x64(True):
         if time is None:
             truth = _true_moments(problem)
@@ -149,6 +169,36 @@ def weak_order(
     with np.errstate(divide="ignore", invalid="ignore"):
         slopes = np.log(both[-2] / both[-1]) / np.log(sizes[-2] / sizes[-1])
     return WeakOrder(sizes, both[:, 0], both[:, 1], float(slopes[0]), float(slopes[1]))
+
+
+def _check_factory(factory: Any) -> None:
+    wanted = "a function (gradient, step_size, noise=...) -> Kernel"
+    check_callable("kernel_factory", factory, wanted)
+    if isinstance(factory, type):
+        raise TypeError(f"kernel_factory must be {wanted}, got {describe(factory)}.")
+
+
+def _check_problem(problem: Any) -> None:
+    """Raise unless a problem has a scalar density, and minibatches in an order there is."""
+    check_instance("problem", problem, Problem, "a stochgrad.diagnostics.Problem")
+    check_callable("problem.log_density", problem.log_density, "(position, j) -> scalar")
+    dimension = check_count("problem.dimension", problem.dimension)
+    if check_count("problem.num_batches", problem.num_batches) > _MOST_BATCHES:
+        raise ValueError(
+            f"problem must have at most {_MOST_BATCHES} batches, got {problem.num_batches}."
+        )
+    if problem.num_batches > 1:
+        check_choice("problem.order", problem.order, ORDERS)
+    try:
+        with jax.enable_x64(True):
+            out = jax.eval_shape(problem.log_density, jnp.zeros(dimension), 0)
+            first = np.asarray(problem.log_density(jnp.zeros(dimension), 0))
+    except Exception as error:
+        raise ValueError(
+            f"problem.log_density fails on a position of shape ({dimension},): {first_line(error)}."
+        ) from error
+    if getattr(out, "shape", None) != () or not np.isfinite(first):
+        raise ValueError(f"problem.log_density must return a finite scalar, got {out}.")
 
 
 def _distance(moments: Any, truth: Any) -> float:
@@ -178,7 +228,13 @@ def _precision(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 def _opened(factory, problem: Problem, h: float) -> tuple[OpenStep, list[Affine] | None]:
     example = jnp.zeros(problem.dimension)
-    opened = open_step(factory, h, problem.log_density, example)
+    try:
+        opened = open_step(factory, h, problem.log_density, example)
+    except Exception as error:
+        raise ValueError(
+            f"kernel_factory makes no kernel of a gradient and the step size {h:g}: "
+            f"{first_line(error)}."
+        ) from error
     return opened, affine_steps(opened, example, problem.num_batches)
 
 
@@ -187,8 +243,8 @@ def _stationary(factory, problem: Problem, h: float) -> tuple[Any, Any]:
     if maps is None:
         if problem.dimension > 1 or problem.num_batches > 1:
             raise ValueError(
-                "weak_order needs a step that is affine in the state, or one batch in one "
-                "dimension: this kernel's step on this problem is neither."
+                "kernel_factory: weak_order needs a step that is affine in the state, or one batch "
+                "in one dimension: this kernel's step on this problem is neither."
             )
         return spectral_moments(opened, lambda q: problem.log_density(q[None], 0))
     operators = [_second_moment_operator(m) for m in maps]
@@ -196,7 +252,7 @@ def _stationary(factory, problem: Problem, h: float) -> tuple[Any, Any]:
     orders = _visits(problem)
     epoch = sum(_product([operators[j] for j in visits]) for visits in orders) / len(orders)
     if np.max(np.abs(np.linalg.eigvals(epoch))) > 1 + 1e-8:
-        raise ValueError(f"the chain is unstable at step size {h:g}.")
+        raise ValueError(f"step_sizes: the chain is unstable at step size {h:g}.")
     fixed = epoch - np.eye(size)  # its last row, for the constant, is zero: put in the norm
     fixed[-1] = 0
     fixed[-1, -1] = 1

@@ -1,5 +1,6 @@
 """Gaussian approximations around trained networks: SWAG and last-layer Laplace."""
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +11,16 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
-from stochgrad.core import Posterior, by_name, check_count, check_number, sample
+from stochgrad.core import (
+    ConvergenceWarning,
+    Posterior,
+    by_name,
+    check_callable,
+    check_count,
+    check_number,
+    first_line,
+    sample,
+)
 from stochgrad.kernels import ascend
 from stochgrad.sgmcmc import swag as swag_online
 
@@ -46,7 +56,7 @@ def swag(*, learning_rate: float, num_steps: int, thin: int = 10, rank: int = 20
     thin = check_count("thin", thin)
     draws = check_count("num_steps", num_steps) // thin
     check_count("num_steps // thin", draws, least=2)
-    online = swag_online(rank)
+    online = swag_online(check_count("rank", rank, least=2))
 
     def draw(key, posterior: Posterior, positions, num_samples: int, options):
         import optax
@@ -56,16 +66,24 @@ def swag(*, learning_rate: float, num_steps: int, thin: int = 10, rank: int = 20
         rate = learning_rate / max(posterior.batches.size, 1)
         kernel = ascend(posterior, optax.sgd(rate, momentum=0.9))
         one = positions if chains > 1 else jax.tree.map(lambda x: x[0], positions)
-        run = sample(
-            run_key,
-            kernel,
-            init=one,
-            num_samples=draws,
-            thin=thin,
-            num_chains=chains,
-            collect=online,
-            **options,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # it wanders about one mode
+            run = sample(
+                run_key,
+                kernel,
+                init=one,
+                num_samples=draws,
+                thin=thin,
+                num_chains=chains,
+                collect=online,
+                **options,
+            )
+        bad = np.flatnonzero(run.first_bad >= 0)
+        if len(bad):
+            raise ValueError(
+                f"SWAG's ascent left the finite numbers in chain {bad[0]} at step "
+                f"{run.first_bad[bad[0]]}: take a learning_rate below {learning_rate:g}."
+            )
         gaussians = jax.tree.map(jnp.asarray, run.summary)
         if chains == 1:
             gaussians = jax.tree.map(lambda x: x[None], gaussians)
@@ -93,7 +111,9 @@ def last_layer_laplace(last: Callable[[str], bool], *, ridge: float = 1e-6) -> A
             neither data nor prior determine (a constant added to the energy).
 
     Raises:
-        ValueError: no leaf, or every leaf, is the last layer's.
+        TypeError: ``last`` is no function.
+        ValueError: ``ridge`` is out of range. On use: no leaf, or every leaf, is the last layer's;
+            ``last`` fails or returns no boolean; a Hessian is not finite; data are streamed.
 
     Example:
         >>> import stochgrad
@@ -102,10 +122,13 @@ def last_layer_laplace(last: Callable[[str], bool], *, ridge: float = 1e-6) -> A
         'last-layer Laplace'
     """
     ridge = check_number("ridge", ridge)
+    check_callable("last", last, "a function name -> bool")
 
     def draw(key, posterior: Posterior, positions, num_samples: int, options):
         names = list(by_name(positions["params"]))
-        chosen = [last(name) for name in names]
+        if posterior.batches.stream is not None:
+            raise ValueError("last_layer_laplace needs a posterior of data in memory, no stream.")
+        chosen = [_is_last(last, name) for name in names]
         if not any(chosen) or all(chosen):
             raise ValueError(f"last must choose some of the weights, and not all, of {names}.")
 
@@ -130,6 +153,12 @@ def last_layer_laplace(last: Callable[[str], bool], *, ridge: float = 1e-6) -> A
             return flat, _mean_hessian(log_density, flat, posterior.batches)
 
         heads, hessians = jax.jit(lambda x: lax.map(of_chain, x))(positions)
+        bad = np.flatnonzero(~np.isfinite(np.asarray(hessians)).all((1, 2)))
+        if len(bad):
+            raise ValueError(
+                f"the Hessian of the last layer is not finite at the network of chain {bad[0]}: "
+                "its training has failed, or energy_fn has no second derivative there."
+            )
         roots = jnp.asarray(_roots(-np.asarray(hessians, np.float64), ridge), heads.dtype)
         xi = jax.random.normal(key, (*heads.shape[:1], num_samples, heads.shape[1]), heads.dtype)
         drawn = heads[:, None] + jnp.einsum("cij,csj->csi", roots, xi)
@@ -146,6 +175,16 @@ def last_layer_laplace(last: Callable[[str], bool], *, ridge: float = 1e-6) -> A
         return jax.vmap(put_back)(positions, drawn)
 
     return Approximation("last-layer Laplace", draw)
+
+
+def _is_last(last, name: str) -> bool:
+    try:
+        answer = last(name)
+    except Exception as error:
+        raise ValueError(f"last fails on {name!r}: {first_line(error)}.") from error
+    if not isinstance(answer, bool | np.bool_):
+        raise TypeError(f"last must return True or False, got {answer!r} for {name!r}.")
+    return bool(answer)
 
 
 def _mean_hessian(log_density, flat, batches):

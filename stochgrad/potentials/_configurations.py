@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from stochgrad.core import check_array, check_number, describe
+
 
 class Configurations(NamedTuple):
     """Configurations of atoms, and the forces, energies and virials of a reference.
@@ -31,15 +33,33 @@ class Configurations(NamedTuple):
     graph: dict[str, Any] = {}
 
     def __getitem__(self, rows: Any) -> "Configurations":
-        """Some of the configurations."""
-        chosen = {name: array[rows] for name, array in self._of_each().items()}
-        graph = {name: array[rows] for name, array in self.graph.items()}
-        return self._replace(**chosen, graph=graph)
+        """Some of the configurations.
+
+        Args:
+            rows: One number, a slice, numbers, or booleans of shape (N,). The axis of
+                configurations stays: ``data[0]`` holds one.
+
+        Raises:
+            TypeError: it is none of these.
+            ValueError: it chooses nothing, there is no such configuration, or there are not as
+                many booleans as configurations.
+        """
+        chosen = _rows(rows, self.count)
+        each = {name: array[chosen] for name, array in self._of_each().items()}
+        graph = {name: array[chosen] for name, array in self.graph.items()}
+        return self._replace(**each, graph=graph)
 
     @property
     def count(self) -> int:
         """How many there are, N."""
         return len(self.positions)
+
+    def known_species(self) -> np.ndarray | None:
+        """Species with zeros for padding."""
+        if self.species is None or self.mask is None:
+            return self.species
+        there = self.mask if self.species.ndim == 2 else self.mask.any(0)
+        return np.where(there, self.species, np.int32(0))
 
     def inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the energy function takes beside positions: one row each, and what all share."""
@@ -86,11 +106,13 @@ def configurations(
         box: Edge lengths, shape (dim,) or (N, dim), or lattice vectors as the columns of matrices,
             shape (N, dim, dim).
         mask: Which atoms there are, shape (N, atoms), if configurations are padded to one size.
+            What positions, forces and species hold elsewhere is of no account.
         cutoff: Where interactions end; a box has to be twice as wide.
         graph: Further arrays for the energy function, one row for each configuration: neighbours,
             charges, features.
 
     Raises:
+        TypeError: an array is not of numbers (or, for the mask, booleans).
         ValueError: shapes do not fit; a number is not finite (its configuration is named); two
             atoms of one configuration lie on each other; the box is too small for the cut-off.
 
@@ -100,7 +122,7 @@ def configurations(
         >>> stochgrad.potentials.configurations(frames, -frames).count
         5
     """
-    positions, forces = _as_floats(positions), _as_floats(forces)
+    positions, forces = _as_floats("positions", positions), _as_floats("forces", forces)
     if positions.ndim != 3 or 0 in positions.shape:
         raise ValueError(
             "positions must have shape (configurations, atoms, dimensions) and not be empty, "
@@ -112,32 +134,28 @@ def configurations(
         )
     count, atoms, dim = positions.shape
     optional = {
-        "energies": (energies, [(count,)]),
-        "virials": (virials, [(count, dim), (count, dim, dim)]),
-        "species": (species, [(atoms,), (count, atoms)]),
-        "box": (box, [(dim,), (count, dim), (count, dim, dim)]),
-        "mask": (mask, [(count, atoms)]),
+        "energies": (energies, _as_floats, [(count,)]),
+        "virials": (virials, _as_floats, [(count, dim), (count, dim, dim)]),
+        "species": (species, _as_integers, [(atoms,), (count, atoms)]),
+        "box": (box, _as_floats, [(dim,), (count, dim), (count, dim, dim)]),
+        "mask": (mask, _as_booleans, [(count, atoms)]),
     }
-    given = {}
-    for name, (value, shapes) in optional.items():
-        given[name] = None if value is None else np.asarray(value)
+    given: dict[str, Any] = {}
+    for name, (value, convert, shapes) in optional.items():
+        given[name] = None if value is None else convert(name, value)
         if value is not None and given[name].shape not in shapes:
             wanted = " or ".join(map(str, shapes))
             raise ValueError(f"{name} must have shape {wanted}, got {given[name].shape}.")
-    for name, value in graph.items():
-        if np.shape(value)[:1] != (count,):
-            raise ValueError(
-                f"{name} must have a row for each of the {count} configurations, got shape "
-                f"{np.shape(value)}; close over what all have in common."
-            )
+    if cutoff is not None:
+        cutoff = check_number("cutoff", cutoff)
     if given["mask"] is not None:
-        given["mask"] = given["mask"].astype(bool)
         empty = np.flatnonzero(~given["mask"].any(1))
         if len(empty):
             raise ValueError(f"mask leaves no atoms in configuration {empty[0]}.")
-    if given["box"] is not None:
-        given["box"] = _as_floats(given["box"])
-    given["species"] = _checked_species(given["species"])
+    arrays = {
+        name: _checked_graph(name, value, count, given["mask"]) for name, value in graph.items()
+    }
+    given["species"] = _checked_species(given["species"], given["mask"])
     for name, value in {"positions": positions, "forces": forces, **given}.items():
         if value is not None and value.dtype.kind == "f":
             _refuse_unless_finite(name, value, count, given["mask"])
@@ -147,22 +165,104 @@ def configurations(
         forces = np.where(there, forces, 0)
     _check_box(given["box"], given["virials"], cutoff)
     _refuse_overlap(positions, given["mask"], given["box"])
-    graph = {name: np.asarray(value) for name, value in graph.items()}
-    return Configurations(positions, forces, **given, graph=graph)
+    return Configurations(positions, forces, **given, graph=arrays)
 
 
-def _as_floats(array):
-    array = np.asarray(array)
-    return array.astype(np.float32) if array.dtype.kind in "iub" else array
+def _rows(rows: Any, count: int) -> Any:
+    """What chooses configurations, as a slice or an array of numbers or booleans."""
+    wanted = "a number, a slice, numbers or booleans of configurations"
+    if isinstance(rows, bool | np.bool_ | tuple | str | bytes) or rows is None or rows is Ellipsis:
+        raise TypeError(f"data[rows] takes {wanted}, got {describe(rows)}.")
+    if isinstance(rows, slice):
+        try:
+            chosen = range(count)[rows]
+        except TypeError as error:
+            raise TypeError(f"data[rows] takes {wanted}, got {rows}.") from error
+        if not chosen:
+            raise ValueError(f"data[{rows.start}:{rows.stop}] chooses none of {count}.")
+        return rows
+    kind = "boolean" if holds_booleans(rows) else "integer"
+    empty = isinstance(rows, list) and not rows
+    array = np.zeros(0, int) if empty else check_array("data[rows]: rows", rows, kind=kind)
+    array = np.atleast_1d(array)
+    if not array.size or (kind == "boolean" and array.shape == (count,) and not array.any()):
+        raise ValueError(f"data[rows] chooses none of the {count} configurations.")
+    if array.ndim != 1:
+        raise ValueError(f"data[rows] takes rows along one axis, got shape {array.shape}.")
+    if kind == "boolean":
+        if len(array) != count:
+            raise ValueError(
+                f"data[rows] takes a boolean for each of the {count} configurations, got "
+                f"{len(array)}."
+            )
+        return array
+    beyond = array[(array < -count) | (array >= count)]
+    if len(beyond):
+        raise ValueError(f"data[rows] has {count} configurations, and none of number {beyond[0]}.")
+    return array
 
 
-def _checked_species(species):
+def holds_booleans(value: Any) -> bool:
+    """Whether numpy makes an array of booleans of a value."""
+    try:
+        return np.asarray(value).dtype == bool
+    except Exception:
+        return False
+
+
+def _as_floats(name, value):
+    array = check_array(name, value, finite=False)
+    return array.astype(np.float32) if array.dtype.kind in "iu" else array
+
+
+def _as_integers(name, value):
+    array = check_array(name, value, finite=False)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers from 0 on, got dtype {array.dtype}.")
+    return array
+
+
+def _as_booleans(name, value):
+    if holds_booleans(value):
+        return check_array(name, value, kind="boolean")
+    array = check_array(name, value)
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} must be booleans, or zeros and ones, got {describe(array)}.")
+    return array.astype(bool)
+
+
+def _checked_graph(name, value, count, mask):
+    """One of the further arrays, with rows; NaN is for padding alone."""
+    kind = "boolean" if holds_booleans(value) else "number"
+    array = check_array(name, value, kind=kind, finite=False)
+    if array.shape[:1] != (count,):
+        raise ValueError(
+            f"{name} must have a row for each of the {count} configurations, got shape "
+            f"{array.shape}; close over what all have in common."
+        )
+    if array.dtype.kind == "f":
+        bad = np.isnan(array)
+        if mask is not None and array.shape[:2] == mask.shape:
+            bad = bad & mask.reshape(*mask.shape, *(1,) * (array.ndim - 2))
+        if bad.any():
+            row = int(np.argwhere(bad)[0, 0])
+            raise ValueError(f"{name} must be finite, but that of configuration {row} holds NaN.")
+    return array
+
+
+def _checked_species(species, mask):
+    """Species from 0 on; of padding, which counts for nothing, those below become 0."""
     if species is None:
         return None
-    if species.dtype.kind not in "iu" or species.min() < 0:
+    if mask is not None:
+        there = mask if species.ndim == 2 else mask.any(0)
+        species = np.where(~there & (species < 0), 0, species)
+    if species.min() < 0:
         raise ValueError(
             f"species must be integers from 0 on, got {species.dtype} of least {species.min()}."
         )
+    if species.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"species must be integers from 0 on, got one of {species.max()}.")
     return species.astype(np.int32)
 
 
@@ -222,8 +322,8 @@ def _refuse_overlap(positions, mask, box) -> None:
     if len(bad):
         n, atom = bad[0]
         raise ValueError(
-            f"atoms must not overlap: in configuration {n} atom {atom} is {nearest[n, atom]:g} "
-            "from another."
+            f"positions: atoms must not overlap: in configuration {n} atom {atom} is "
+            f"{nearest[n, atom]:g} from another."
         )
 
 

@@ -1,7 +1,7 @@
 """Molecular dynamics of many networks at once."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,7 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from stochgrad.core import Gradient, Kernel, PRNGKey, check_count, check_number, sample
+from stochgrad.core import (
+    ConvergenceWarning,
+    Gradient,
+    Kernel,
+    PRNGKey,
+    check_array,
+    check_callable,
+    check_count,
+    check_flag,
+    check_key,
+    check_number,
+    check_path,
+    sample,
+)
+from stochgrad.potentials._inputs import (
+    check_energy,
+    check_frame_inputs,
+    check_graph,
+    check_networks,
+    check_static,
+    warn_of_rounding,
+)
+from stochgrad.potentials._predict import energies_of
 from stochgrad.sgmcmc import sghmc
 
 
@@ -74,6 +96,7 @@ def langevin(
     kT: float,
     time_step: float,
     friction: float,
+    static: Sequence[str] = (),
     **graph: Any,
 ) -> Kernel:
     r"""Langevin dynamics of the atoms, by BAOAB, for any number of replicas of one network.
@@ -95,18 +118,30 @@ def langevin(
         time_step: h, in the unit that mass, length and energy make ($\sqrt{m l^2/e}$: picoseconds
             for amu, nanometres and kJ/mol).
         friction: $\gamma$, an inverse time.
+        static: Names of arrays in ``graph`` that hold for every frame although they look like a
+            list of neighbors, as in ``stochgrad.potentials.simulate``.
         graph: What ``energy_fn`` takes beside the positions: box, species, and so on.
 
     Raises:
-        ValueError: a number is not positive.
+        TypeError: an array is none of numbers or booleans.
+        ValueError: a number is not positive. On first use: an array of ``graph`` looks like a list
+            of neighbors, which would stay the first frame's.
     """
+    check_callable("energy_fn", energy_fn, "a function (params, positions, **graph) -> scalar")
     kT, h = check_number("kT", kT), check_number("time_step", time_step)
     friction = check_number("friction", friction)
-    m = np.asarray(masses, np.float64)
-    if m.ndim > 1 or m.size == 0 or not np.all(m > 0):
-        raise ValueError(f"masses must be positive, one for all atoms or one each, got {masses}.")
+    m = _checked_masses(masses)
+    graph = check_graph(graph)
+    check_static(static, graph, None)
     frozen = tuple((k, _Frozen(v)) for k, v in sorted(graph.items()))
-    return _langevin(energy_fn, _Frozen(m), kT, h, friction, frozen)
+    return _langevin(energy_fn, _Frozen(m), kT, h, friction, frozen, tuple(static))
+
+
+def _checked_masses(masses: Any) -> np.ndarray:
+    m = check_array("masses", masses, finite=False).astype(np.float64)
+    if m.ndim > 1 or m.size == 0 or not np.all((m > 0) & np.isfinite(m)):
+        raise ValueError(f"masses must be positive, one for all atoms or one each, got {masses}.")
+    return m
 
 
 class _Frozen:
@@ -124,7 +159,7 @@ class _Frozen:
 
 
 @lru_cache(maxsize=16)
-def _langevin(energy_fn, masses: _Frozen, kT, h, friction, frozen) -> Kernel:
+def _langevin(energy_fn, masses: _Frozen, kT, h, friction, frozen, static) -> Kernel:
     m, graph = masses.array, {name: value.array for name, value in frozen}
 
     def inner_of(params, shape) -> Kernel:
@@ -150,11 +185,11 @@ def _langevin(energy_fn, masses: _Frozen, kT, h, friction, frozen) -> Kernel:
 
     def init(position, rng_key) -> MDState:
         start, params = position["positions"], position["params"]
-        if start.ndim != 3 or (m.ndim and len(m) != start.shape[1]):
+        if start.ndim != 3:
             raise ValueError(
-                f"positions must have shape (replicas, atoms, dim), got {start.shape}, and masses "
-                f"one entry for each atom, got {m.shape}."
+                f"positions must have shape (replicas, atoms, dim), got {start.shape}."
             )
+        _check_frames(m, graph, static, start.shape[1], start.shape[2])
         inner = inner_of(params, start.shape).init(start, rng_key)
         none = jnp.full(start.shape[:1], -1, jnp.int32)
         return MDState(start, inner, params, none, jnp.zeros((), jnp.int32))
@@ -190,6 +225,16 @@ def _langevin(energy_fn, masses: _Frozen, kT, h, friction, frozen) -> Kernel:
     return Kernel(init, step, "Langevin BAOAB", settings)
 
 
+def _check_frames(masses, graph, static, atoms: int, dim: int) -> None:
+    """Raise unless masses and further arrays are those of frames of so many atoms."""
+    if masses.ndim and len(masses) != atoms:
+        raise ValueError(
+            f"masses must have one entry for each atom, got {masses.shape} for {atoms} atoms."
+        )
+    check_static(static, graph, atoms)
+    check_frame_inputs(graph, atoms, dim)
+
+
 def simulate(
     key: PRNGKey,
     energy_fn: Callable[..., Any],
@@ -206,6 +251,7 @@ def simulate(
     progress: bool = False,
     checkpoint: Any = None,
     resume: bool = False,
+    static: Sequence[str] = (),
     **graph: Any,
 ) -> Trajectories:
     """Molecular dynamics of many networks, each with many replicas, in one compiled program.
@@ -228,13 +274,21 @@ def simulate(
         progress: Whether to show a progress bar.
         checkpoint: A directory for the state of the run, saved as it goes.
         resume: Whether to go on from there.
-        graph: What ``energy_fn`` takes beside the positions.
+        static: Names of arrays in ``graph`` that hold for every frame: ``("bonds",)``. Without it
+            integers and booleans whose shape is not ``(atoms,)``, and what is named like a
+            list of neighbors (vectors too), are refused, for they would stay those of the first
+            frame.
+        graph: What ``energy_fn`` takes beside the positions, the same for all frames: numbers of
+            each atom, a box, parameters.
 
     Warns:
         RuntimeWarning: replicas exploded; how many, of which networks, and from which step.
+        PrecisionWarning: total energies are so large that their type cannot tell a tenth of kT.
 
     Raises:
-        ValueError: a number is out of range, or a shape does not fit.
+        TypeError: an argument is of another kind.
+        ValueError: a number is out of range, a shape does not fit, ``energy_fn`` fails, or an array
+            looks like a list of neighbors.
 
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad
@@ -247,45 +301,57 @@ def simulate(
         >>> [round(float(x), 1) for x in run.positions.var((1, 2, 3, 4))], int(run.sound.sum())
         ([1.0, 0.2], 128)
     """
-    frames, steps = (
-        check_count("num_frames", num_frames),
-        check_count("steps_per_frame", steps_per_frame),
-    )
-    params = jax.tree.map(jnp.asarray, params)
-    leads = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
-    if len(leads) != 1 or () in leads:
-        raise ValueError(f"params must have one leading axis of networks, got axes {leads}.")
-    draws = leads.pop()[0]
-    start = jnp.asarray(positions)
+    check_key(key)
+    frames = check_count("num_frames", num_frames)
+    steps = check_count("steps_per_frame", steps_per_frame)
+    num_warmup = check_count("num_warmup", num_warmup, least=0)
+    progress, resume = check_flag("progress", progress), check_flag("resume", resume)
+    if checkpoint is not None:
+        checkpoint = check_path("checkpoint", checkpoint)
+    elif resume:
+        raise ValueError("resume=True needs checkpoint, the directory to resume from.")
+    params = jax.tree.map(jnp.asarray, check_networks(params))
+    draws = jax.tree.leaves(params)[0].shape[0]
+    start = jnp.asarray(_checked_start(positions, draws))
     start = start.astype(jnp.result_type(float)) if start.dtype.kind != "f" else start
     if start.ndim == 3:
         start = jnp.broadcast_to(start[None], (draws, *start.shape))
-    if start.ndim != 4 or len(start) != draws:
-        raise ValueError(
-            f"positions must have shape (replicas, atoms, dim) or ({draws}, replicas, atoms, dim), "
-            f"got {start.shape}."
-        )
-    one = jax.tree.map(lambda x: x[0], (params, start[:, 0]))
-    jax.eval_shape(lambda p, r: energy_fn(p, r, **graph), *one)  # its own errors, in its own words
     kernel = langevin(
-        energy_fn, masses=masses, kT=kT, time_step=time_step, friction=friction, **graph
+        energy_fn,
+        masses=masses,
+        kT=kT,
+        time_step=time_step,
+        friction=friction,
+        static=static,
+        **graph,
     )
+    graph = check_graph(graph)
+    atoms, dim = start.shape[2:]
+    _check_frames(_checked_masses(masses), graph, static, atoms, dim)
+    one = jax.tree.map(lambda x: x[0], (params, start[:, 0]))
+    dtype = check_energy(energy_fn, one[0], one[1], graph)
+    first = jax.tree.map(lambda x: x[:1], params)
+    energies = energies_of(energy_fn)(first, start[:1, :1], graph)
+    remedy = "leave out of the energy what is the same for all frames"
+    warn_of_rounding(energies, dtype, kT, "kT", remedy, stacklevel=2)
     begin = {"positions": start, "params": params}
     if draws == 1:
         begin = jax.tree.map(lambda x: x[0], begin)
-    run = sample(
-        key,
-        kernel,
-        init=begin,
-        num_samples=frames,
-        num_warmup=num_warmup,
-        thin=steps,
-        num_chains=draws,
-        collect=_frame_of,
-        progress=progress,
-        checkpoint=checkpoint,
-        resume=resume,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # frames are not judged by coordinates
+        run = sample(
+            key,
+            kernel,
+            init=begin,
+            num_samples=frames,
+            num_warmup=num_warmup,
+            thin=steps,
+            num_chains=draws,
+            collect=_frame_of,
+            progress=progress,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
     exploded = np.asarray(run.state.exploded).reshape(draws, -1)
     _report(exploded)
     heat = np.asarray(run.stats["kinetic_temperature"], np.float64)
@@ -295,6 +361,16 @@ def simulate(
     return Trajectories(
         np.swapaxes(np.asarray(run.positions), 1, 2), exploded, heat, run.timings["total"]
     )
+
+
+def _checked_start(positions: Any, draws: int) -> np.ndarray:
+    start = check_array("positions", positions)
+    if start.ndim not in (3, 4) or 0 in start.shape or (start.ndim == 4 and len(start) != draws):
+        raise ValueError(
+            f"positions must have shape (replicas, atoms, dim) or ({draws}, replicas, atoms, dim), "
+            f"got {start.shape}."
+        )
+    return start
 
 
 def _frame_of(state: MDState) -> Array:

@@ -1,15 +1,28 @@
 """The posterior of a network's weights, given reference forces."""
 
 from collections.abc import Callable
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jaxtyping import Array, PyTree, Scalar
 
-from stochgrad.core import Order, Posterior, PRNGKey, by_name, check_number, posterior
+from stochgrad.core import (
+    Order,
+    Posterior,
+    PRNGKey,
+    by_name,
+    check_number,
+    check_position,
+    describe,
+    first_line,
+    posterior,
+)
 from stochgrad.potentials._configurations import Configurations
+from stochgrad.potentials._inputs import check_configurations, check_energy, warn_of_rounding
 from stochgrad.potentials._noise_model import (
     Learned,
     Noise,
@@ -53,7 +66,8 @@ def force_matching(
             shape (atoms, dim). By name it gets what the data have of ``species``, ``box``, ``mask``
             and further arrays. Wrapped, it may come from jax-md, flax, haiku or equinox.
         dataset: From ``stochgrad.potentials.configurations``.
-        init: ``key -> params``, called for every chain, so that chains start apart; or one tree.
+        init: ``key -> params``, called for every chain, so that chains start apart; or one tree,
+            which may be callable itself, as modules of equinox and structs of flax are.
         noise: $\sigma$ of the forces: a number, an array of one for each species, or
             ``stochgrad.potentials.learned(mean)``. Where there are energies or virials too, a
             mapping with an entry for each: ``{"forces": learned(50.0), "energies": 0.1}``.
@@ -64,11 +78,16 @@ def force_matching(
         temperature: T. Below one the posterior is cold: prior and likelihood are both sharpened.
         order: As in ``stochgrad.posterior``.
 
+    Warns:
+        PrecisionWarning: total energies are so large that their type cannot tell a tenth of their
+            noise.
+
     Raises:
         ValueError: a number is out of range; the noise does not name what the data have, or has no
             number for a species that they have; ``energy_fn`` fails on the data, returns no scalar,
-            or has no parameters for a species.
-        TypeError: the dataset is not one.
+            has no parameters for a species, or its forces or their gradient by the weights are not
+            finite (the configuration and the leaf are named).
+        TypeError: the dataset is not one, or another argument is of another kind.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, stochgrad
@@ -84,20 +103,19 @@ def force_matching(
         >>> round(float(draws.positions["params"].mean()), 1)
         2.0
     """
-    if not isinstance(dataset, Configurations):
-        raise TypeError(
-            "dataset must come from stochgrad.potentials.configurations, got "
-            f"{type(dataset).__name__}."
-        )
+    check_configurations("dataset", dataset)
     cold = check_number("temperature", temperature)
     targets = {"forces": dataset.forces, "energies": dataset.energies, "virials": dataset.virials}
     targets = {name: value for name, value in targets.items() if value is not None}
     scales = checked_noise(noise, list(targets))
     _refuse_species_without_noise(scales["forces"], dataset)
-    start = init if callable(init) else lambda key: init
+    start = _starts(init)
     example = start(jax.random.key(0))
-    _check_energy(energy_fn, example, dataset)
-    log_weights = _log_prior(prior)
+    dtype = _check_energy(energy_fn, example, dataset)
+    log_weights = _log_prior(prior, example)
+    if dataset.energies is not None:
+        _warn_of_energies(dataset, scales["energies"], dtype)
+    _check_gradient(energy_fn, example, dataset, batch_size)
     each, shared = dataset.inputs()
     shared = {name: jnp.asarray(value) for name, value in shared.items()}
     strain = None if dataset.virials is None else dataset.virials.shape[1:]
@@ -119,8 +137,7 @@ def force_matching(
     target = posterior(log_prior, log_likelihood, rows, batch_size=batch_size, order=order)
 
     def initial(key):
-        params = jax.tree.map(jnp.asarray, start(key))
-        return {"params": params, "noise": initial_noise(scales)}
+        return {"params": start(key), "noise": initial_noise(scales)}
 
     def constrain(position):
         named = by_name({"params": position["params"]})
@@ -161,20 +178,51 @@ def _log_likelihood(found: Predicted, target, scales, free, graph) -> Scalar:
     return total
 
 
-def _log_prior(prior: Prior) -> Callable[[PyTree], Scalar]:
+def _starts(init: Any) -> Callable[[PRNGKey], PyTree]:
+    """``key -> params``: the caller's function, or one that gives the caller's tree."""
+    leaves = jax.tree.leaves(init)
+    tree = not callable(init) or not (len(leaves) == 1 and leaves[0] is init)
+    if tree and not isinstance(init, jax.tree_util.Partial):
+        check_position(init)
+        params = jax.tree.map(jnp.asarray, init)
+        return lambda key: params
+
+    def start(key):
+        try:
+            params = init(key)
+        except Exception as error:
+            raise ValueError(f"init fails on a key: {first_line(error)}.") from error
+        check_position(params, "init(key)")
+        return jax.tree.map(jnp.asarray, params)
+
+    return start
+
+
+def _log_prior(prior: Prior, params: PyTree) -> Callable[[PyTree], Scalar]:
     """``params -> log density``, up to a constant."""
     if callable(prior):
+        try:
+            out = jax.eval_shape(lambda p: jnp.asarray(prior(p)), params)
+        except Exception as error:
+            raise ValueError(f"prior fails on the weights: {first_line(error)}.") from error
+        if out.shape != () or not jnp.issubdtype(out.dtype, jnp.number):
+            raise ValueError(f"prior must return a scalar, the log density, got {out}.")
         return prior
-    if prior == "flat":
+    if isinstance(prior, str) and prior == "flat":
         return lambda params: jnp.zeros(())
-    if isinstance(prior, str) and prior != "scaled":
-        raise ValueError(f"prior must be a number, 'scaled', 'flat' or a function, got {prior!r}.")
-    sd = 1.0 if prior == "scaled" else check_number("prior", prior)
+    if not isinstance(prior, int | float | np.number | jax.Array | np.ndarray) and (
+        not isinstance(prior, str) or prior != "scaled"
+    ):
+        raise ValueError(
+            f"prior must be a number, 'scaled', 'flat' or a function, got {describe(prior)}."
+        )
+    scaled = isinstance(prior, str)
+    sd = 1.0 if scaled else check_number("prior", prior)
 
     def log_density(params):
         def of_leaf(x: Array):
             x = jnp.asarray(x)
-            fan_in = float(np.prod(x.shape[:-1])) if prior == "scaled" and x.ndim > 1 else 1.0
+            fan_in = float(np.prod(x.shape[:-1])) if scaled and x.ndim > 1 else 1.0
             return -0.5 * jnp.sum(x.astype(float) ** 2) * (fan_in / sd**2)
 
         return sum(map(of_leaf, jax.tree.leaves(params)), jnp.zeros(()))
@@ -186,47 +234,133 @@ def _refuse_species_without_noise(scale, dataset: Configurations) -> None:
     shape = np.shape(scale.mean if isinstance(scale, Learned) else scale)
     if not shape:
         return
-    if dataset.species is None:
+    species = dataset.known_species()
+    if species is None:
         raise ValueError("noise of one number for each species needs species in the data.")
-    if dataset.species.max() >= shape[0]:
-        raise ValueError(
-            f"noise has {shape[0]} species, the data have a species {dataset.species.max()}."
-        )
+    last = int(species.max())
+    if last >= shape[0]:
+        raise ValueError(f"noise has {shape[0]} species, the data have a species {last}.")
 
 
-def _check_energy(energy_fn, params, dataset: Configurations) -> None:
-    """Raise unless the energy function gives a scalar, and tells the last species from others."""
+def _warn_of_energies(dataset: Configurations, scale, dtype) -> None:
+    """Warn where rounding of total energies is not small against their noise."""
+    sigma = np.asarray(scale.mean if isinstance(scale, Learned) else scale, np.float64)
+    atoms = dataset.positions.shape[1] if dataset.mask is None else dataset.mask.sum(1)
+    remedy = "subtract an energy for each atom, so that totals are small"
+    energies = dataset.energies
+    warn_of_rounding(energies, dtype, sigma * atoms, "their noise", remedy, stacklevel=3)
+
+
+def _check_energy(energy_fn, params, dataset: Configurations) -> Any:
+    """The energy's type; raise unless it is a scalar with parameters for every species."""
     each, shared = dataset.inputs()
     graph = {**{name: value[0] for name, value in each.items()}, **shared}
-    positions = jnp.asarray(dataset.positions[0])
+    dtype = check_energy(energy_fn, params, jnp.asarray(dataset.positions[0]), graph)
+    species = dataset.known_species()
+    if species is None or species.max() == 0:
+        return dtype
+    last = int(species.max())
+    row = int(np.argmax((species == last).any(-1))) if species.ndim == 2 else 0
+    graph = {**{name: value[row] for name, value in each.items()}, **shared}
+    own = jnp.asarray(species[row] if species.ndim == 2 else species)
+    positions = jnp.asarray(dataset.positions[row])
+
+    def beyond(species):
+        """What is read beyond the end of a table, None if nothing is."""
+        return _indexed(energy_fn)(params, positions, {**graph, "species": species})[0].get()
+
+    zero = jnp.zeros_like(own)
     try:
-        out = jax.eval_shape(lambda p, r, g: energy_fn(p, r, **g), params, positions, graph)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        missing = beyond(own)
+        known = missing is None or beyond(zero) is not None
+    except Exception:  # checkify cannot follow every function; a NaN for a species alone is a sign
+        values = [energy_fn(params, positions, **{**graph, "species": s}) for s in (own, zero)]
+        missing, known = "its energy is NaN", not np.isnan(values[0]) or bool(np.isnan(values[1]))
+    if not known:
         raise ValueError(
-            f"energy_fn fails on positions of shape {positions.shape} with {sorted(graph)}: "
-            f"{reason}"
-        ) from error
-    if getattr(out, "shape", None) != ():
-        raise ValueError(f"energy_fn must return a scalar, got {out}.")
-    if dataset.species is None or dataset.species.max() == 0:
-        return
-    last = int(dataset.species.max())
-    species = dataset.species if dataset.species.ndim == 1 else None
-    if species is None:
-        row = int(np.argmax((dataset.species == last).any(1)))
-        species = dataset.species[row]
-        graph = {**{name: value[row] for name, value in each.items()}, **shared}
-        positions = jnp.asarray(dataset.positions[row])
-
-    def energy(species):
-        return float(energy_fn(params, positions, **{**graph, "species": jnp.asarray(species)}))
-
-    as_before = energy(np.where(species == last, last - 1, species).astype(np.int32))
-    now, first = energy(species), energy(np.zeros_like(species))
-    unknown = np.isnan(now) and np.isfinite(as_before)  # beyond the rows of an embedding
-    if unknown or (now == as_before and first != as_before):
-        raise ValueError(
-            f"energy_fn has no parameters for species {last}: it takes them for species "
-            f"{last - 1}, the last that it knows."
+            f"energy_fn has no parameters for species {last}, the largest that the data have: it "
+            f"reads beyond the end of a table ({str(missing).strip().rstrip('.')})."
         )
+    return dtype
+
+
+@lru_cache(maxsize=16)
+def _indexed(energy_fn):
+    def energy(params, positions, graph):
+        return energy_fn(params, positions, **graph)
+
+    return jax.jit(checkify.checkify(energy, errors=checkify.index_checks))
+
+
+_BLOCK = 64
+
+
+def _check_gradient(energy_fn, params, dataset: Configurations, batch_size: Any) -> None:
+    """Raise unless forces and their gradient by the weights are finite in every configuration."""
+    each, shared = dataset.inputs()
+    rows = {**each, "positions": dataset.positions, "target": dataset.forces}
+    strain = None if dataset.virials is None else dataset.virials.shape[1:]
+    most = batch_size if isinstance(batch_size, int) and batch_size > 0 else _BLOCK
+    size = min(most, _BLOCK, dataset.count)  # memory for a minibatch is there
+    of_block = _gradients(energy_fn, strain)
+    for begin in range(0, dataset.count, size):
+        chosen = np.minimum(np.arange(begin, begin + size), dataset.count - 1)
+        block = {name: jnp.asarray(value[chosen]) for name, value in rows.items()}
+        forces, slopes = of_block(params, block, shared)
+        good = [np.asarray(forces), *map(np.asarray, jax.tree.leaves(slopes))]
+        if np.all(good):
+            continue
+        row = int(np.argmin(np.all(good, axis=0)))
+        remedy = (
+            "a norm of a zero distance does it (of padding, of an atom and itself), also behind a "
+            "mask: take stochgrad.potentials.distances, or put 1 for the square under the root "
+            "where it is zero."
+        )
+        if not good[0][row]:
+            leaf = _leaf_at(slopes, row)
+            also = f", nor is their gradient by {leaf}, of the weights" if leaf else ""
+            raise ValueError(
+                f"energy_fn gives forces that are not finite in configuration {begin + row}{also}: "
+                f"{remedy}"
+            )
+        raise ValueError(
+            f"energy_fn has forces whose gradient by {_leaf_at(slopes, row)}, of the weights, is "
+            f"not finite in configuration {begin + row}: {remedy}"
+        )
+
+
+def _leaf_at(slopes: PyTree, row: int) -> str | None:
+    """The first leaf of the weights whose gradient is not finite in a row, if there is one."""
+    for path, finite in jax.tree_util.tree_leaves_with_path(slopes):
+        if not finite[row]:
+            return "params" + jax.tree_util.keystr(path)
+    return None
+
+
+@lru_cache(maxsize=16)
+def _gradients(energy_fn, strain):
+    """Whether each row's forces, and their misfit's gradient by each leaf, are finite."""
+
+    @jax.jit
+    def of_block(params, block, shared):
+        def of_row(row):
+            graph = {k: v for k, v in row.items() if k not in ("positions", "target")}
+            there = graph.get("mask", shared.get("mask"))
+
+            def misfit(params):
+                found = predict_one(
+                    energy_fn, params, row["positions"], {**graph, **shared}, strain
+                )
+                error = found.forces - row["target"].astype(found.forces.dtype)
+                error = error if there is None else jnp.where(there[:, None], error, 0)
+                total = jnp.sum(error**2) + found.energy.astype(error.dtype)
+                if strain is not None:
+                    total += jnp.sum(jnp.asarray(found.virial))
+                return total.astype(float), jnp.all(jnp.isfinite(error))
+
+            slopes, finite = jax.grad(misfit, has_aux=True)(params)
+            return finite, jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), slopes)
+
+        return jax.vmap(of_row)(block)
+
+    return of_block

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from stochgrad.core import check_number
+from stochgrad.core import check_array, check_callable, check_flag, check_number, first_line
 
 
 class Intervals(NamedTuple):
@@ -65,8 +65,10 @@ def intervals(
             the error of finite trajectories, $\sigma_{epi}^2 = B$ and $\sigma_{MD}^2 = \bar w$.
 
     Raises:
-        ValueError: fewer than two networks have two sound trajectories; a shape does not fit; a
-            number is out of range.
+        TypeError: an argument is of another kind.
+        ValueError: fewer than two networks have two sound trajectories; a sound one's average is
+            not finite; a shape does not fit; a number is out of range; ``transform`` fails or
+            gives NaN.
 
     Example:
         >>> import numpy as np, stochgrad
@@ -76,21 +78,37 @@ def intervals(
         >>> float(found.epistemic.round(1)), float(found.sampling.round(2))
         (1.0, 0.02)
     """
-    values = np.asarray(values, np.float64)
-    if values.ndim < 2:
-        raise ValueError(f"values must have shape (networks, replicas, ...), got {values.shape}.")
+    values = check_array("values", values, finite=False).astype(np.float64)
+    if values.ndim < 2 or 0 in values.shape:
+        raise ValueError(
+            f"values must have shape (networks, replicas, ...), not empty, got {values.shape}."
+        )
     level = check_number("level", level)
     if level >= 1:
         raise ValueError(f"level must be below 1, got {level:g}.")
-    sound = np.ones(values.shape[:2], bool) if sound is None else np.asarray(sound, bool)
+    length = np.inf if measured is None else check_number("measured", measured)
+    common = check_flag("common", common)
+    check_callable("transform", transform, "a function of an average")
+    if sound is None:
+        sound = np.ones(values.shape[:2], bool)
+    else:
+        sound = check_array("sound", sound, kind="boolean")
     if sound.shape != values.shape[:2]:
         raise ValueError(f"sound must have shape {values.shape[:2]}, got {sound.shape}.")
+    bad = sound & ~np.isfinite(values).all(tuple(range(2, values.ndim)))
+    if bad.any():
+        d, r = np.argwhere(bad)[0]
+        raise ValueError(
+            f"values must be finite where trajectories are sound, but those of replica {r} of "
+            f"network {d} are not."
+        )
     kept = np.flatnonzero(sound.sum(1) >= 2)
     if len(kept) < 2:
         raise ValueError(
-            "two networks with two sound trajectories each are needed at least, got "
+            "values of two networks with two sound trajectories each are needed at least, got "
             f"{len(kept)} of {len(values)}."
         )
+    transform = _checked_transform(transform, values[kept[0], sound[kept[0]]].mean(0))
     each, within, replicas = [], [], []
     with np.errstate(invalid="ignore"):  # the free energy of a bin that none has visited
         for d in kept:
@@ -104,7 +122,6 @@ def intervals(
     error = np.mean(within, 0)
     epistemic = spread if common else np.maximum(spread - error, 0)
     sampling = error if common else error / count
-    length = np.inf if measured is None else check_number("measured", measured)
     aleatoric = np.mean(replicas) * error / length
     from scipy.stats import t
 
@@ -120,3 +137,20 @@ def intervals(
         np.sqrt(aleatoric),
         count,
     )
+
+
+def _checked_transform(transform: Callable, example: np.ndarray) -> Callable:
+    """The transform, which fails in words, and is a number (or infinity) of what is an average."""
+
+    def of(average):
+        try:
+            result = np.asarray(transform(average), np.float64)
+        except Exception as error:
+            raise ValueError(
+                f"transform fails on an average of shape {np.shape(average)}: {first_line(error)}."
+            ) from error
+        return result
+
+    if np.isnan(of(example)).any():
+        raise ValueError("transform gives NaN for the average of the first network.")
+    return of

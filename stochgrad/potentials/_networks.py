@@ -1,5 +1,6 @@
 """Networks from a posterior: trained from different starts, then sampled from there."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +11,23 @@ import numpy as np
 from jaxtyping import PyTree
 
 from stochgrad.core import (
+    ConvergenceWarning,
+    DivergenceWarning,
     Draws,
     Kernel,
     Posterior,
     PRNGKey,
     Store,
+    check_callable,
     check_count,
+    check_flag,
+    check_instance,
     check_key,
     check_number,
+    check_path,
+    check_position,
+    describe,
+    first_line,
     sample,
 )
 from stochgrad.kernels import ascend
@@ -52,8 +62,13 @@ class Networks(NamedTuple):
 
         Args:
             per_chain: How many of each chain, evenly spaced and ending with the last; all if None.
+
+        Raises:
+            ValueError: it is no positive count, or nothing was drawn.
         """
         draws = jax.tree.leaves(self.positions)[0].shape[1]
+        if draws == 0:
+            raise ValueError("there are no draws: the run left the finite numbers, or was cut.")
         count = draws if per_chain is None else min(check_count("per_chain", per_chain), draws)
         chosen = np.round(np.linspace(draws / count, draws, count)).astype(int) - 1
         pick = jax.tree.map(lambda x: np.asarray(x[:])[:, chosen], self.positions)
@@ -107,8 +122,9 @@ def networks(
         progress: Whether to show progress bars.
 
     Raises:
-        TypeError: the method is none of these.
-        ValueError: a number is out of range, and what the method raises.
+        TypeError: the method is none of these, or another argument is of another kind.
+        ValueError: a number is out of range, ``init`` does not fit the posterior, training left the
+            finite numbers, the method fails; and what it raises.
 
     Example:
         >>> from functools import partial
@@ -127,13 +143,29 @@ def networks(
         (2, 50)
     """
     check_key(key)
-    if not (method is None or callable(method) or isinstance(method, Approximation)):
+    wanted = "a posterior, as stochgrad.potentials.force_matching makes it"
+    check_instance("posterior", posterior, Posterior, wanted)
+    if isinstance(method, type) or not (
+        method is None or callable(method) or isinstance(method, Approximation)
+    ):
         raise TypeError(
             "method must be a function from a posterior to a kernel, an Approximation or None, "
-            f"got {type(method).__name__}."
+            f"got {describe(method)}."
         )
-    if store is not None and (method is None or isinstance(method, Approximation)):
-        raise ValueError("store is for methods that run a kernel; these networks come at once.")
+    if isinstance(method, Approximation):
+        check_callable("method.draw", method.draw)
+    if store is not None:
+        if method is None or isinstance(method, Approximation):
+            raise ValueError("store is for methods that run a kernel; these networks come at once.")
+        if not isinstance(store, Store):
+            check_path("store", store)
+    checkpoint = None if checkpoint is None else check_path("checkpoint", checkpoint)
+    resume, progress = check_flag("resume", resume), check_flag("progress", progress)
+    share_batches = check_flag("share_batches", share_batches)
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint, the directory to resume from.")
+    num_warmup = check_count("num_warmup", num_warmup, least=0)
+    thin = check_count("thin", thin)
     num_chains = check_count("num_chains", num_chains)
     train_steps = check_count("train_steps", train_steps, least=0)
     num_samples = check_count("num_samples", num_samples)
@@ -144,10 +176,13 @@ def networks(
     def where(part: str) -> dict[str, Any]:
         if checkpoint is None:
             return options
-        return {**options, "checkpoint": Path(checkpoint) / part, "resume": resume}
+        return {**options, "checkpoint": checkpoint / part, "resume": resume}
 
+    begin = posterior.initial if init is None else init
+    if begin is None:
+        raise ValueError("init is needed: the posterior does not know where to start.")
     if train_steps:
-        start = sample(
+        trained = _trained(
             train_key,
             ascend(posterior, _adam(rate, train_steps)),
             init=init,
@@ -156,21 +191,15 @@ def networks(
             num_chains=num_chains,
             **where("training"),
         )
-        trained = jax.tree.map(lambda x: jnp.asarray(x[:, -1]), start.positions)
     else:
-        if init is None or callable(init):
-            begin = init or posterior.initial
-            if begin is None:
-                raise ValueError("init is needed: the posterior does not know where to start.")
-            each = [begin(k) for k in jax.random.split(train_key, num_chains)]
+        if callable(begin):
+            keys = jax.random.split(train_key, num_chains)
+            each = [_called(begin, k) for k in keys]
             trained = jax.tree.map(lambda *x: jnp.stack(x), *each)
         else:
+            check_position(init)
             trained = jax.tree.map(jnp.asarray, init)
-        lead = {x.shape[:1] for x in jax.tree.leaves(trained)}
-        if lead != {(num_chains,)}:
-            raise ValueError(
-                f"init must have a leading axis of the {num_chains} chains, got axes {lead}."
-            )
+        _check_starts(trained, posterior, num_chains)
     if method is None:
         as_draws = jax.tree.map(lambda x: np.asarray(x)[:, None], trained)
         return Networks(as_draws, trained, "Deep Ensemble", None, posterior)
@@ -178,20 +207,88 @@ def networks(
         drawn = method.draw(sample_key, posterior, trained, num_samples, where("sampling"))
         drawn = jax.tree.map(np.asarray, drawn)
         return Networks(drawn, trained, method.name, None, posterior)
-    kernel = method(posterior)
+    kernel = _kernel_of(method, posterior)
     begin = trained if num_chains > 1 else jax.tree.map(lambda x: x[0], trained)
-    run = sample(
-        sample_key,
-        kernel,
-        init=begin,
-        num_samples=num_samples,
-        num_warmup=num_warmup,
-        thin=thin,
-        num_chains=num_chains,
-        store=store,
-        **where("sampling"),
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # force_rhat judges functions
+        run = sample(
+            sample_key,
+            kernel,
+            init=begin,
+            num_samples=num_samples,
+            num_warmup=num_warmup,
+            thin=thin,
+            num_chains=num_chains,
+            store=store,
+            **where("sampling"),
+        )
+    return Networks(
+        run.positions, trained, getattr(kernel, "method", type(kernel).__name__), run, posterior
     )
-    return Networks(run.positions, trained, kernel.method, run, posterior)
+
+
+def _trained(key: PRNGKey, kernel: Kernel, **options: Any) -> PyTree:
+    """Positions at the end of training.
+
+    Raises:
+        ValueError: a chain left the finite numbers.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", DivergenceWarning)  # said below, of Adam
+        run = sample(key, kernel, **options)
+    bad = np.flatnonzero(np.asarray(run.first_bad) >= 0)
+    if len(bad):
+        chain, step = int(bad[0]), int(run.first_bad[bad[0]])
+        why = (
+            "its first gradient is not finite where it starts"
+            if step == 0
+            else "take a smaller learning_rate"
+        )
+        raise ValueError(
+            f"training of {len(bad)} of {options['num_chains']} chains left the finite numbers, "
+            f"that of chain {chain} at step {step}: {why}."
+        )
+    if run.num_draws == 0:
+        raise KeyboardInterrupt("training was interrupted")
+    return jax.tree.map(lambda x: jnp.asarray(x[:, -1]), run.positions)
+
+
+def _called(init: Callable, key: PRNGKey) -> PyTree:
+    try:
+        position = init(key)
+    except Exception as error:
+        raise ValueError(f"init fails on a key: {first_line(error)}.") from error
+    check_position(position, "init(key)")
+    return jax.tree.map(jnp.asarray, position)
+
+
+def _check_starts(trained: PyTree, posterior: Posterior, num_chains: int) -> None:
+    """Raise unless positions have an axis of chains, and fit the posterior."""
+    lead = {jnp.shape(x)[:1] for x in jax.tree.leaves(trained)}
+    if lead != {(num_chains,)}:
+        raise ValueError(
+            f"init must have a leading axis of the {num_chains} chains, got axes {lead}."
+        )
+    if posterior.initial is None:
+        return
+    wanted = jax.eval_shape(posterior.initial, jax.random.key(0))
+    shapes = jax.tree.map(lambda x: x.shape[1:], trained)
+    if shapes != jax.tree.map(lambda x: x.shape, wanted):
+        raise ValueError(
+            f"init must fit the posterior: it has positions of shapes {shapes}, the posterior "
+            f"{jax.tree.map(lambda x: x.shape, wanted)}."
+        )
+
+
+def _kernel_of(method: Callable[[Posterior], Kernel], posterior: Posterior) -> Kernel:
+    try:
+        kernel = method(posterior)
+    except Exception as error:
+        raise ValueError(f"method fails on the posterior: {first_line(error)}.") from error
+    if not (callable(getattr(kernel, "init", None)) and callable(getattr(kernel, "step", None))):
+        raise TypeError(f"method must return a kernel, with init and step, got {describe(kernel)}.")
+    return kernel
 
 
 def _adam(rate: float, steps: int):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from stochgrad.core import check_number
+from stochgrad.core import check_array, check_number, describe
 
 
 class Learned(NamedTuple):
@@ -34,6 +34,7 @@ def learned(mean: Any) -> Learned:
             per atom). An array of one number for each species gives each species its own.
 
     Raises:
+        TypeError: these are no numbers.
         ValueError: a number is not positive.
 
     Example:
@@ -41,9 +42,15 @@ def learned(mean: Any) -> Learned:
         >>> float(stochgrad.potentials.learned(200.0).mean)
         200.0
     """
-    for value in np.ravel(mean) if np.size(mean) else [np.nan]:
-        check_number("mean", value)
-    return Learned(np.asarray(mean, np.float64))
+    return Learned(_positive("mean", mean))
+
+
+def _positive(name: str, value: Any) -> np.ndarray:
+    """A positive number, or an array of them."""
+    array = check_array(name, value, finite=False)
+    for number in array.ravel() if array.size else [np.nan]:
+        check_number(name, number)
+    return array.astype(np.float64)
 
 
 Noise = Mapping[str, Any]
@@ -55,20 +62,18 @@ def checked_noise(noise: Any, wanted: list[str]) -> dict[str, Any]:
     if set(named) != set(wanted):
         raise ValueError(
             f"noise must name a scale for each of {wanted}, which the data have, got "
-            f"{sorted(named)}."
+            f"{sorted(map(str, named))}."
         )
     for name, value in named.items():
-        if isinstance(value, Learned):
-            shape = np.shape(value.mean)
-        else:
-            for number in np.ravel(value):
-                check_number(f"noise of {name}", number)
-            shape = np.shape(value)
-        if len(shape) > (name == "forces"):
+        free = isinstance(value, Learned)
+        if isinstance(value, type) or callable(value):
+            raise TypeError(f"noise of {name} must be a number or learned, got {describe(value)}.")
+        scale = _positive(f"noise of {name}", value.mean if free else value)
+        if scale.ndim > (name == "forces"):
             raise ValueError(
                 f"noise of {name} must be one number"
                 + (" or one for each species" if name == "forces" else "")
-                + f", got shape {shape}."
+                + f", got shape {scale.shape}."
             )
     return named
 

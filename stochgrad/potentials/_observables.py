@@ -10,8 +10,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from stochgrad.core import check_count, check_number
-from stochgrad.potentials._geometry import dihedral, displacement, distances
+from stochgrad.core import (
+    check_array,
+    check_callable,
+    check_count,
+    check_instance,
+    check_number,
+    first_line,
+)
+from stochgrad.potentials._geometry import as_atoms, as_box, dihedral, displacement, distances
+
+_ROUNDING = 1e-9  # of probabilities: a jackknife takes one from a sum
 
 
 class Observable(NamedTuple):
@@ -48,18 +57,20 @@ def rdf(box: Any, *, r_max: float | None = None, bins: int = 50) -> Observable:
         >>> stochgrad.potentials.average(g, gas)[1:].round(1).tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
-    box = np.asarray(box, np.float64)
+    box = check_array("box", box).astype(np.float64)
     if box.shape not in ((2,), (3,)) or not np.all(box > 0):
         raise ValueError(f"box must be two or three positive edge lengths, got {box}.")
+    bins = check_count("bins", bins)
     half = float(box.min()) / 2
     r_max = half if r_max is None else check_number("r_max", r_max)
     if r_max > half * (1 + 1e-6):
         raise ValueError(f"r_max must be at most half the shortest edge, {half:g}, got {r_max:g}.")
-    edges = np.linspace(0.0, r_max, check_count("bins", bins) + 1)
+    edges = np.linspace(0.0, r_max, bins + 1)
     volume = np.pi * edges**2 if len(box) == 2 else 4 / 3 * np.pi * edges**3
     share = np.diff(volume) / np.prod(box)
 
     def of_frame(frame):
+        _check_frame(frame, (len(box),), atoms=2)
         r = distances(frame, box=jnp.asarray(box, frame.dtype))
         place = jnp.floor(r / frame.dtype.type(edges[1])).astype(jnp.int32)
         counts = jnp.zeros(bins, frame.dtype).at[place].add(1, mode="drop")
@@ -84,13 +95,20 @@ def adf(box: Any = None, *, cutoff: float, bins: int = 60) -> Observable:
         ValueError: the cut-off exceeds half the shortest edge.
     """
     cutoff, bins = check_number("cutoff", cutoff), check_count("bins", bins)
-    if box is not None and cutoff > np.min(box) / 2:
-        raise ValueError(
-            f"cutoff must be at most half the shortest edge, {np.min(box) / 2:g}, got {cutoff:g}."
-        )
+    if box is not None:
+        box = check_array("box", box).astype(np.float64)
+        if box.shape not in ((2,), (3,)) or not np.all(box > 0):
+            raise ValueError(f"box must be two or three positive edge lengths, got {box}.")
+        if cutoff > box.min() / 2:
+            raise ValueError(
+                f"cutoff must be at most half the shortest edge, {box.min() / 2:g}, got {cutoff:g}."
+            )
     edges = np.linspace(0.0, np.pi, bins + 1)
 
+    dims = (2, 3) if box is None else (len(box),)
+
     def of_frame(frame):
+        _check_frame(frame, dims, atoms=1)
         atoms = frame.shape[0]
         one, other = jnp.triu_indices(atoms, 1)
         edge = None if box is None else jnp.asarray(box, frame.dtype)
@@ -119,16 +137,23 @@ def dihedrals(*atoms: Any, bins: int = 24, box: Any = None) -> Observable:
         box: As in ``displacement``.
 
     Raises:
-        ValueError: there are not one or two dihedrals of four atoms.
+        ValueError: there are not one or two dihedrals of four atoms each. On first use: a frame
+            does not have these atoms.
     """
-    quadruples = np.asarray(atoms)
-    if quadruples.shape not in ((1, 4), (2, 4)):
-        raise ValueError(f"one or two times four atoms are needed, got {atoms}.")
+    if len(atoms) not in (1, 2) or any(np.shape(four) != (4,) for four in atoms):
+        raise ValueError(f"atoms: one or two times four atoms are needed, got {atoms}.")
+    quadruples = as_atoms("atoms", atoms, 4)
+    numbers = np.asarray(quadruples)
+    if any(len(set(four)) < 4 for four in numbers.tolist()):
+        raise ValueError(f"atoms of a dihedral must be four different ones, got {atoms}.")
     bins = check_count("bins", bins)
+    if box is not None:
+        box = np.asarray(as_box(box, 3))
     middles = _middles(np.linspace(-np.pi, np.pi, bins + 1))
 
     def of_frame(frame):
-        turns = dihedral(frame, jnp.asarray(quadruples), box) / frame.dtype.type(2 * np.pi)
+        _check_frame(frame, (3,), atoms=int(numbers.max()) + 1)
+        turns = dihedral(frame, quadruples, box) / frame.dtype.type(2 * np.pi)
         place = jnp.clip(jnp.floor((turns + 0.5) * bins).astype(jnp.int32), 0, bins - 1)
         one = jax.nn.one_hot(place, bins, dtype=frame.dtype)
         return one[0] if len(quadruples) == 1 else jnp.outer(one[0], one[1])
@@ -146,17 +171,72 @@ def average(observable: Observable, positions: Any, weights: Any = None) -> np.n
             left out.
 
     Returns:
-        Shape (..., bins).
+        Shape (..., bins); NaN for a trajectory whose weights are all zero.
+
+    Raises:
+        TypeError: the observable is none, or these are no arrays of numbers.
+        ValueError: a shape does not fit, a frame is not finite, a weight is negative, or the
+            observable fails on a frame or is not of the shape of its bins.
     """
-    positions = jnp.asarray(positions)
+    array = check_array("positions", positions, finite=False)
+    if array.ndim < 3 or 0 in array.shape:
+        raise ValueError(f"positions must have shape (..., frames, atoms, dim), got {array.shape}.")
+    bad = ~np.isfinite(array).all((-1, -2))
+    if bad.any():
+        *trajectory, frame = map(int, np.argwhere(bad)[0])
+        of = f" of trajectory {tuple(trajectory)}" if trajectory else ""
+        raise ValueError(f"positions must be finite, but frame {frame}{of} holds NaN or infinity.")
+    positions = jnp.asarray(array)
+    if positions.dtype.kind != "f":
+        positions = positions.astype(jnp.result_type(float))
     lead, frames = positions.shape[:-3], positions.shape[-3]
-    w = np.ones((*lead, frames)) if weights is None else np.asarray(weights, np.float64)
+    w = np.ones((*lead, frames))
+    if weights is not None:
+        w = check_array("weights", weights).astype(np.float64)
     if w.shape != (*lead, frames):
         raise ValueError(f"weights must have shape {(*lead, frames)}, got {w.shape}.")
-    w = jnp.asarray(w / w.sum(-1, keepdims=True), positions.dtype)
+    if np.any(w < 0):
+        raise ValueError(f"weights must not be negative, got {w.min():g}.")
     flat = positions.reshape(-1, *positions.shape[-3:])
+    check_observable("observable", observable, flat[0, 0])
+    with np.errstate(invalid="ignore"):
+        w = jnp.asarray(w / w.sum(-1, keepdims=True), positions.dtype)
     found = np.asarray(_averages(observable.of_frame)(flat, w.reshape(-1, frames)))
     return found.reshape(*lead, *found.shape[1:]).astype(np.float64)
+
+
+def check_observable(name: str, observable: Any, frame: Any) -> None:
+    """Raise unless an observable gives numbers, of the shape of its bins, of such a frame.
+
+    Raises:
+        TypeError: it is no observable.
+        ValueError: it fails on the frame, or returns something else.
+    """
+    check_instance(name, observable, Observable, "a stochgrad.potentials.Observable")
+    check_callable(f"{name}.of_frame", observable.of_frame, "a function of a frame")
+    frame = jnp.asarray(frame)
+    frame = frame if frame.dtype.kind == "f" else frame.astype(jnp.result_type(float))
+    try:
+        hash(observable.of_frame)
+        out = jax.eval_shape(lambda x: observable.of_frame(x), frame)
+    except Exception as error:
+        raise ValueError(
+            f"{name} fails on a frame of shape {frame.shape}: {first_line(error)}."
+        ) from error
+    dtype = getattr(out, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or dtype.kind == "b"):
+        raise ValueError(f"{name} must return one array of numbers of a frame, got {out}.")
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(f"{name} must return real numbers, got {dtype}.")
+    try:
+        bins = tuple(len(np.atleast_1d(axis)) for axis in observable.at)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}.at must be a tuple of arrays, one for each axis.") from error
+    if out.shape != bins:
+        raise ValueError(
+            f"{name} must have one number for each of its bins, shape {bins} by its 'at', got "
+            f"shape {out.shape}."
+        )
 
 
 @lru_cache(maxsize=32)
@@ -164,14 +244,15 @@ def _averages(of_frame: Callable):
     @jax.jit
     def over_trajectories(flat, weights):
         first = jax.eval_shape(of_frame, flat[0, 0])
+        dtype = first.dtype if jnp.issubdtype(first.dtype, jnp.floating) else flat.dtype
 
         def one(trajectory):
             frames, w = trajectory
 
             def add(total, x):
-                return total + x[1] * of_frame(x[0]), None
+                return total + x[1] * jnp.asarray(of_frame(x[0])).astype(dtype), None
 
-            return lax.scan(add, jnp.zeros(first.shape, first.dtype), (frames, w))[0]
+            return lax.scan(add, jnp.zeros(first.shape, dtype), (frames, w.astype(dtype)))[0]
 
         return lax.map(one, (flat, weights), batch_size=min(8, len(flat)))
 
@@ -185,9 +266,25 @@ def free_energy(probability: Any, kT: float = 1.0, *, floor: float = 0.0) -> np.
         probability: p of the bins.
         kT: $k_BT$, for the unit.
         floor: The least probability that can be told from zero: what is below counts as that much.
+
+    Raises:
+        TypeError: these are no numbers.
+        ValueError: a probability is negative or not finite, or a number out of range.
     """
+    kT, floor = check_number("kT", kT), check_number("floor", floor, zero=True)
+    p = check_array("probability", probability).astype(np.float64)
+    if np.any(p < -_ROUNDING * np.max(np.abs(p), initial=0)):
+        raise ValueError(f"probability must not be negative, got {p.min():g}.")
     with np.errstate(divide="ignore"):
-        return -kT * np.log(np.maximum(np.asarray(probability, np.float64), floor))
+        return -kT * np.log(np.maximum(p, floor))
+
+
+def _check_frame(frame, dims: tuple[int, ...], atoms: int) -> None:
+    if frame.ndim != 2 or frame.shape[1] not in dims or frame.shape[0] < atoms:
+        dim = " or ".join(map(str, dims))
+        raise ValueError(
+            f"it needs a shape (atoms, {dim}) of {atoms} atoms at least, got {frame.shape}."
+        )
 
 
 def _middles(edges: np.ndarray) -> np.ndarray:

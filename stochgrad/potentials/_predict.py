@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from stochgrad.core import check_count
 from stochgrad.potentials._configurations import Configurations
+from stochgrad.potentials._inputs import check_configurations, check_energy, check_networks
 
 
 class Predicted(NamedTuple):
@@ -83,10 +84,21 @@ def predict(
         batch_size: Configurations at once.
 
     Returns:
-        Energies of shape (D, N), forces of shape (D, N, atoms, dim), as numpy arrays.
+        Energies of shape (D, N), forces of shape (D, N, atoms, dim), zero for padding, as numpy
+        arrays.
+
+    Raises:
+        TypeError: the data are no configurations, or the weights no arrays.
+        ValueError: the weights have no leading axis in common; ``energy_fn`` fails on them, or
+            returns no scalar.
     """
+    data = check_configurations("data", data)
+    params = check_networks(params)
     batch_size = min(check_count("batch_size", batch_size), data.count)
     each, shared = data.inputs()
+    first = {**{name: value[0] for name, value in each.items()}, **shared}
+    one = jax.tree.map(lambda x: jnp.asarray(x[0]), params)
+    check_energy(energy_fn, one, jnp.asarray(data.positions[0]), first)
     rows = {"positions": data.positions, **each}
     blocks = -(-data.count // batch_size)
     order = np.resize(np.arange(data.count), blocks * batch_size)
@@ -95,9 +107,27 @@ def predict(
     }
     shared = {name: jnp.asarray(value) for name, value in shared.items()}
     found = _many(energy_fn)(jax.tree.map(jnp.asarray, params), batched, shared)
-    return jax.tree.map(
+    found = jax.tree.map(
         lambda x: np.asarray(x).reshape(len(x), -1, *x.shape[3:])[:, : data.count], found
     )
+    if data.mask is None:
+        return found
+    there = data.mask[None, :, :, None]
+    return found._replace(forces=np.where(there, found.forces, found.forces.dtype.type(0)))
+
+
+@lru_cache(maxsize=16)
+def energies_of(energy_fn: Callable):
+    """``(params, frames, graph) -> energies`` of every network on frames, (replicas, frames)."""
+
+    @jax.jit
+    def of_all(params, frames, graph):
+        def of_draw(p):
+            return lax.map(jax.vmap(lambda r: energy_fn(p, r, **graph)), frames)
+
+        return lax.map(of_draw, params)
+
+    return of_all
 
 
 @lru_cache(maxsize=16)

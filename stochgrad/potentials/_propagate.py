@@ -1,9 +1,9 @@
 """From draws of networks to averages: one trajectory reweighted where it can be, new ones else."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from inspect import signature
-from pathlib import Path
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +12,28 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, PyTree
 
-from stochgrad.core import PRNGKey, check_number
+from stochgrad.core import (
+    PrecisionWarning,
+    PRNGKey,
+    check_array,
+    check_callable,
+    check_key,
+    check_number,
+    check_path,
+    describe,
+    first_line,
+)
 from stochgrad.potentials._dynamics import Trajectories, simulate
-from stochgrad.potentials._observables import Observable, average
+from stochgrad.potentials._inputs import (
+    check_energy,
+    check_frame_inputs,
+    check_graph,
+    check_networks,
+    check_static,
+    warn_of_rounding,
+)
+from stochgrad.potentials._observables import Observable, average, check_observable
+from stochgrad.potentials._predict import energies_of
 
 
 class Reweighted(NamedTuple):
@@ -34,14 +53,21 @@ class Reweighted(NamedTuple):
         return np.exp(self.log_weights)
 
 
-@lru_cache(maxsize=16)
 def mean_energy(energy_fn: Callable[..., Any]) -> Callable[..., Any]:
     """The mean of the energies of many networks, whose weights have a leading axis.
 
     Args:
         energy_fn: ``(params, positions, **graph) -> scalar``.
-    """
 
+    Raises:
+        TypeError: it is no function.
+    """
+    check_callable("energy_fn", energy_fn, "a function (params, positions, **graph) -> scalar")
+    return _mean_energy(energy_fn)
+
+
+@lru_cache(maxsize=16)
+def _mean_energy(energy_fn):
     def of_all(params, positions, **graph):
         return jnp.mean(jax.vmap(lambda p: energy_fn(p, positions, **graph))(params))
 
@@ -56,6 +82,7 @@ def reweight(
     *,
     kT: float,
     sound: Any = None,
+    static: Sequence[str] = (),
     **graph: Any,
 ) -> Reweighted:
     r"""Weights that turn frames of a reference potential into frames of each network.
@@ -71,15 +98,50 @@ def reweight(
             or that potential, ``positions -> scalar``.
         kT: $k_BT$.
         sound: Which replicas count, shape (replicas,); frames of others weigh nothing.
-        graph: What ``energy_fn`` takes beside the positions.
+        static: As in ``stochgrad.potentials.simulate``.
+        graph: What ``energy_fn`` takes beside the positions, the same for all frames.
+
+    Warns:
+        PrecisionWarning: total energies are so large that their type cannot tell a tenth of kT.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: a number is out of range or not finite, a shape does not fit, ``energy_fn``
+            fails, or an array looks like a list of neighbors.
     """
     kT = check_number("kT", kT)
-    frames = jnp.asarray(positions)
-    energies = _energies(energy_fn)(jax.tree.map(jnp.asarray, params), frames, graph)
-    if callable(reference):
-        reference = jax.jit(lambda x: lax.map(jax.vmap(reference), x))(frames)
-    log_weights = -(np.asarray(energies, np.float64) - np.asarray(reference, np.float64)) / kT
-    counted = np.ones(len(frames), bool) if sound is None else np.asarray(sound, bool)
+    frames = check_array("positions", positions)
+    if frames.ndim != 4 or 0 in frames.shape:
+        raise ValueError(
+            f"positions must have shape (replicas, frames, atoms, dim), got {frames.shape}."
+        )
+    counted = np.ones(len(frames), bool)
+    if sound is not None:
+        counted = check_array("sound", sound, kind="boolean", shape=(len(frames),))
+    if not counted.any():
+        raise ValueError("sound must leave a replica, got False for all.")
+    graph = check_graph(graph)
+    check_static(static, graph, frames.shape[2])
+    check_frame_inputs(graph, *frames.shape[2:])
+    params = jax.tree.map(jnp.asarray, check_networks(params))
+    frames = _as_float(frames)
+    dtype = check_energy(energy_fn, jax.tree.map(lambda x: x[0], params), frames[0, 0], graph)
+    energies = np.asarray(energies_of(energy_fn)(params, frames, graph), np.float64)
+    origin = _reference_energies(reference, frames)
+    for name, values in (("energy_fn", energies), ("reference", origin[None])):
+        bad = ~(values > -np.inf) & counted[:, None]  # an infinite energy weighs nothing
+        if bad.any():
+            d, replica, frame = np.argwhere(bad)[0]
+            raise ValueError(
+                f"{name} must give energies, but that of frame {frame} of replica {replica} is "
+                f"{values[d, replica, frame]}" + (f" in network {d}." if len(values) > 1 else ".")
+            )
+        nowhere = np.flatnonzero(np.all((values == np.inf) | ~counted[:, None], axis=(1, 2)))
+        if len(nowhere) or (name == "reference" and np.isinf(origin[counted]).any()):
+            raise ValueError(f"{name} gives infinite energies to the frames: they weigh nothing.")
+    remedy = "leave out of the energy what is the same for all frames"
+    warn_of_rounding(energies[:, counted], dtype, kT, "kT", remedy, stacklevel=2)
+    log_weights = -(energies - origin) / kT
     log_weights[:, ~counted] = -np.inf
     log_weights -= log_weights.max((1, 2), keepdims=True)
     weights = np.exp(log_weights)
@@ -88,19 +150,30 @@ def reweight(
     return Reweighted(log_weights - np.log(total), ess)
 
 
-@lru_cache(maxsize=16)
-def _energies(energy_fn):
-    @jax.jit
-    def of_all(params, frames, graph):
-        def of_draw(p):
-            return lax.map(jax.vmap(lambda r: energy_fn(p, r, **graph)), frames)
+def _reference_energies(reference: Any, frames: Any) -> np.ndarray:
+    """The energies that frames have in the potential that they come from."""
+    if not callable(reference):
+        return check_array("reference", reference, shape=frames.shape[:2], finite=False).astype(
+            np.float64
+        )
+    try:
+        energies = jax.jit(lambda x: lax.map(jax.vmap(reference), x))(frames)
+    except Exception as error:
+        raise ValueError(
+            f"reference fails on positions of shape {frames.shape[2:]}: {first_line(error)}."
+        ) from error
+    if getattr(energies, "shape", None) != frames.shape[:2]:
+        raise ValueError("reference must return a scalar, the energy of positions.")
+    return np.asarray(energies, np.float64)
 
-        return lax.map(of_draw, params)
 
-    return of_all
-
-
-_SETTINGS = frozenset(signature(simulate).parameters)
+_PARAMETERS = signature(simulate).parameters
+_SETTINGS = frozenset(_PARAMETERS)
+_NEEDED = [
+    name
+    for name, p in _PARAMETERS.items()
+    if p.kind == Parameter.KEYWORD_ONLY and p.default is Parameter.empty
+]
 
 
 class Propagated(NamedTuple):
@@ -145,27 +218,51 @@ def propagate(
         observables: What to average.
         min_ess: Between 0 (always reweight) and 1 (never).
         dynamics: What ``stochgrad.potentials.simulate`` takes: masses, kT, time_step, friction,
-            num_frames, steps_per_frame, num_warmup, and what ``energy_fn`` takes by name.
+            num_frames, steps_per_frame, num_warmup, static, and what ``energy_fn`` takes by name.
+
+    Warns:
+        RuntimeWarning, PrecisionWarning: as ``simulate`` and ``reweight`` do.
 
     Raises:
-        ValueError: a number is out of range, or a shape does not fit.
+        TypeError: an argument is of another kind, or missing.
+        ValueError: a number is out of range, a shape does not fit, all replicas of the reference
+            exploded; and what ``simulate`` raises.
     """
-    min_ess = check_number("min_ess", min_ess, zero=True)
-    if min_ess > 1:
-        raise ValueError(f"min_ess must be between 0 and 1, got {min_ess:g}.")
-    params = jax.tree.map(jnp.asarray, params)
+    check_key(key)
+    min_ess = check_number("min_ess", min_ess, zero=True, most=1.0)
+    check_callable("energy_fn", energy_fn, "a function (params, positions, **graph) -> scalar")
+    if not isinstance(observables, list | tuple) or isinstance(observables, Observable):
+        raise TypeError(f"observables must be a list of them, got {describe(observables)}.")
+    missing = [name for name in _NEEDED if name not in dynamics]
+    if missing:
+        raise TypeError(f"propagate needs {', '.join(missing)}, as simulate does.")
+    params = jax.tree.map(jnp.asarray, check_networks(params))
+    starts = check_array("positions", positions)
+    if starts.ndim != 3 or 0 in starts.shape:
+        raise ValueError(f"positions must have shape (replicas, atoms, dim), got {starts.shape}.")
+    for n, observable in enumerate(observables):
+        check_observable(f"observables[{n}]", observable, starts[0])
     reference_key, fresh_key = jax.random.split(key)
     together = mean_energy(energy_fn)
     as_one = jax.tree.map(lambda x: x[None], params)
     given = dynamics.pop("checkpoint", None)
-    checkpoint = None if given is None else Path(given)
+    checkpoint = None if given is None else check_path("checkpoint", given)
 
     def saved(part: str) -> dict[str, Any]:
         return dynamics if checkpoint is None else {**dynamics, "checkpoint": checkpoint / part}
 
-    reference = simulate(reference_key, together, as_one, positions, **saved("reference"))
-    frames, counted = reference.positions[0], reference.sound[0]
     graph = {k: v for k, v in dynamics.items() if k not in _SETTINGS}
+    one = jax.tree.map(lambda x: x[0], params)
+    check_energy(energy_fn, one, _as_float(starts[0]), check_graph(graph))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrecisionWarning)  # reweighting says it
+        reference = simulate(reference_key, together, as_one, positions, **saved("reference"))
+    frames, counted = reference.positions[0], reference.sound[0]
+    if not counted.any():
+        raise ValueError(
+            f"all {len(counted)} replicas exploded in the mean of the networks' energies: take a "
+            "smaller time_step, or other networks."
+        )
     found = reweight(
         energy_fn,
         params,
@@ -173,6 +270,7 @@ def propagate(
         lambda r: together(params, r, **graph),
         kT=dynamics["kT"],
         sound=counted,
+        static=dynamics.get("static", ()),
         **graph,
     )
     fresh = found.ess < min_ess
@@ -189,3 +287,8 @@ def propagate(
         for n, observable in enumerate(observables):
             averages[n][fresh] = average(observable, run.positions)
     return Propagated(averages, found.ess, fresh, sound, reference)
+
+
+def _as_float(positions):
+    array = jnp.asarray(positions)
+    return array if array.dtype.kind == "f" else array.astype(jnp.result_type(float))

@@ -1,9 +1,10 @@
 """What reference data are refused for, and what is made of them."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stochgrad.potentials import configurations
+from stochgrad.potentials import configurations, predict
 
 N, ATOMS = 6, 4
 
@@ -178,6 +179,39 @@ def test_indexing_chooses_what_is_each_configurations_own(rows):
     assert chosen.virials is None
     assert chosen.count == len(R[rows])
     assert shared.count == N
+
+
+@pytest.mark.parametrize("number", [2, -4, np.int64(2), np.array(2), [2], np.array([-4])])
+def test_one_configuration_keeps_its_axis(number):
+    """Without it the atoms of one frame were taken for configurations: five energies for one."""
+    data = configurations(
+        R, -R, energies=np.arange(N), species=np.tile([0, 1, 1, 2], (N, 1)), box=np.full((N, 3), 9),
+        mask=np.ones((N, ATOMS), bool), charges=R[..., 0],
+    )  # fmt: skip
+    one = data[number]
+    assert one.count == 1
+    for field in ("positions", "forces", "energies", "species", "box", "mask"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(data, field)[2:3])
+    np.testing.assert_array_equal(one.graph["charges"], R[2:3, :, 0])
+    assert predict(lambda p, r, **rest: p * jnp.sum(r**2), jnp.ones(1), one).energy.shape == (1, 1)
+
+
+@pytest.mark.parametrize("rows", [6, -7, [0, 9], np.ones(5, bool), slice(6, 9), [], True, 0.5])
+def test_rows_that_there_are_not_are_refused(rows):
+    data = configurations(R, -R)
+    with pytest.raises((TypeError, ValueError), match=r"data\["):
+        data[rows]
+
+
+def test_species_of_padding_count_for_nothing():
+    """Numbers below zero stand for no atom in other libraries."""
+    there = np.ones((N, ATOMS), bool)
+    there[2, 2:] = False
+    species = np.where(there, 1, -1)
+    data = configurations(R, R, species=species, mask=there)
+    np.testing.assert_array_equal(data.species[there], 1)
+    with pytest.raises(ValueError, match="species must be integers from 0 on"):
+        configurations(R, R, species=species)
 
 
 @pytest.mark.parametrize("rows", [[3, 1], slice(5)])

@@ -129,6 +129,48 @@ def test_novelty_is_the_spread_over_the_noise():
     np.testing.assert_allclose(novelty(FORCES, sigma), each)
 
 
+def padded(rng, networks=30, frames=400, big=20):
+    """Frames of 5 and of 20 atoms, observations of unit noise, predictions of spread 0.3."""
+    size = np.where(np.arange(frames) % 2, 5, big)
+    mask = np.arange(big)[None] < size[:, None]
+    truth = rng.normal(size=(frames, big, 3))
+    observed = np.where(mask[..., None], truth + rng.normal(size=truth.shape), 0)
+    noise = 0.3 * rng.normal(size=(networks, frames, big, 3))
+    return mask, observed, np.where(mask[..., None], truth + noise, 0)
+
+
+def test_novelty_counts_atoms_that_exist():
+    """Each frame's score is that of its own atoms alone: large molecules are not favored."""
+    mask, _, predicted = padded(np.random.default_rng(0))
+    found = novelty(predicted, 1.0, mask=mask)
+    for n in (0, 1):
+        alone = predicted[:, n : n + 1, : mask[n].sum()]
+        np.testing.assert_allclose(found[n : n + 1], novelty(alone), rtol=1e-12)
+    np.testing.assert_allclose(found[mask.all(1)].mean(), 0.3, rtol=0.01)
+    np.testing.assert_allclose(found[~mask.all(1)].mean(), 0.3, rtol=0.02)
+    garbage = np.where(mask[..., None], predicted, np.nan)
+    np.testing.assert_array_equal(novelty(garbage, 1.0, mask=mask), found)
+    ranks = novelty(predicted, known=predicted, mask=mask, known_mask=mask)
+    assert abs(ranks[mask.all(1)].mean() - 0.5) < 0.1
+    with pytest.raises(ValueError, match=r"atom 5 in configuration 1 .*pass mask=data\.mask"):
+        novelty(predicted, 1.0)
+    with pytest.raises(ValueError, match=r"known of atom 5 .*pass known_mask"):
+        novelty(predicted, mask=mask, known=predicted)
+
+
+def test_padding_has_no_forces_and_no_rhat(independent):
+    """Whatever an energy that knows nothing of the mask makes of it."""
+    there = np.ones((3, 4), bool)
+    there[1, 2:] = False
+    data = configurations(R, R, mask=there)
+    blind = lambda params, positions, mask: mlp(params, positions)
+    some = jax.tree.map(lambda x: x[0, :2], independent)
+    assert np.all(predict(blind, some, data).forces[:, ~there] == 0)
+    found = force_rhat(blind, independent, data)
+    assert np.isnan(found[~there]).all()
+    np.testing.assert_array_equal(found[there], force_rhat(mlp, independent, PROBE)[there])
+
+
 def test_novelty_ranks_what_networks_dispute():
     assert np.argsort(novelty(FORCES)).tolist() == [1, 3, 0, 2, 4]
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import stochgrad
 from stochgrad import potentials
 from tests.conftest import Z
 
@@ -217,7 +218,7 @@ BAD = {
     "no masses": ({"masses": np.array([])}, "masses must be positive"),
     "masses of another number": (
         {"masses": np.ones(3)},
-        r"masses\s+one entry for each atom, got \(3,\)",
+        r"masses must have one entry for each atom, got \(3,\) for 2 atoms",
     ),
     "kT of zero": ({"kT": 0.0}, "kT must be a positive number"),
     "a time step below zero": ({"time_step": -0.1}, "time_step must be a positive number"),
@@ -241,6 +242,63 @@ def test_bad_input_is_refused_in_words(case):
     options = {"energy": spring, "params": jnp.ones(2), "start": GOOD, **given}
     with pytest.raises(ValueError, match=words):
         run(options.pop("energy"), options.pop("params"), options.pop("start"), **options)
+
+
+def with_arrays(k, positions, **graph):
+    return spring(k, positions)
+
+
+STALE = {
+    "pairs": {"pairs": np.zeros((5, 2), np.int32)},
+    "senders of as many edges as atoms": {"senders": np.zeros(2, np.int32)},
+    "integer shifts": {"cells": np.zeros((5, 3), np.int32)},
+    "shifts of floats": {"shifts": np.zeros((5, 3), np.float32)},
+    "who is near whom": {"near": np.eye(2, dtype=bool)},
+}
+
+
+@pytest.mark.parametrize("case", STALE)
+def test_lists_of_neighbors_are_refused(case):
+    """They would stay those of the first frame; of the kernel itself too."""
+    graph = STALE[case]
+    (name,) = graph
+    with pytest.raises(ValueError, match=f"{name} looks like a list of neighbors.*static="):
+        run(with_arrays, jnp.ones(1), GOOD, **graph)
+    settings = {"masses": 1.0, "kT": KT, "time_step": H, "friction": FRICTION}
+    kernel = potentials.langevin(with_arrays, **settings, **graph)
+    with pytest.raises(ValueError, match=f"{name} looks like a list of neighbors"):
+        kernel.init({"positions": jnp.asarray(GOOD), "params": jnp.float32(1)}, jax.random.key(0))
+
+
+def bonded(k, positions, bonds, types, charges):
+    r = potentials.distances(positions, bonds)
+    return 0.5 * k * jnp.sum(r**2) + 0.0 * jnp.sum(charges[types])
+
+
+def test_bonds_that_hold_for_every_frame_are_named():
+    """And numbers of each atom need no name: the same run as with the bonds closed over."""
+    bonds, types = np.array([[0, 1]], np.int32), np.array([0, 1], np.int32)
+    charges = np.float32([0.1, -0.1, 0.2])
+    graph = {"bonds": bonds, "types": types, "charges": charges}
+    start = np.random.default_rng(0).normal(size=(2, 2, 3)).astype(np.float32)
+    found = run(bonded, jnp.ones(1), start, static=("bonds",), **graph)
+    closed = run(lambda k, r: bonded(k, r, **graph), jnp.ones(1), start)
+    np.testing.assert_allclose(found.positions, closed.positions, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_not_simulated():
+    """It would move freely, and be counted by observables."""
+    with pytest.raises(ValueError, match="mask leaves out atom 1 of every frame: drop"):
+        run(with_arrays, jnp.ones(1), GOOD, mask=np.array([True, False]))
+    assert run(with_arrays, jnp.ones(1), GOOD, mask=np.ones(2, bool)).sound.all()
+
+
+def test_energies_that_rounding_swallows_are_warned_of():
+    """A spacing of 0.25 at 4e6, a sixth of kT; none at a tenth of that."""
+    high = lambda k, r: spring(k, r) + np.float32(4e6)
+    with pytest.warns(stochgrad.PrecisionWarning, match="4e\\+06 are 0.25 apart in float32.*kT"):
+        run(high, jnp.ones(1), GOOD, num_frames=1)
+    run(lambda k, r: spring(k, r) + np.float32(4e5), jnp.ones(1), GOOD, num_frames=1)
 
 
 def needs_box(k, positions, box):

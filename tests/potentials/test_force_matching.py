@@ -387,7 +387,7 @@ BAD = {
     ),
     "an energy without the last species": (
         {"energy": clamped, "data": THREE},
-        "energy_fn has no parameters for species 2: it takes them for species 1",
+        "energy_fn has no parameters for species 2, the largest .*beyond the end of a table",
     ),
     "an order unknown": ({"order": "random", "batch_size": 2}, "order"),
     "no batch size": ({"order": "reshuffled"}, "batch_size"),
@@ -402,7 +402,7 @@ def test_bad_input_is_refused_in_words(case):
 
 
 def test_only_configurations_are_data():
-    with pytest.raises(TypeError, match=r"dataset must come from .*configurations, got dict"):
+    with pytest.raises(TypeError, match=r"dataset must be configurations, as .*got a dict"):
         potentials.force_matching(springs, {"positions": R}, init=PARAMS, noise=1.0)
 
 
@@ -434,6 +434,114 @@ def test_positions_of_integers_pass():
     )
     found = density(target, {"params": jnp.float32(1.0), "noise": {}})
     np.testing.assert_allclose(found, norm.logpdf(np.zeros(24)).sum() - 0.5, rtol=1e-5)
+
+
+def test_a_table_of_equal_rows_is_a_table():
+    """Two species that start alike were taken for one without parameters."""
+    alike = {"k": np.float32([1.0, 2.0, 2.0]), "b": np.float32(0)}
+    assert np.isfinite(density(matched(THREE, clamped, init=alike), at(alike)))
+
+
+def test_differences_that_rounding_swallows_are_no_missing_rows():
+    def high(params, positions, species):
+        return np.float32(1e8) * params["k"][0] ** 2 + clamped(params, positions, species)
+
+    far = {"k": np.float32([1.0, 40.0, 2.0]), "b": np.float32(0)}
+    assert matched(THREE, high, init=far).batches.size == N
+
+
+def test_an_embedding_of_one_row_is_told_from_an_energy_without_species():
+    """Their values are the same: what is read tells them apart."""
+    one = {"k": np.float32([1.0]), "b": np.float32(0)}
+    ignores = lambda params, positions, species: params["k"][0] * jnp.sum(positions**2)
+    assert matched(energy=ignores, init=one).batches.size == N
+    with pytest.raises(ValueError, match="no parameters for species 1"):
+        matched(energy=clamped, init=one)
+
+
+def test_species_of_padding_need_no_parameters():
+    """Nor noise: a number beyond the table, or below zero, stands for no atom."""
+    there = np.ones((N, ATOMS), bool)
+    there[3, 2] = False
+
+    def masked(params, positions, species, mask):
+        each = params["k"][species] * jnp.sum(positions**2, -1)
+        return jnp.sum(jnp.where(mask, each, 0))
+
+    for nobody in (9, -1):
+        species = np.where(there, SPECIES, nobody)
+        data = potentials.configurations(R, F, species=species, mask=there)
+        target = matched(data, masked, noise=np.array([0.5, 2.0]))
+        assert np.isfinite(density(target, at()))
+
+
+def test_a_gradient_that_is_not_finite_is_named_before_training():
+    """The leaf of the weights, and the first configuration."""
+    charge = np.where(np.arange(N) < 4, 1, 0).astype(np.float32)
+    data = potentials.configurations(R, F, charge=charge)
+    weights = {"a": jnp.float32(0), "k": jnp.float32(1)}
+
+    def norm(params, r, charge):
+        length = jnp.sqrt(charge * jnp.sum(r**2))
+        return params["a"] + params["k"] * jnp.where(charge > 0, length, 0)
+
+    with pytest.raises(ValueError, match="gives forces that are not finite in configuration 4"):
+        matched(data, norm, init=weights)
+    root = lambda params, r, charge: jnp.sqrt(params["a"]) * jnp.sum(r)
+    with pytest.raises(ValueError, match=r"gradient by params\['a'\].*in configuration 0"):
+        matched(data, root, init=weights)
+
+
+def test_padding_that_spoils_no_gradient_passes():
+    """A norm of a zero distance between atoms of padding: its NaN is multiplied by nothing."""
+    there = np.ones((N, ATOMS), bool)
+    there[4:, 1:] = False
+    data = potentials.configurations(np.where(there[..., None], R, 0), F, mask=there)
+
+    def chain(k, r, mask):
+        length = jnp.linalg.norm(r[1:] - r[:-1], axis=-1)
+        return k * jnp.sum(jnp.where(mask[1:], length, 0))
+
+    target = matched(data, chain, init=jnp.float32(1))
+    assert np.isfinite(density(target, {"params": jnp.float32(1), "noise": {}}))
+
+
+class Weights(dict):
+    """Weights that can be called, as modules and structs can."""
+
+    def __call__(self, positions):
+        return springs(self, positions)
+
+
+jax.tree_util.register_pytree_with_keys(
+    Weights,
+    lambda tree: ([(jax.tree_util.DictKey(k), tree[k]) for k in sorted(tree)], tuple(sorted(tree))),
+    lambda names, leaves: Weights(zip(names, leaves, strict=True)),
+)
+
+
+def test_weights_that_can_be_called_are_weights():
+    """They were called with a key."""
+    data = potentials.configurations(R, F)
+    target = matched(data, lambda params, r: params(r), init=Weights(PARAMS))
+    start = target.initial(jax.random.key(0))["params"]
+    assert isinstance(start, Weights)
+    np.testing.assert_array_equal(start["k"], PARAMS["k"])
+    partial_ = jax.tree_util.Partial(lambda scale, key: {**PARAMS, "b": scale}, jnp.float32(3.0))
+    assert matched(data, init=partial_).initial(jax.random.key(0))["params"]["b"] == 3
+
+
+def test_total_energies_that_rounding_swallows_are_warned_of():
+    """A spacing of 0.25 at 4e6; noise of 0.2 for each of three atoms. In double precision none."""
+    noise = {"forces": 0.5, "energies": 0.2}
+    far = potentials.configurations(R, F, species=SPECIES, energies=U + np.float32(4e6))
+    with pytest.warns(stochgrad.PrecisionWarning, match="apart in float32.*of their noise"):
+        matched(far, noise=noise)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, float), PARAMS)
+        matched(potentials.configurations(
+            R.astype(float), F.astype(float), species=SPECIES, energies=U.astype(float) + 4e6
+        ), noise=noise, init=wide)  # fmt: skip
 
 
 # --- libraries of networks ------------------------------------------------------------------------

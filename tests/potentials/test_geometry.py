@@ -73,6 +73,23 @@ def test_distances_of_every_pair_once_and_of_those_named():
     np.testing.assert_allclose(distances(at, box=box), folded, atol=2e-6)
 
 
+def test_atoms_that_are_not_there_are_refused():
+    """They were clamped to the last, or counted from the end."""
+    at = atoms(4, 5, 3)
+    for call in (
+        lambda: distances(at, [(0, 5)]), lambda: angle(at, (0, 1, 5)),
+        lambda: dihedral(at, [(0, 1, 2, 3), (0, 1, 2, -1)]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"numbers of atoms from 0 to 4, got (5|-1)"):
+            call()
+
+
+def test_whole_numbers_are_not_folded_in_a_box_of_whole_numbers():
+    """A box of 2.5 was cut to 2."""
+    found = displacement([0, 0, 0], [3, 0, 0], [2.5, 9.0, 9.0])
+    np.testing.assert_allclose(found, [0.5, 0, 0], rtol=1e-6)
+
+
 def test_angles_are_those_of_arccos():
     at = atoms(6, 5, 3)
     rows = np.array([[0, 1, 2], [4, 3, 0]])

@@ -1,5 +1,6 @@
 """Chains of networks by every method: what they share, what they must not, and closed forms."""
 
+import warnings
 from functools import partial
 
 import jax
@@ -279,6 +280,28 @@ def test_starts_of_another_number_of_chains_are_refused(target, trained):
     one = jax.tree.map(lambda x: x[0], trained.trained)
     with pytest.raises(ValueError, match="leading axis of the 3 chains"):
         draw(target, "SGLD", one)
+
+
+def test_training_that_leaves_the_finite_numbers_says_of_what(target):
+    """Of Adam's learning rate, and not of a step size that nobody gave."""
+    with pytest.raises(ValueError, match=r"training of . of 3 chains .*smaller learning_rate"):
+        potentials.networks(
+            jax.random.key(0), target, num_chains=CHAINS, train_steps=400, learning_rate=1e30
+        )
+
+
+def test_weights_are_not_judged_by_their_coordinates(target, alike, monkeypatch):
+    """Warnings of chains that have not mixed are of weights, which says nothing of functions."""
+    from stochgrad.potentials import _networks
+
+    whole = _networks.sample
+
+    def sample(*args, **kwargs):
+        warnings.warn("not mixed", stochgrad.ConvergenceWarning, stacklevel=2)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(_networks, "sample", sample)
+    assert draw(target, "SGLD", alike).params["last"].shape == (CHAINS, DRAWS, 2)
 
 
 @pytest.mark.parametrize("method", ["sgld", 1.0, (stochgrad.sgld,)])

@@ -165,6 +165,49 @@ def test_weights_of_another_shape_are_refused():
         average(COORDINATE, FRAMES, WEIGHTS[..., 0])
 
 
+def test_frames_that_are_no_numbers_are_refused():
+    """A pair at a distance of NaN was dropped, in silence."""
+    frames = np.array(FRAMES)
+    frames[1, 4, 2, 0, 1] = np.nan
+    with pytest.raises(ValueError, match=r"positions .*frame 2 of trajectory \(1, 4\) holds NaN"):
+        average(COORDINATE, frames)
+
+
+@pytest.mark.parametrize(
+    ("observable", "words"),
+    [
+        (dihedrals((0, 1, 2, 5)), "numbers of atoms|of 6 atoms at least, got .5, 3."),
+        (dihedrals((0, 1, 2, 3), (4, 3, 2, 7)), "of 8 atoms at least, got .5, 3."),
+        (rdf(np.full(2, 4.0)), "shape .atoms, 2. of 2 atoms at least, got .5, 3."),
+        (adf(np.full(2, 4.0), cutoff=1.0), "shape .atoms, 2."),
+        (Observable((np.arange(4.0),), lambda r: r[0]), "of its bins, shape .4,. .*got shape .3,."),
+        (Observable((np.arange(3.0),), lambda r: (r[0], r[0])), "must return one array"),
+        (
+            Observable((np.arange(3.0),), lambda r: r[0, 0] / "a"),
+            "fails on a frame of shape .5, 3.",
+        ),
+    ],
+)
+def test_observables_that_do_not_fit_the_frames_are_refused(observable, words):
+    """Numbers of atoms that are not there were clamped to the last one."""
+    with pytest.raises(ValueError, match=words):
+        average(observable, np.stack([chain(-100.0, 40.0)]))
+
+
+@pytest.mark.parametrize("kind", [bool, int])
+def test_counts_and_indicators_are_averaged_as_numbers(kind):
+    turned = Observable((np.arange(3.0),), lambda frame: (frame[0] > 0).astype(kind))
+    np.testing.assert_allclose(average(turned, FRAMES), (FRAMES[..., 0, :] > 0).mean(2), atol=1e-6)
+
+
+def test_a_trajectory_without_weight_has_no_average():
+    weights = np.array(WEIGHTS)
+    weights[1, 2] = 0
+    found = average(COORDINATE, FRAMES, weights)
+    assert np.isnan(found[1, 2]).all()
+    assert np.isfinite(found).sum() == found.size - 3
+
+
 def test_free_energies_are_logarithms_above_the_floor():
     p = np.array([0.5, 0.25, 0.0])
     np.testing.assert_allclose(free_energy(p, 2.0, floor=0.1), -2 * np.log([0.5, 0.25, 0.1]))

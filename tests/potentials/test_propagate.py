@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import stochgrad
 from stochgrad.potentials import Observable, mean_energy, propagate, reweight
 from tests.conftest import Z
 
@@ -65,6 +66,39 @@ def test_what_is_given_by_name_reaches_the_energy(found):
 
     again = reweight(scaled, SPRINGS / 2, FRAMES, unit_spring, kT=KT, scale=jnp.float32(2.0))
     np.testing.assert_allclose(again.weights, found.weights, rtol=1e-4)
+
+
+def test_lists_of_neighbors_are_refused_unless_they_hold_for_every_frame(found):
+    def listed(k, positions, pairs):
+        return spring(k, positions)
+
+    pairs = np.zeros((1, 2), np.int32)
+    with pytest.raises(ValueError, match="pairs looks like a list of neighbors"):
+        reweight(listed, SPRINGS, FRAMES, unit_spring, kT=KT, pairs=pairs)
+    again = reweight(listed, SPRINGS, FRAMES, unit_spring, kT=KT, pairs=pairs, static=("pairs",))
+    np.testing.assert_allclose(again.weights, found.weights, rtol=1e-4)
+
+
+def test_energies_that_rounding_swallows_are_warned_of():
+    high = lambda k, r: spring(k, r) + np.float32(4e6)
+    energies = 0.5 * (FRAMES**2).sum((-1, -2)) + 4e6
+    with pytest.warns(stochgrad.PrecisionWarning, match="apart in float32.*of kT"):
+        reweight(high, SPRINGS, FRAMES, energies, kT=KT)
+
+
+def test_energies_that_are_no_numbers_are_refused_where_they_count():
+    """And infinite ones weigh nothing."""
+    energies = np.zeros(FRAMES.shape[:2])
+    energies[3, 7] = np.nan
+    with pytest.raises(ValueError, match=r"reference .*frame 7 of replica 3 is nan"):
+        reweight(spring, SPRINGS, FRAMES, energies, kT=KT)
+    sound = np.arange(16) != 3
+    assert np.isfinite(reweight(spring, SPRINGS, FRAMES, energies, kT=KT, sound=sound).ess).all()
+    far = FRAMES[..., :1].max()
+    walled = lambda k, r: jnp.where(r[0, 0] >= far, jnp.inf, spring(k, r))
+    weights = reweight(walled, SPRINGS, FRAMES, unit_spring, kT=KT).weights
+    assert np.all(weights[:, FRAMES[..., 0, 0] >= far] == 0)
+    np.testing.assert_allclose(weights.sum((1, 2)), 1)
 
 
 def test_a_mean_energy_is_the_mean():
