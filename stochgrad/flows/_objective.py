@@ -86,9 +86,7 @@ def check_density(flow, log_density, condition) -> Any:
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(f"log_density must return a scalar for one point, got {describe(out)}.")
     if out.shape != ():
-        raise ValueError(
-            f"log_density must return a scalar for one point, got shape {out.shape}."
-        )
+        raise ValueError(f"log_density must return a scalar for one point, got shape {out.shape}.")
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"log_density must return a floating-point number, got {out.dtype}.")
     return condition

@@ -297,7 +297,9 @@ def through(flow: AbstractDistribution, posterior: Posterior, condition: Any = N
         >>> round(float(draws.constrained()["x"].mean()), 1)
         0.9
     """
-    check_instance("posterior", posterior, Posterior, "a Posterior, as stochgrad.posterior makes it")
+    check_instance(
+        "posterior", posterior, Posterior, "a Posterior, as stochgrad.posterior makes it"
+    )
     condition = check_flow(_model_of(flow), condition)
     flow = unwrapped(_model_of(flow))
     if not isinstance(flow, AbstractTransformed):

@@ -147,7 +147,8 @@ def directional_derivatives(
 
 def _along_directions(parts, position, keys, key, count: int):
     """Derivatives of draws' parts along directions: forward, or, where that is not allowed, by
-    their gradients, draw by draw."""
+    their gradients, draw by draw.
+    """
     shapes = _evaluable("parts", parts, position, keys[0])
     scalars = isinstance(shapes, tuple) and len(shapes) == 2
     if not scalars or any(getattr(x, "shape", None) != () for x in shapes):

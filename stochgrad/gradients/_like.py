@@ -15,7 +15,9 @@ def check_like(name: str, tree: PyTree, like: PyTree, whose: str = "the model's 
     leaves, wanted = _by_path(tree), _by_path(like)
     if set(leaves) != set(wanted) or jax.tree.structure(tree) != jax.tree.structure(like):
         parts = [("lacks", set(wanted) - set(leaves)), ("has", set(leaves) - set(wanted))]
-        told = [f"it {verb} {', '.join(map(_named, sorted(paths)))}" for verb, paths in parts if paths]
+        told = [
+            f"it {verb} {', '.join(map(_named, sorted(paths)))}" for verb, paths in parts if paths
+        ]
         raise ValueError(
             f"{name} must have the structure of {whose}: "
             + ("; ".join(told) or f"{jax.tree.structure(like)}, not {jax.tree.structure(tree)}")
@@ -47,7 +49,9 @@ def evaluated(name: str, score: Callable[[PyTree], Any], position: PyTree) -> tu
         raise TypeError(f"the score of {name} must return (value, gradient), got {describe(pair)}.")
     value, gradient = pair
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise ValueError(f"the value of {name} must be a floating-point scalar, got {describe(value)}.")
+        raise ValueError(
+            f"the value of {name} must be a floating-point scalar, got {describe(value)}."
+        )
     check_like(f"the gradient of {name}", gradient, position, "the position")
     return value, gradient
 

@@ -103,8 +103,8 @@ def push_score(layer: Any, x: Any, score: Any, condition: Any = None) -> Pushed:
             if push_score.dispatch(type(layer)) is not before:
                 return push_score(layer, x, score, condition)
     raise TypeError(
-        f"layer: there is no rule for the score behind a layer of type {type(layer).__name__}: register "
-        "one with stochgrad.gradients.push_score.register."
+        "layer: there is no rule for the score behind a layer of type "
+        f"{type(layer).__name__}: register one with stochgrad.gradients.push_score.register."
     )
 
 

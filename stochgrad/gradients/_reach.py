@@ -1,7 +1,6 @@
 """Which parameters the gradient along a draw's path cannot reach."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +65,9 @@ def _floating(tree):
     """Paths and shapes of the floating-point leaves, and how to put leaves back."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree)
     moves = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for _, leaf in flat]
-    paths = [jax.tree_util.keystr(path) for (path, _), flag in zip(flat, moves, strict=True) if flag]
+    paths = [
+        jax.tree_util.keystr(path) for (path, _), flag in zip(flat, moves, strict=True) if flag
+    ]
     shapes = [
         jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
         for (_, leaf), flag in zip(flat, moves, strict=True)

@@ -64,7 +64,8 @@ def saga(posterior: Posterior, *, memory_limit: float = 1e9) -> Gradient:
         if posterior.batches.stream is not None:
             instead = "control_variate, which streamed data allow,"
         raise ValueError(
-            "posterior: saga keeps a gradient for each minibatch, and these are never the same twice: use "
+            "posterior: saga keeps a gradient for each minibatch, and these are never the same "
+            "twice: use "
             f"{instead} instead."
         )
     value_and_gradient = jax.value_and_grad(posterior.log_density)

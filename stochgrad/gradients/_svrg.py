@@ -52,8 +52,8 @@ def svrg(posterior: Posterior, *, period: int | None = None) -> Gradient:
     batches = posterior.batches
     if batches.stream is not None:
         raise ValueError(
-            "posterior: svrg passes over all data within the loop, which streamed data do not allow: take "
-            "control_variate with the centre that stochgrad.find_center finds."
+            "posterior: svrg passes over all data within the loop, which streamed data do not "
+            "allow: take control_variate with the centre that stochgrad.find_center finds."
         )
     period = batches.epoch if period is None else check_count("period", period)
     value_and_gradient = jax.value_and_grad(posterior.log_density)

@@ -94,7 +94,7 @@ def test_held_out_is_what_it_is_judged_by(key):
 def test_bad_input(key):
     broken = hill(breaks=-1.0)
     for words, call in [
-        ("must be finite at the start", lambda: stochgrad.fit(broken, key, 10)),
+        ("objective must be finite at the start", lambda: stochgrad.fit(broken, key, 10)),
         ("num_steps must be", lambda: stochgrad.fit(hill(), key, 0)),
         ("learning_rate must be", lambda: stochgrad.fit(hill(), key, 10, learning_rate=-1.0)),
         ("init is needed", lambda: stochgrad.fit(hill()._replace(initial=None), key, 10)),
