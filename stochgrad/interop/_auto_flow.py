@@ -171,7 +171,8 @@ class AutoFlow(AutoContinuous):
             raise ValueError("condition must be None for a flow that takes no condition.")
         given = None
         if self._condition is not None:
-            given = self._conditioned(*args, **kwargs)
+            with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=0):
+                given = self._conditioned(*args, **kwargs)
         check_flow(flow, given)
         self._beyond = beyond_reach(flow, given)
         self._arrays, self._static = split(flow)
