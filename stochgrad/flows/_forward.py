@@ -85,6 +85,8 @@ def forward_kl(
             f"samples must have shape (n, {', '.join(map(str, plain.shape))}) for a flow of shape "
             f"{plain.shape}, got {samples.shape}."
         )
+    if len(samples) == 0:
+        raise ValueError("samples must be one or more, got none.")
     check_finite("samples", samples)
     data: Any = (samples,)
     if estimator == "path":

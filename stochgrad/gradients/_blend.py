@@ -16,6 +16,7 @@ from stochgrad.core import (
     check_key,
     describe,
     first_line,
+    tree_dot,
 )
 from stochgrad.gradients._path import freeze
 
@@ -145,7 +146,7 @@ def directional_derivatives(
     return jax.vmap(along, out_axes=1)(jax.random.split(key, count))
 
 
-def _along_directions(parts, position, keys, key, count: int):
+def _along_directions(parts, position, keys, key, count: int) -> tuple[Array, Array]:
     """Derivatives of draws' parts along directions: forward, or, where that is not allowed, by
     their gradients, draw by draw.
     """
@@ -163,7 +164,7 @@ def _along_directions(parts, position, keys, key, count: int):
         value, pull = jax.vjp(lambda p: parts(p, key), position)
         one, none = (jax.tree.map(make, value[0]) for make in (jnp.ones_like, jnp.zeros_like))
         gradients = pull((one, none))[0], pull((none, one))[0]
-        return jax.vmap(lambda v: tuple(_dot(g, v) for g in gradients))(directions)
+        return jax.vmap(lambda v: tuple(tree_dot(g, v) for g in gradients))(directions)
 
     try:
         return jax.vmap(forward, out_axes=1)(directions)
@@ -178,10 +179,6 @@ def _signs(key, position):
         for k, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, signs)
-
-
-def _dot(a, b):
-    return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def _check_floating(position) -> None:

@@ -45,21 +45,21 @@ def minibatch(posterior: Posterior) -> Gradient:
     return Gradient(init, next, posterior)
 
 
-def as_gradient(target: Target) -> Gradient:
+def as_gradient(target: Target, name: str = "target") -> Gradient:
     """The gradient that drives a kernel: a posterior's minibatch gradient, or the one given."""
     if isinstance(target, Posterior):
         return minibatch(target)
     if isinstance(target, Gradient):
-        check_callable("target.init", target.init, "a function (key, position)")
-        check_callable("target.next", target.next, "a function (key, position, state)")
-        for name in ("initial", "model"):
-            if getattr(target, name) is not None:
-                check_callable(f"target.{name}", getattr(target, name))
+        check_callable(f"{name}.init", target.init, "a function (key, position)")
+        check_callable(f"{name}.next", target.next, "a function (key, position, state)")
+        for part in ("initial", "model"):
+            if getattr(target, part) is not None:
+                check_callable(f"{name}.{part}", getattr(target, part))
         if target.posterior is not None:
-            check_posterior("target", target.posterior)
+            check_posterior(f"{name}.posterior", target.posterior)
         return target
     raise TypeError(
-        "target must be a Posterior (from stochgrad.posterior or stochgrad.from_numpyro) "
+        f"{name} must be a Posterior (from stochgrad.posterior or stochgrad.from_numpyro) "
         f"or a Gradient, got {describe(target)}."
     )
 

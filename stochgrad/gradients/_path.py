@@ -55,9 +55,9 @@ def _checked(rules: Any) -> Any:
             shape, given = getattr(layer, "shape", x.shape), getattr(layer, "cond_shape", None)
             if x.shape != shape:
                 raise ValueError(f"x must have the layer's shape {shape}, got {x.shape}.")
-            if given is not None and jnp.shape(condition) != given:
-                what = "None" if condition is None else jnp.shape(condition)
-                raise ValueError(f"condition must have the layer's shape {given}, got {what}.")
+            got = None if condition is None else jnp.shape(condition)
+            if given is not None and got != given:
+                raise ValueError(f"condition must have the layer's shape {given}, got {got}.")
         return rules(layer, x, score, condition)
 
     return checked

@@ -80,8 +80,8 @@ def score_function(
     for path, leaf in jax.tree_util.tree_leaves_with_path(scores):
         if leaf.shape[0] != rewards.shape[0]:
             raise ValueError(
-                f"scores{jax.tree_util.keystr(path)} must have one row a reward, "
-                f"{rewards.shape[0]}, got shape {leaf.shape}."
+                f"scores{jax.tree_util.keystr(path)} must have one row for each of the "
+                f"{rewards.shape[0]} rewards, got shape {leaf.shape}."
             )
     count = rewards.shape[0]
     if baseline != "none" and count < 2:

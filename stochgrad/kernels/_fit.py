@@ -143,7 +143,7 @@ def fit(
     import optax
 
     check_key(key)
-    gradient = as_gradient(objective)
+    gradient = as_gradient(objective, "objective")
     num_steps, every = check_count("num_steps", num_steps), check_count("every", every)
     num_restarts = check_count("num_restarts", num_restarts)
     draws = check_count("held_out_draws", held_out_draws)
@@ -165,7 +165,7 @@ def fit(
         raise ValueError(
             "learning_rate is Adam's, and optimizer stands in its place: give the rate to that."
         )
-    judge = gradient if held_out is None else _judge(held_out)
+    judge = gradient if held_out is None else as_gradient(held_out, "held_out")
 
     judge_key, start_key, run_key = jax.random.split(key, 3)
     kernel = ascend(gradient, optimizer)
@@ -200,13 +200,6 @@ def fit(
             resume=resume,
         )
     return _as_fit(run, gradient, every, num_restarts, starts)
-
-
-def _judge(held_out: Any) -> Gradient:
-    try:
-        return as_gradient(held_out)
-    except TypeError as error:
-        raise TypeError(f"held_out: {first_line(error)}.") from error
 
 
 def _check_judge(judge: Gradient, position: Position) -> None:

@@ -238,7 +238,7 @@ def test_a_mixture_by_score_functions(key):
             error = got.std(0) / np.sqrt(len(got))
             assert np.all(np.abs(got.mean(0) - want) < Z * error), (kind, name)
             assert np.all(np.abs(want) > 5 * error)
-    with pytest.raises(ValueError, match="'x' of the guide, a MixtureSameFamily.*'score'"):
+    with pytest.raises(ValueError, match=r"'x' of the guide, a MixtureSameFamily.*'score'"):
         PathGradientELBO(4).loss(key, params, target, guide_by_mixture)
 
 
@@ -254,7 +254,7 @@ def test_a_flow_over_a_mixture_is_refused_or_trained_by_scores(key):
     guide = AutoFlow(two, flow)
     for elbo in (Trace_ELBO(4), PathGradientELBO(4)):
         svi = SVI(two, guide, optax.adam(0.02), elbo)
-        with pytest.raises(ValueError, match="log_normalized_weights.*'_auto_latent': 'score'"):
+        with pytest.raises(ValueError, match=r"log_normalized_weights.*'_auto_latent': 'score'"):
             svi.update(svi.init(key))
     elbo = PathGradientELBO(8, estimators={"_auto_latent": "score"})
     schedule = optax.cosine_decay_schedule(0.05, 800)
