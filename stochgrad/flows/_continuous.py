@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flowjax.bijections import AbstractBijection
 
+from stochgrad.core import check_callable, check_count, check_instance, describe, first_line
 from stochgrad.gradients import Pushed, freeze, push_score
 
 
@@ -27,6 +28,12 @@ class Continuous(AbstractBijection):
         cond_shape: Shape of the condition.
         solver: A diffrax solver.
         num_steps: Steps of the solver, all of the same size.
+
+    Raises:
+        TypeError: the field is no function, or does not return a point; the solver is not one of
+            diffrax.
+        ValueError: the field fails on a point or returns another shape; a shape or the number of
+            steps is out of range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,18 +59,43 @@ class Continuous(AbstractBijection):
         solver: Any = None,
         num_steps: int = 16,
     ):
-        self.vector_field = vector_field
-        self.shape, self.cond_shape = shape, cond_shape
-        self.solver = diffrax.Tsit5() if solver is None else solver
-        self.num_steps = num_steps
+        self.vector_field = check_callable("vector_field", vector_field, "a function (x, t)")
+        self.shape = _shape("shape", shape)
+        self.cond_shape = None if cond_shape is None else _shape("cond_shape", cond_shape)
+        solver = diffrax.Tsit5() if solver is None else solver
+        wanted = "a solver of ordinary differential equations of diffrax, such as Tsit5()"
+        self.solver = check_instance("solver", solver, diffrax.AbstractSolver, wanted)
+        self.num_steps = check_count("num_steps", num_steps)
+        self._check_field()
 
     def transform_and_log_det(self, x, condition=None):
         x = jnp.asarray(x)
-        return self._solve(self._moving(condition), (x, jnp.zeros((), x.dtype)))
+        return self._solve(self._moving(condition), (x, _zero_at(x)))
 
     def inverse_and_log_det(self, y, condition=None):
         y = jnp.asarray(y)
-        return self._solve(self._moving(condition), (y, jnp.zeros((), y.dtype)), back=True)
+        return self._solve(self._moving(condition), (y, _zero_at(y)), back=True)
+
+    def _check_field(self):
+        x, t, condition = (
+            None if shape is None else jax.ShapeDtypeStruct(shape, jnp.result_type(float))
+            for shape in (self.shape, (), self.cond_shape)
+        )
+        try:
+            out = jax.eval_shape(self._field, x, t, condition)
+        except Exception as error:
+            raise ValueError(
+                f"vector_field fails on a point of shape {self.shape}"
+                f"{'' if condition is None else f' and a condition of shape {condition.shape}'}: "
+                f"{first_line(error)}."
+            ) from error
+        if not isinstance(out, jax.ShapeDtypeStruct):
+            raise TypeError(f"vector_field must return one array, got {describe(out)}.")
+        if out.shape != self.shape or not jnp.issubdtype(out.dtype, jnp.floating):
+            raise ValueError(
+                f"vector_field must return floating-point numbers of the shape {self.shape} of a "
+                f"point, got {out.dtype} of shape {out.shape}."
+            )
 
     def _field(self, x, t, condition):
         return self.vector_field(x, t, *(() if self.cond_shape is None else (condition,)))
@@ -94,6 +126,23 @@ class Continuous(AbstractBijection):
         return jax.tree.map(lambda leaf: leaf[0], solution.ys)
 
 
+def _zero_at(x):
+    """Zero, one for each point under ``vmap``.
+
+    A sum that begins the same for all points, and grows the same where the divergence is constant,
+    is carried once for all; the solver's backward pass then adds its gradient once for each point.
+    """
+    first = x.ravel()[:1]
+    return jnp.sum(jnp.where(first > 0, 0.0, jnp.zeros_like(first)))
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    """The value as a shape, if it is one."""
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{name} must be a tuple of sizes, such as (2,), got {describe(value)}.")
+    return tuple(check_count(f"{name}[{n}]", size) for n, size in enumerate(value))
+
+
 @push_score.register(Continuous)
 def _continuous(layer, x, score, condition=None) -> Pushed:
     moving = layer._moving(condition)
@@ -107,5 +156,5 @@ def _continuous(layer, x, score, condition=None) -> Pushed:
 
         return *moving(t, state[:2], args), -jax.grad(falling)(still)
 
-    y, log_det, score = layer._solve(rates, (x, jnp.zeros((), x.dtype), score))
+    y, log_det, score = layer._solve(rates, (x, _zero_at(x), score))
     return Pushed(y, log_det, freeze(score))

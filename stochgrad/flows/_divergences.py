@@ -17,11 +17,12 @@ from flowjax.distributions import AbstractDistribution
 from jax import lax
 from jax.scipy.special import logsumexp
 
-from stochgrad.core import Gradient, check_count, check_number
-from stochgrad.flows._draw import draw_with_score
+from stochgrad.core import Gradient, check_choice, check_count, check_number, check_real
+from stochgrad.flows._draw import draws_of
 from stochgrad.flows._objective import (
     LogDensity,
     check_density,
+    check_path,
     objective,
     valued,
 )
@@ -60,10 +61,10 @@ def renyi_bound(
         condition: The condition of a conditional flow.
 
     Raises:
-        ValueError: as ``reverse_kl``; ``alpha`` is 1, negative or not finite.
+        ValueError: as ``reverse_kl``'s path gradient; ``alpha`` is 1, negative or not finite.
     """
     log_weights = _log_weights(flow, log_density, estimator, condition)
-    count, importance = check_count("num_samples", num_samples), num_importance
+    count = check_count("num_samples", num_samples)
     importance = check_count("num_importance", num_importance)
     alpha = check_number("alpha", alpha, zero=True)
     if alpha == 1:
@@ -111,7 +112,7 @@ def alpha_divergence(
         condition: The condition of a conditional flow.
 
     Raises:
-        ValueError: as ``reverse_kl``; ``alpha`` is negative.
+        ValueError: as ``reverse_kl``'s path gradient; ``alpha`` is negative.
     """
     alpha = check_number("alpha", alpha, zero=True)
 
@@ -156,7 +157,7 @@ def jensen_shannon(
         condition: The condition of a conditional flow.
 
     Raises:
-        ValueError: as ``reverse_kl``.
+        ValueError: as ``reverse_kl``'s path gradient.
     """
 
     def value(log_u):
@@ -181,6 +182,7 @@ def _divergence(
     """
     log_weights = _log_weights(flow, log_density, estimator, condition)
     count = check_count("num_samples", num_samples)
+    log_z = None if log_z is None else check_real("log_z", log_z)
 
     def climbed(flow, key):
         log_w = log_weights(flow, key, count)
@@ -196,13 +198,13 @@ def _divergence(
 
 def _log_weights(flow, log_density, estimator, condition):
     """``(flow, key, count) -> log weights`` of draws, with the gradient that was asked for."""
-    check_density(flow, log_density, condition)
-    if estimator not in ("path", "total"):
-        raise ValueError(f"estimator must be 'path' or 'total', got {estimator!r}.")
+    condition = check_density(flow, log_density, condition)
+    check_choice("estimator", estimator, ("path", "total"))
+    check_path(flow, condition)
     score_coef = 1.0 if estimator == "total" else 0.0
 
     def log_weights(flow, key, count):
-        x, log_q, score = draw_with_score(flow, key, count, condition)
+        x, log_q, score = draws_of(flow, key, count, condition)
         return jax.vmap(log_density)(x) - path_log_density(x, log_q, score, score_coef)
 
     return log_weights

@@ -4,12 +4,21 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import paramax
 from flowjax.distributions import AbstractDistribution, AbstractTransformed
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from stochgrad.core import PRNGKey, check_key
+from stochgrad.core import (
+    PRNGKey,
+    check_array,
+    check_count,
+    check_finite,
+    check_instance,
+    check_key,
+)
 from stochgrad.gradients import freeze, push_score
 
 
@@ -40,6 +49,10 @@ def draw_with_score(
         num_samples: How many draws.
         condition: The condition of a conditional flow, one for all draws.
 
+    Raises:
+        TypeError: the key is not a typed PRNG key, or ``flow`` not a flowjax distribution.
+        ValueError: the flow holds NaN, or the condition does not fit it.
+
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad
         >>> from flowjax.distributions import Normal
@@ -48,18 +61,49 @@ def draw_with_score(
         True
     """
     check_key(key)
+    count = check_count("num_samples", num_samples)
+    condition = check_flow(flow, condition)
+    return draws_of(flow, key, count, condition)
+
+
+def draws_of(flow, key, count: int, condition) -> FlowDraws:
+    """The same of a flow that has been looked at."""
     flow = unwrapped(flow)
 
     def one(key):
         return one_draw(flow, key, condition)
 
-    return jax.vmap(one)(jax.random.split(key, num_samples))
+    return jax.vmap(one)(jax.random.split(key, count))
+
+
+def check_flow(flow: Any, condition: Any = None) -> Any:
+    """The condition as an array, if there is a flow that can be drawn from and takes it."""
+    plain = unwrapped(flow)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(split(flow)[0]):
+        if not isinstance(leaf, Tracer) and not jnp.all(jnp.isfinite(leaf)):
+            raise ValueError(f"flow{jax.tree_util.keystr(path)} holds NaN or infinity.")
+    if plain.cond_shape is None:
+        if condition is not None:
+            raise ValueError("condition must be None for a flow that takes no condition.")
+        return None
+    if condition is None:
+        raise ValueError(f"condition must have shape {plain.cond_shape}, got None.")
+    if isinstance(condition, jax.Array):
+        if not jnp.issubdtype(condition.dtype, jnp.number):
+            raise TypeError(f"condition must be an array of numbers, got dtype {condition.dtype}.")
+        if condition.shape != plain.cond_shape:
+            raise ValueError(
+                f"condition must have shape {plain.cond_shape}, got {condition.shape}."
+            )
+        if condition.ndim or isinstance(condition, Tracer):
+            check_finite("condition", condition)
+            return condition
+    return jnp.asarray(check_array("condition", condition, shape=plain.cond_shape))
 
 
 def unwrapped(flow: AbstractDistribution) -> AbstractDistribution:
     """A flow with its wrapped parameters computed, and nested transforms side by side."""
-    if not isinstance(flow, AbstractDistribution):
-        raise TypeError(f"flow must be a flowjax distribution, got {type(flow).__name__}.")
+    check_instance("flow", flow, AbstractDistribution, "a flowjax distribution")
     flow = paramax.unwrap(flow)
     return flow.merge_transforms() if isinstance(flow, AbstractTransformed) else flow
 
@@ -82,7 +126,15 @@ def score_of(distribution, x, condition):
 
 
 def parameters(flow: AbstractDistribution) -> Any:
-    """The trainable arrays of a flow, everything else None: a position to optimise."""
+    """The trainable arrays of a flow, everything else None: a position to optimise.
+
+    Args:
+        flow: A flowjax distribution.
+
+    Raises:
+        TypeError: it is none.
+    """
+    check_instance("flow", flow, AbstractDistribution, "a flowjax distribution")
     return split(flow)[0]
 
 

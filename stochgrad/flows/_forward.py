@@ -10,8 +10,16 @@ from flowjax.distributions import AbstractDistribution, AbstractTransformed
 from jax import lax
 from jaxtyping import Array, Float
 
-from stochgrad.core import Gradient, check_finite, data_batches
-from stochgrad.flows._draw import unwrapped
+from stochgrad.core import (
+    Gradient,
+    as_data,
+    check_choice,
+    check_finite,
+    data_batches,
+    describe,
+    first_line,
+)
+from stochgrad.flows._draw import check_flow, unwrapped
 from stochgrad.flows._objective import objective
 from stochgrad.gradients import push_score
 
@@ -54,7 +62,8 @@ def forward_kl(
         condition: The condition of a conditional flow, one for all samples.
 
     Raises:
-        TypeError: ``flow`` is not a flowjax distribution.
+        TypeError: ``flow`` is not a flowjax distribution; samples or scores are no arrays of
+            numbers.
         ValueError: samples or scores do not fit the flow or are not finite; ``"path"`` without
             scores, or for a flow without layers; the batch size does not fit.
 
@@ -67,16 +76,18 @@ def forward_kl(
         >>> fit.model.loc.round(1)  # not the mean of the twenty samples, which is off by 0.2
         Array([1., 1.], dtype=float32)
     """
+    check_choice("estimator", estimator, ("path", "ml"))
+    condition = check_flow(flow, condition)
     plain = unwrapped(flow)
-    samples = jnp.asarray(samples)
+    samples = points("samples", samples)
     if samples.shape[1:] != plain.shape:
         raise ValueError(
             f"samples must have shape (n, {', '.join(map(str, plain.shape))}) for a flow of shape "
             f"{plain.shape}, got {samples.shape}."
         )
+    if len(samples) == 0:
+        raise ValueError("samples must be one or more, got none.")
     check_finite("samples", samples)
-    if estimator not in ("path", "ml"):
-        raise ValueError(f"estimator must be 'path' or 'ml', got {estimator!r}.")
     data: Any = (samples,)
     if estimator == "path":
         if score_of_target is None:
@@ -86,12 +97,7 @@ def forward_kl(
             )
         if not isinstance(plain, AbstractTransformed):
             raise ValueError("estimator='path' needs a flow with layers, got a base distribution.")
-        given = score_of_target
-        scores = jax.jit(jax.vmap(given))(samples) if callable(given) else jnp.asarray(given)
-        if scores.shape != samples.shape:
-            raise ValueError(
-                f"scores must have the samples' shape {samples.shape}, got {scores.shape}."
-            )
+        scores = _scores_at(samples, score_of_target)
         check_finite("score_of_target at the samples", scores)
         data = (samples, scores)
     batches = data_batches(data, batch_size, "full" if batch_size is None else order, "blocks")
@@ -103,6 +109,39 @@ def forward_kl(
         return jnp.sum(batch.weight.astype(each.dtype) * each) / size
 
     return objective(flow, value, batches)
+
+
+def points(name: str, value: Any) -> jax.Array:
+    """What people hold points in as one floating-point array."""
+    value = as_data(value, name)
+    if not isinstance(value, jax.Array) and not hasattr(value, "dtype"):
+        raise TypeError(f"{name} must be one array, got {describe(value)}.")
+    array = jnp.asarray(value)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating) or array.dtype == bool:
+        raise TypeError(f"{name} must be an array of real numbers, got dtype {array.dtype}.")
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(float)
+
+
+def _scores_at(samples: jax.Array, score_of_target: Any) -> jax.Array:
+    if callable(score_of_target):
+        try:
+            scores = jax.jit(jax.vmap(score_of_target))(samples)
+        except Exception as error:
+            raise ValueError(
+                f"score_of_target fails on a point of shape {samples.shape[1:]}: "
+                f"{first_line(error)}."
+            ) from error
+        if not isinstance(scores, jax.Array):
+            raise TypeError(f"score_of_target must return one array, got {describe(scores)}.")
+    else:
+        scores = score_of_target
+    scores = points("score_of_target", scores)
+    if scores.shape != samples.shape:
+        raise ValueError(
+            f"score_of_target must give scores of the samples' shape {samples.shape}, got "
+            f"{scores.shape}."
+        )
+    return scores.astype(samples.dtype)
 
 
 def _log_likelihood(flow, condition, x, score=None):

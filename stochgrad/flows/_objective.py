@@ -10,9 +10,18 @@ from flowjax.distributions import AbstractDistribution
 from jax import lax
 from jaxtyping import Array, Scalar
 
-from stochgrad.core import Batches, Gradient, Position, Posterior
-from stochgrad.flows._draw import split, unwrapped
+from stochgrad.core import (
+    Batches,
+    Gradient,
+    Position,
+    Posterior,
+    check_callable,
+    describe,
+    first_line,
+)
+from stochgrad.flows._draw import check_flow, one_draw, split, unwrapped
 from stochgrad.gradients import freeze
+from stochgrad.gradients._reach import beyond_the_path, depends
 
 LogDensity = Callable[[Array], Scalar]
 """``x -> scalar``: an unnormalised log density at one point."""
@@ -61,25 +70,64 @@ def valued(surrogate, value):
     return surrogate + lax.stop_gradient(value - surrogate)
 
 
-def check_density(flow, log_density, condition) -> None:
-    """Raise unless a log density takes a point of a flow and returns a number."""
+def check_density(flow, log_density, condition) -> Any:
+    """The condition, if a log density takes a point of the flow and returns a number."""
+    condition = check_flow(flow, condition)
     plain = unwrapped(flow)
-    if not callable(log_density):
-        raise TypeError(f"log_density must be a function of a point, got {log_density!r}.")
-    given = None if condition is None else jnp.shape(condition)
-    if plain.cond_shape is not None and given != plain.cond_shape:
-        raise ValueError(f"condition must have shape {plain.cond_shape}, got {given}.")
+    check_callable("log_density", log_density, "a function of a point")
     point = jax.eval_shape(lambda: plain.sample(jax.random.key(0), condition=freeze(condition)))
     try:
         out = jax.eval_shape(log_density, point)
-    except (TypeError, ValueError, IndexError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:
         raise ValueError(
             f"log_density fails on a point of the flow's shape {plain.shape}: do flow and target "
-            f"have the same dimension? ({reason})"
+            f"have the same dimension? ({first_line(error)})"
         ) from error
-    if getattr(out, "shape", None) != ():
+    if not isinstance(out, jax.ShapeDtypeStruct):
+        raise TypeError(f"log_density must return a scalar for one point, got {describe(out)}.")
+    if out.shape != ():
+        raise ValueError(f"log_density must return a scalar for one point, got shape {out.shape}.")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(f"log_density must return a floating-point number, got {out.dtype}.")
+    return condition
+
+
+def check_path(flow, condition) -> None:
+    """Raise unless the path of a draw reaches all that is trained of a flow."""
+    beyond = beyond_reach(flow, condition)
+    if beyond:
         raise ValueError(
-            "log_density must return a scalar for one point, got shape "
-            f"{getattr(out, 'shape', type(out).__name__)}."
+            f"flow: {' and '.join(beyond)} cannot be trained along the path of a draw. As the "
+            "weights of a mixture, they decide what is drawn, and that has no derivative: take "
+            "stochgrad.flows.reverse_kl with estimator='score', or hold them fixed with "
+            "paramax.non_trainable."
         )
+
+
+def beyond_reach(flow, condition) -> list[str]:
+    """Names of a flow's arrays that are trained, move its density and not its draws."""
+    arrays, rest = eqx.partition(unwrapped(flow), eqx.is_inexact_array)
+
+    def draw(arrays):
+        x, log_density, _ = one_draw(eqx.combine(arrays, rest), jax.random.key(0), condition)
+        return x, log_density
+
+    try:
+        names = beyond_the_path(draw, arrays)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"flow cannot be drawn from with a gradient: {first_line(error)}."
+        ) from error
+    if not names:
+        return []
+    params, static = split(flow)
+
+    def of(name):
+        def leaf(params):
+            plain = eqx.filter(unwrapped(eqx.combine(params, static)), eqx.is_inexact_array)
+            leaves = jax.tree_util.tree_leaves_with_path(plain)
+            return [leaf for path, leaf in leaves if jax.tree_util.keystr(path) == name]
+
+        return leaf
+
+    return [name for name in sorted(names) if depends(of(name), params)]

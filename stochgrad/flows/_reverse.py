@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flowjax.distributions import AbstractDistribution
 from jax import lax
 
-from stochgrad.core import Gradient, check_count, check_number
-from stochgrad.flows._draw import draw_with_score, one_draw, split, unwrapped
+from stochgrad.core import Gradient, check_choice, check_count, check_number
+from stochgrad.flows._draw import draws_of, one_draw, split, unwrapped
 from stochgrad.flows._objective import (
     LogDensity,
     check_density,
+    check_path,
     objective,
     valued,
 )
@@ -40,7 +41,9 @@ def reverse_kl(
     - ``"auto"``: c of least variance, measured at each step on some of the draws, each draw's from
       the others so that the estimate stays unbiased: ``gradients.measured_coefficients``.
     - ``"score"``: $\nabla\log q$ times the integrand, less a leave-one-out baseline. It does not
-      differentiate ``log_density``, and is by far the noisiest.
+      differentiate ``log_density``, and is by far the noisiest. It is the only one that trains
+      what decides between draws without a derivative: the weights of a mixture, flowjax's
+      ``VmapMixture`` for example, as the flow or as its base. The others refuse such a flow.
 
     Args:
         flow: A flowjax distribution, drawn from by its forward map.
@@ -52,7 +55,7 @@ def reverse_kl(
     Raises:
         TypeError: ``flow`` is not a flowjax distribution.
         ValueError: ``log_density`` does not take a point of the flow or does not return a scalar;
-            the estimator is unknown, or has too few samples.
+            the estimator is unknown, has too few samples, or cannot reach a parameter.
 
     Returns:
         A gradient whose position is the flow's trainable arrays.
@@ -66,27 +69,21 @@ def reverse_kl(
         >>> fit.model.loc.round(3)
         Array([1., 1.], dtype=float32)
     """
-    check_density(flow, log_density, condition)
+    condition = check_density(flow, log_density, condition)
     count = check_count("num_samples", num_samples)
-    coefficient = {"path": 0.0, "total": 1.0}.get(estimator, estimator)  # type: ignore[arg-type]
+    coefficient = _coefficient(estimator)
+    least = {"auto": 4, "score": 2}.get(str(estimator), 1)
+    if count < least:
+        raise ValueError(f"estimator={estimator!r} needs num_samples >= {least}, got {count}.")
+    if estimator != "score":
+        check_path(flow, condition)
     log_densities = jax.vmap(log_density)
-    if estimator in ("score", "auto"):
-        least = 4 if estimator == "auto" else 2
-        if count < least:
-            raise ValueError(f"estimator={estimator!r} needs num_samples >= {least}, got {count}.")
-    elif isinstance(coefficient, str):
-        raise ValueError(
-            "estimator must be 'path', 'total', 'score', 'auto' or a number between 0 and 1, got "
-            f"{estimator!r}."
-        )
-    elif check_number("estimator", coefficient, zero=True) > 1:
-        raise ValueError(f"estimator must be between 0 and 1, got {coefficient:g}.")
 
     if estimator == "auto":
         return objective(flow, _blended(log_density, count, condition))
 
     def bound(flow, key):
-        x, log_q, score = draw_with_score(flow, key, count, condition)
+        x, log_q, score = draws_of(flow, key, count, condition)
         if estimator == "score":
             rewards = lax.stop_gradient(log_densities(x) - log_q)
             surrogate = jnp.mean((rewards - leave_one_out(rewards)) * _at_fixed(x, log_q, score))
@@ -94,6 +91,15 @@ def reverse_kl(
         return jnp.mean(log_densities(x) - path_log_density(x, log_q, score, coefficient))
 
     return objective(flow, bound)
+
+
+def _coefficient(estimator) -> float:
+    """How much of the score a named estimator keeps, where it is a number."""
+    if not isinstance(estimator, str):
+        words = "estimator (a number between 0 and 1, or a name)"
+        return check_number(words, estimator, zero=True, most=1.0)
+    check_choice("estimator", estimator, ("path", "total", "score", "auto"))
+    return 1.0 if estimator == "total" else 0.0
 
 
 def _at_fixed(x, log_q, score):

@@ -12,10 +12,24 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-from stochgrad.core import Draws, Kernel, Position, Posterior, PRNGKey, check_count, check_key
-from stochgrad.flows._draw import unwrapped
+from stochgrad.core import (
+    Draws,
+    Kernel,
+    Position,
+    Posterior,
+    PRNGKey,
+    check_callable,
+    check_count,
+    check_finite,
+    check_instance,
+    check_key,
+    describe,
+    first_line,
+)
+from stochgrad.flows._draw import check_flow, unwrapped
+from stochgrad.flows._forward import points
 from stochgrad.flows._objective import LogDensity, check_density
-from stochgrad.kernels import independence, systematic
+from stochgrad.kernels import Fit, independence, systematic
 
 
 class WeightedDraws(NamedTuple):
@@ -46,9 +60,27 @@ class WeightedDraws(NamedTuple):
         return float(_ess(self.log_weight))
 
     def expectation(self, function: Callable[[Array], Array]) -> Array:
-        """The weighted mean of a function of one draw, with the smoothed weights."""
-        values = jax.vmap(function)(self.value)
+        """The weighted mean of a function of one draw, with the smoothed weights.
+
+        Args:
+            function: ``x -> array``; of a function that says yes or no it is the probability.
+
+        Raises:
+            ValueError: the function fails, or is not finite where there is weight.
+        """
+        check_callable("function", function, "a function of one draw")
+        try:
+            values = jax.vmap(function)(self.value)
+        except Exception as error:
+            raise ValueError(
+                f"function fails on a draw of shape {self.value.shape[1:]}: {first_line(error)}."
+            ) from error
+        if not isinstance(values, jax.Array):
+            raise TypeError(f"function must return one array, got {describe(values)}.")
+        if not jnp.issubdtype(values.dtype, jnp.inexact):
+            values = values.astype(self.smoothed.dtype)
         weights = jnp.exp(self.smoothed).astype(values.dtype)
+        check_finite("function of the draws that have weight", values[weights > 0])
         return jnp.tensordot(weights, values, 1)
 
     def resample(self, num_samples: int | None = None) -> Float[Array, "n ..."]:
@@ -116,8 +148,8 @@ def sample(
     """
     check_key(key)
     count = check_count("num_samples", num_samples)
-    flow = getattr(flow, "model", flow)
-    check_density(flow, log_density, condition)
+    flow = _model_of(flow)
+    condition = check_density(flow, log_density, condition)
     flow = unwrapped(flow)
     draw_key, resample_key = jax.random.split(key)
 
@@ -166,10 +198,31 @@ def ess_under_target(
         samples: Samples of the density.
         log_density: ``x -> scalar``, unnormalised.
         condition: The condition of a conditional flow.
-    """
-    flow = getattr(flow, "model", flow)
 
-    return float(_ess_under_target(flow, jnp.asarray(samples), log_density, condition))
+    Raises:
+        ValueError: flow, samples and density do not fit; the weights of no sample are finite.
+    """
+    flow = _model_of(flow)
+    condition = check_density(flow, log_density, condition)
+    x, shape = points("samples", samples), flow.shape
+    if x.ndim == 0 or x.shape[1:] != shape or len(x) == 0:
+        raise ValueError(
+            f"samples must have shape (n, {', '.join(map(str, shape))}) for a flow of shape "
+            f"{shape}, got {x.shape}."
+        )
+    check_finite("samples", x)
+    found = float(_ess_under_target(flow, x, log_density, condition))
+    if np.isnan(found):
+        raise ValueError(
+            "log_density must be finite at the samples, which are to be samples of it; their "
+            "weights came out as NaN."
+        )
+    return found
+
+
+def _model_of(flow: Any) -> Any:
+    """A flow, or that of a ``Fit``."""
+    return flow.model if isinstance(flow, Fit) else flow
 
 
 @eqx.filter_jit
@@ -195,8 +248,8 @@ def metropolis(
     Raises:
         ValueError: flow and density do not fit.
     """
-    flow = getattr(flow, "model", flow)
-    check_density(flow, log_density, condition)
+    flow = _model_of(flow)
+    condition = check_density(flow, log_density, condition)
     flow = unwrapped(flow)
 
     def propose(key):
@@ -227,6 +280,7 @@ def through(flow: AbstractDistribution, posterior: Posterior, condition: Any = N
         condition: The condition of a conditional flow.
 
     Raises:
+        TypeError: ``flow`` or ``posterior`` is something else.
         ValueError: the flow has no layers, or its shape is not that of the position.
 
     Example:
@@ -243,7 +297,11 @@ def through(flow: AbstractDistribution, posterior: Posterior, condition: Any = N
         >>> round(float(draws.constrained()["x"].mean()), 1)
         0.9
     """
-    flow = unwrapped(getattr(flow, "model", flow))
+    check_instance(
+        "posterior", posterior, Posterior, "a Posterior, as stochgrad.posterior makes it"
+    )
+    condition = check_flow(_model_of(flow), condition)
+    flow = unwrapped(_model_of(flow))
     if not isinstance(flow, AbstractTransformed):
         raise ValueError("the flow must have layers, got a base distribution.")
     transport, base = flow.bijection, flow.base_dist

@@ -11,7 +11,9 @@ from stochgrad.core import (
     Gradient,
     Position,
     Posterior,
+    check_position,
     clients_of,
+    first_line,
     for_each_client,
     likelihood_sum,
     of_prior,
@@ -19,6 +21,8 @@ from stochgrad.core import (
     visit_in,
 )
 from stochgrad.gradients._centred import centred
+from stochgrad.gradients._like import check_like
+from stochgrad.gradients._minibatch import check_posterior
 from stochgrad.gradients._mode_check import check_center
 
 
@@ -42,11 +46,11 @@ def control_variate(posterior: Posterior, center: Any) -> Gradient:
 
     Raises:
         TypeError: ``posterior`` is not a posterior, or there is no center.
-        ValueError: ``stochgrad.find_center`` reports that its center is no mode; its bare position
-            is taken as it is.
+        ValueError: the center, or the gradient there, is not finite, or the center is not a
+            position of this posterior: of another structure, or with arrays of other shapes; or
+            ``stochgrad.find_center`` reports that it is no mode (its bare position is taken).
     """
-    if not isinstance(posterior, Posterior):
-        raise TypeError(f"control_variate needs a Posterior, got {type(posterior).__name__}.")
+    check_posterior("control_variate", posterior)
     if center is None:
         raise TypeError(
             "control_variate needs a center: stochgrad.find_center(posterior, key) finds one; "
@@ -54,25 +58,52 @@ def control_variate(posterior: Posterior, center: Any) -> Gradient:
         )
     batches = posterior.batches
     value_and_gradient = jax.value_and_grad(posterior.log_density)
-    anchor: Position = jax.tree.map(jnp.asarray, check_center("center", center))
-    if batches.clients is None:
-        whole = on_all_data(posterior, value_and_gradient)(anchor)
-    else:
-        of_client = _by_client(posterior, value_and_gradient, anchor)
+    anchor = _anchor(posterior, check_center("center", center))
+    try:
+        if batches.clients is None:
+            whole = on_all_data(posterior, value_and_gradient)(anchor)
+        else:
+            whole = _by_client(posterior, value_and_gradient, anchor)
+    except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        raise ValueError(f"center does not fit the posterior: {first_line(error)}.") from error
+    _check_whole(whole)
 
     def init(key, position):
+        check_like("center", anchor, position, "the chain's position")
         return batches.init(key)
 
     def next(key, position, state):
+        check_like("center", anchor, position, "the chain's position")
         batch, state = batches.next(state)
         there = (
             whole
             if batches.clients is None
-            else jax.tree.map(lambda x: x[visit_in(state).client], of_client)
+            else jax.tree.map(lambda x: x[visit_in(state).client], whole)
         )
         return centred(value_and_gradient, batch, anchor, there), state
 
     return Gradient(init, next, posterior)
+
+
+def _anchor(posterior: Posterior, center: Any) -> Position:
+    """The center as arrays, if it is a position of the posterior."""
+    check_position(center, "center")
+    anchor: Position = jax.tree.map(jnp.asarray, center)
+    if posterior.initial is None:
+        return anchor
+    like = jax.eval_shape(posterior.initial, jax.random.key(0))
+    check_like("center", anchor, like)
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), anchor, like)
+
+
+def _check_whole(whole: Any) -> None:
+    value, gradient = whole
+    if not jnp.all(jnp.isfinite(value)):
+        raise ValueError(f"center must be where the log density is finite, got {jnp.min(value)}.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        if not jnp.all(jnp.isfinite(leaf)):
+            where = "center" + jax.tree_util.keystr(path)
+            raise ValueError(f"{where}: the gradient of the log density there is not finite.")
 
 
 def _by_client(posterior: Posterior, function: Callable, anchor: Position) -> Any:

@@ -2,7 +2,7 @@
 
 import jax
 
-from stochgrad.core import Gradient, Posterior, Target
+from stochgrad.core import Batches, Gradient, Posterior, Target, check_callable, describe
 
 
 def minibatch(posterior: Posterior) -> Gradient:
@@ -13,6 +13,9 @@ def minibatch(posterior: Posterior) -> Gradient:
 
     Args:
         posterior: A posterior and its stream of minibatches.
+
+    Raises:
+        TypeError: ``posterior`` is not a posterior.
 
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad
@@ -25,6 +28,7 @@ def minibatch(posterior: Posterior) -> Gradient:
         >>> float(score(jnp.float32(0.0))[1])
         10.0
     """
+    check_posterior("minibatch", posterior)
     batches = posterior.batches
 
     def init(key, position):
@@ -41,13 +45,36 @@ def minibatch(posterior: Posterior) -> Gradient:
     return Gradient(init, next, posterior)
 
 
-def as_gradient(target: Target) -> Gradient:
+def as_gradient(target: Target, name: str = "target") -> Gradient:
     """The gradient that drives a kernel: a posterior's minibatch gradient, or the one given."""
     if isinstance(target, Posterior):
         return minibatch(target)
     if isinstance(target, Gradient):
+        check_callable(f"{name}.init", target.init, "a function (key, position)")
+        check_callable(f"{name}.next", target.next, "a function (key, position, state)")
+        for part in ("initial", "model"):
+            if getattr(target, part) is not None:
+                check_callable(f"{name}.{part}", getattr(target, part))
+        if target.posterior is not None:
+            check_posterior(f"{name}.posterior", target.posterior)
         return target
     raise TypeError(
-        "target must be a Posterior (from stochgrad.posterior or stochgrad.from_numpyro) "
-        f"or a Gradient, got {type(target).__name__}."
+        f"{name} must be a Posterior (from stochgrad.posterior or stochgrad.from_numpyro) "
+        f"or a Gradient, got {describe(target)}."
     )
+
+
+def check_posterior(user: str, posterior: object) -> None:
+    """Raise unless there is a posterior that can be evaluated, on minibatches."""
+    if not isinstance(posterior, Posterior):
+        what = describe(posterior) if isinstance(posterior, type) else type(posterior).__name__
+        raise TypeError(
+            f"{user} needs a Posterior, got {what}: posterior must be what stochgrad.posterior "
+            "or stochgrad.from_numpyro makes."
+        )
+    check_callable("posterior.log_density", posterior.log_density, "a function (position, batch)")
+    if not isinstance(posterior.batches, Batches):
+        raise TypeError(
+            "posterior.batches must be a stream of minibatches, as stochgrad.posterior makes it, "
+            f"got {describe(posterior.batches)}."
+        )

@@ -11,15 +11,18 @@ solves with its Jacobian is the layer's own affair, registered by its type.
 """
 
 from collections.abc import Callable
-from functools import singledispatch
+from functools import singledispatch, wraps
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
+
+from stochgrad.core import check_callable, check_number, describe, first_line
 
 DENSE_LIMIT = 64
 """The most dimensions for which a layer without inverse and rule is solved with densely."""
@@ -42,6 +45,25 @@ class Pushed(NamedTuple):
     score: Float[Array, "..."]
 
 
+def _checked(rules: Any) -> Any:
+    """Rules by type, with a look at point and score before; ``register`` is still there."""
+
+    @wraps(rules)
+    def checked(layer, x, score, condition=None):
+        x, score = _alike(x=x, score=score)
+        if rules.dispatch(type(layer)) is not rules.dispatch(object):
+            shape, given = getattr(layer, "shape", x.shape), getattr(layer, "cond_shape", None)
+            if x.shape != shape:
+                raise ValueError(f"x must have the layer's shape {shape}, got {x.shape}.")
+            got = None if condition is None else jnp.shape(condition)
+            if given is not None and got != given:
+                raise ValueError(f"condition must have the layer's shape {given}, got {got}.")
+        return rules(layer, x, score, condition)
+
+    return checked
+
+
+@_checked
 @singledispatch
 def push_score(layer: Any, x: Any, score: Any, condition: Any = None) -> Pushed:
     r"""Push a point and the score of its density through a layer of a flow.
@@ -60,6 +82,7 @@ def push_score(layer: Any, x: Any, score: Any, condition: Any = None) -> Pushed:
 
     Raises:
         TypeError: there is no rule for the layer.
+        ValueError: ``score`` has not the shape of ``x``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,6 +93,8 @@ def push_score(layer: Any, x: Any, score: Any, condition: Any = None) -> Pushed:
         >>> pushed.score + pushed.value / 4
         Array([0., 0.], dtype=float32)
     """
+    if isinstance(layer, type):
+        raise TypeError(f"layer must be a layer of a flow, got {describe(layer)}.")
     for kind in type(layer).__mro__:
         rules = _RULES.get(kind.__module__.split(".")[0])
         before = push_score.dispatch(type(layer))
@@ -78,8 +103,8 @@ def push_score(layer: Any, x: Any, score: Any, condition: Any = None) -> Pushed:
             if push_score.dispatch(type(layer)) is not before:
                 return push_score(layer, x, score, condition)
     raise TypeError(
-        f"there is no rule for the score behind a layer of type {type(layer).__name__}: register "
-        "one with stochgrad.gradients.push_score.register."
+        "layer: there is no rule for the score behind a layer of type "
+        f"{type(layer).__name__}: register one with stochgrad.gradients.push_score.register."
     )
 
 
@@ -101,8 +126,13 @@ def by_inverse(inverse: Callable[[Array], tuple[Array, Array]], y: Array, score:
         inverse: ``y -> (x, log_det)``, of frozen parameters.
         y: The layer's output.
         score: Score of the density of the layer's input.
+
+    Raises:
+        TypeError: an array is none, or ``inverse`` is no such function.
+        ValueError: ``inverse`` fails at y, or shapes differ.
     """
-    (_, log_det), pull = jax.vjp(inverse, lax.stop_gradient(y))
+    y, score = _points(y=y, score=score)
+    (_, log_det), pull = _pulled("inverse", inverse, y, score.shape)
     return pull((score, jnp.ones_like(log_det)))[0]
 
 
@@ -115,8 +145,13 @@ def elementwise(forward: Callable[[Array], tuple[Array, Array]], x: Array, score
         forward: ``x -> (y, log_det)``, of frozen parameters; ``log_det`` may be summed.
         x: The layer's input.
         score: Score of the density of the input.
+
+    Raises:
+        TypeError: an array is none, or ``forward`` is no such function.
+        ValueError: ``forward`` fails at x, or shapes differ.
     """
-    (y, log_det), pull = jax.vjp(forward, lax.stop_gradient(x))
+    x, score = _alike(x=x, score=score)
+    (y, log_det), pull = _pulled("forward", forward, x, x.shape)
     slope = pull((jnp.ones_like(y), jnp.zeros_like(log_det)))[0]
     return (score - pull((jnp.zeros_like(y), jnp.ones_like(log_det)))[0]) / slope
 
@@ -144,9 +179,18 @@ def triangular(
         slope: The diagonal of the Jacobian, of the shape of ``x``.
         tolerance: Largest change of a sweep, relative to the largest entry, at which to stop; by
             default ten times the precision of the numbers.
+
+    Raises:
+        TypeError: an array is none, or ``forward`` is no such function.
+        ValueError: ``forward`` fails at x, shapes differ, or the tolerance is not positive.
     """
+    if tolerance is not None:
+        tolerance = check_number("tolerance", tolerance)
+    x, score, slope = _alike(x=x, score=score, slope=slope)
+    if x.ndim == 0:
+        raise ValueError("x must have an axis along which the layer is triangular, got a scalar.")
     x, slope = lax.stop_gradient((x, slope))
-    (y, log_det), pull = jax.vjp(forward, x)
+    (y, log_det), pull = _pulled("forward", forward, x, x.shape)
     right = score - pull((jnp.zeros_like(y), jnp.ones_like(log_det)))[0]
     first = right / slope
     limit = 10 * float(jnp.finfo(x.dtype).eps) if tolerance is None else tolerance
@@ -175,8 +219,10 @@ def dense(
         name: What to call the layer where it is refused.
 
     Raises:
-        ValueError: there are more than 64 dimensions.
+        TypeError: an array is none, or ``forward`` is no such function.
+        ValueError: there are more than 64 dimensions, ``forward`` fails at x, or shapes differ.
     """
+    x, score = _alike(x=x, score=score)
     if x.size > DENSE_LIMIT:
         raise ValueError(
             f"{name} has no inverse and no rule of its own, and with {x.size} dimensions its "
@@ -184,6 +230,7 @@ def dense(
             "stochgrad.gradients.push_score.register."
         )
     x = lax.stop_gradient(x)
+    _pulled("forward", forward, x, x.shape)
     flat, unravel = ravel_pytree(x)
     jacobian = jax.jacrev(lambda v: forward(unravel(v))[0].ravel())(flat)
     right = score - jax.grad(lambda x: forward(x)[1])(x)
@@ -206,10 +253,74 @@ def path_log_density(
         value: Draws, with a gradient in the parameters, of shape (n, ...).
         log_density: Their log densities as the forward pass gives them, of shape (n,).
         score: Scores, constant.
-        score_coef: c.
+        score_coef: c, a number, or one a draw.
+
+    Raises:
+        TypeError: an array is none.
+        ValueError: ``score`` has not the shape of ``value``, or ``log_density`` not that of its
+            first axes.
     """
+    value, score = _alike(value=value, score=score)
+    (log_density,) = _points(log_density=log_density)
+    if value.shape[: log_density.ndim] != log_density.shape:
+        raise ValueError(
+            f"log_density must have one entry a draw of shape {value.shape}, got shape "
+            f"{log_density.shape}."
+        )
     if isinstance(score_coef, float) and score_coef == 1.0:
         return log_density
+    _points(score_coef=score_coef)
+    if jnp.shape(score_coef) not in ((), log_density.shape):
+        raise ValueError(
+            f"score_coef must be a number or one a draw, got shape {jnp.shape(score_coef)} for "
+            f"log densities of shape {log_density.shape}."
+        )
     moved = score * (value - lax.stop_gradient(value))
     along = lax.stop_gradient(log_density) + moved.reshape(*log_density.shape, -1).sum(-1)
     return score_coef * log_density + (1.0 - score_coef) * along
+
+
+def _points(**arrays: Any) -> list[Array]:
+    """The arrays, if they hold floating-point numbers; integers become such."""
+    checked = []
+    for name, value in arrays.items():
+        if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):
+            raise TypeError(f"{name} must be an array of numbers, got {describe(value)}.")
+        array = jnp.asarray(value)
+        if jnp.issubdtype(array.dtype, jnp.integer):
+            array = array.astype(float)
+        if isinstance(value, bool) or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be an array of numbers, got {describe(value)}.")
+        checked.append(array)
+    return checked
+
+
+def _alike(**arrays: Any) -> list[Array]:
+    """The same, if all have the shape of the first."""
+    first, *rest = checked = _points(**arrays)
+    names = list(arrays)
+    for name, array in zip(names[1:], rest, strict=True):
+        if array.shape != first.shape:
+            raise ValueError(
+                f"{name} must have the shape {first.shape} of {names[0]}, got {array.shape}."
+            )
+    return checked
+
+
+def _pulled(name: str, function: Any, point: Array, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """``jax.vjp`` of a layer's map ``point -> (point, log_det)``, at a constant point."""
+    check_callable(name, function, "a function that returns a point and a log-determinant")
+    point = lax.stop_gradient(point)
+    try:
+        out, pull = jax.vjp(function, point)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{name} fails on a point of shape {point.shape}: {first_line(error)}."
+        ) from error
+    if not (isinstance(out, tuple) and len(out) == 2 and hasattr(out[0], "shape")):
+        raise TypeError(f"{name} must return a point and a log-determinant, got {describe(out)}.")
+    if out[0].shape != shape:
+        raise ValueError(f"{name} must return a point of shape {shape}, got {out[0].shape}.")
+    return out, pull

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import PyTree
 
-from stochgrad.core import Gradient, Position, Posterior, Shared, tree_bytes
+from stochgrad.core import Gradient, Position, Posterior, Shared, check_number, tree_bytes
+from stochgrad.gradients._minibatch import check_posterior
 
 
 class SAGAState(NamedTuple):
@@ -55,15 +56,16 @@ def saga(posterior: Posterior, *, memory_limit: float = 1e9) -> Gradient:
         TypeError: ``posterior`` is not a posterior.
         ValueError: its minibatches are not a fixed few; on first use, the table is too large.
     """
-    if not isinstance(posterior, Posterior):
-        raise TypeError(f"saga needs a Posterior, got {type(posterior).__name__}.")
+    check_posterior("saga", posterior)
+    memory_limit = check_number("memory_limit", memory_limit)
     blocks = posterior.batches.blocks
     if blocks is None:
         instead = "layout='blocks' and one subsampled plate, or svrg or control_variate"
         if posterior.batches.stream is not None:
             instead = "control_variate, which streamed data allow,"
         raise ValueError(
-            "saga keeps a gradient for each minibatch, and these are never the same twice: use "
+            "posterior: saga keeps a gradient for each minibatch, and these are never the same "
+            "twice: use "
             f"{instead} instead."
         )
     value_and_gradient = jax.value_and_grad(posterior.log_density)

@@ -1,10 +1,13 @@
 """Score-function gradients: for what cannot be reparameterised."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
+
+from stochgrad.core import as_data, check_choice, check_finite, describe
 
 Baseline = Literal["none", "leave_one_out", "optimal"]
 
@@ -15,12 +18,24 @@ def leave_one_out(rewards: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
     Args:
         rewards: Two or more.
 
+    Raises:
+        TypeError: they are no array of numbers.
+        ValueError: there are fewer than two, or they are not finite.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from stochgrad.gradients import leave_one_out
         >>> leave_one_out(jnp.array([1.0, 2.0, 6.0]))
         Array([4. , 3.5, 1.5], dtype=float32)
     """
+    rewards = _rows("rewards", rewards)
+    count = rewards.shape[0]
+    if count < 2:
+        raise ValueError(f"rewards must be at least two draws', got {count}.")
+    return _others(rewards)
+
+
+def _others(rewards):
     count = rewards.shape[0]
     return (jnp.sum(rewards, axis=0, keepdims=True) - rewards) / (count - 1)
 
@@ -43,7 +58,9 @@ def score_function(
         baseline: As above, or ``"none"``.
 
     Raises:
-        ValueError: the baseline is unknown, or there are fewer than two draws for one.
+        TypeError: rewards or scores are no arrays of numbers.
+        ValueError: the baseline is unknown, or there are fewer than two draws for one; there are
+            not as many scores as rewards, or they are not finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -51,10 +68,21 @@ def score_function(
         >>> score_function(jnp.array([5.0, 5.0]), jnp.array([0.3, -0.1]))
         Array(0., dtype=float32)
     """
-    if baseline not in ("none", "leave_one_out", "optimal"):
-        raise ValueError(
-            f"baseline must be 'none', 'leave_one_out' or 'optimal', got {baseline!r}."
-        )
+    check_choice("baseline", baseline, ("none", "leave_one_out", "optimal"))
+    rewards = _rows("rewards", rewards)
+    if rewards.ndim != 1:
+        raise ValueError(f"rewards must have shape (n,), got {rewards.shape}.")
+    scores = jax.tree_util.tree_map_with_path(
+        lambda path, x: _rows("scores" + jax.tree_util.keystr(path), x), scores
+    )
+    if not jax.tree.leaves(scores):
+        raise ValueError("scores must hold at least one array, got an empty tree.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(scores):
+        if leaf.shape[0] != rewards.shape[0]:
+            raise ValueError(
+                f"scores{jax.tree_util.keystr(path)} must have one row for each of the "
+                f"{rewards.shape[0]} rewards, got shape {leaf.shape}."
+            )
     count = rewards.shape[0]
     if baseline != "none" and count < 2:
         raise ValueError(f"baseline={baseline!r} needs at least two draws, got {count}.")
@@ -62,11 +90,28 @@ def score_function(
     def estimate(s):
         f = rewards.reshape(count, *[1] * (s.ndim - 1)).astype(s.dtype)
         if baseline == "leave_one_out":
-            f = f - leave_one_out(f)
+            f = f - _others(f)
         elif baseline == "optimal":
             f = jnp.broadcast_to(f, s.shape)
-            over, under = leave_one_out(f * s**2), leave_one_out(s**2)
-            f = f - jnp.where(under > 0, over / jnp.where(under > 0, under, 1.0), leave_one_out(f))
+            over, under = _others(f * s**2), _others(s**2)
+            f = f - jnp.where(under > 0, over / jnp.where(under > 0, under, 1.0), _others(f))
         return jnp.mean(f * s, axis=0)
 
     return jax.tree.map(estimate, scores)
+
+
+def _rows(name: str, value: Any) -> Array:
+    """The value as floating-point rows; what is traced cannot be looked at."""
+    if not isinstance(value, Tracer):
+        value = as_data(value, name)
+        if not hasattr(value, "dtype"):
+            raise TypeError(f"{name} must be one array, got {describe(value)}.")
+    array = jnp.asarray(value)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(float)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}.")
+    if array.ndim == 0:
+        raise ValueError(f"{name} must have an axis of draws, got a scalar.")
+    check_finite(name, array)
+    return array

@@ -5,10 +5,21 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from stochgrad.core import Position, tree_bytes, tree_dot
+from stochgrad.core import (
+    Position,
+    check_array,
+    check_count,
+    check_finite,
+    check_instance,
+    describe,
+    tree_bytes,
+    tree_dot,
+)
+from stochgrad.gradients._like import check_like
 
 
 class Diagonal(NamedTuple):
@@ -133,6 +144,7 @@ class Surrogates(NamedTuple):
     @property
     def count(self) -> int:
         """Number of clients."""
+        check_surrogates(self)
         return len(jax.tree.leaves(self.slope)[0])
 
     @property
@@ -142,26 +154,88 @@ class Surrogates(NamedTuple):
 
     def log_density(self, client: int | Int[Array, ""], position: Position) -> Array:
         r"""$\log q_s$, up to its constant."""
+        self._check(client, position)
         return quadratic(self.slope, self.precision, client, self._from_origin(position))[0]
 
     def score(self, client: int | Int[Array, ""], position: Position) -> Position:
         r"""$\nabla\log q_s$."""
+        self._check(client, position)
         return quadratic(self.slope, self.precision, client, self._from_origin(position))[1]
 
     def total_precision(self, v: Position) -> Position:
         r"""$\sum_s \Lambda_s v$."""
+        check_surrogates(self)
+        check_like("v", v, self.origin, "the surrogates' origin")
         return (
             jax.tree.map(jnp.zeros_like, v) if self.precision is None else self.precision.total(v)
         )
 
     def scaled(self, by: Any) -> "Surrogates":
         """With each client's precision times a number; the slopes at the origin stay."""
+        by = check_array("by", by, shape=(self.count,))
         if self.precision is None:
             return self
-        return self._replace(precision=self.precision.scaled(np.asarray(by)))
+        return self._replace(precision=self.precision.scaled(by))
+
+    def _check(self, client, position):
+        count = self.count
+        if not isinstance(client, jax.Array | Tracer):
+            check_count("client", client, least=0, most=count - 1)
+        elif client.shape != () or not jnp.issubdtype(client.dtype, jnp.integer):
+            raise TypeError(f"client must be one integer, got {describe(client)}.")
+        elif not isinstance(client, Tracer):
+            check_count("client", int(client), least=0, most=count - 1)
+        check_like("position", position, self.origin, "the surrogates' origin")
 
     def _from_origin(self, position):
         return jax.tree.map(jnp.subtract, position, self.origin)
+
+
+def check_surrogates(surrogates: Surrogates) -> None:
+    """Raise unless origin, slopes and precisions have the structure and the shapes of each other.
+
+    What is traced is looked at as well: shapes are known.
+    """
+    check_instance("surrogates", surrogates, Surrogates, "Surrogates of the clients' likelihoods")
+    origin, slope, precision = surrogates
+    leaves = jax.tree.leaves(slope)
+    if not leaves or any(jnp.ndim(x) == 0 for x in leaves):
+        raise ValueError("surrogates.slope must hold arrays with a leading axis of clients.")
+    count, d = len(leaves[0]), sum(jnp.size(x) for x in jax.tree.leaves(origin))
+
+    def of_clients(name, tree):
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *jnp.shape(x)), x.dtype), origin)
+        check_like(name, tree, like, f"the origin, one for each of {count} clients")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            check_finite(name + jax.tree_util.keystr(path), leaf)
+
+    def of_shape(name, array, *shapes):
+        if not hasattr(array, "dtype") or jnp.shape(array) not in shapes:
+            raise ValueError(f"{name} must have shape {shapes[0]}, got {describe(array)}.")
+        check_finite(name, array)
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(origin):
+        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            where = "surrogates.origin" + jax.tree_util.keystr(path)
+            raise TypeError(f"{where} must be a floating-point array, got {describe(leaf)}.")
+        if jnp.ndim(leaf):
+            check_finite("surrogates.origin" + jax.tree_util.keystr(path), leaf)
+    of_clients("surrogates.slope", slope)
+    if isinstance(precision, Diagonal):
+        of_clients("surrogates.precision", precision.values)
+    elif isinstance(precision, Full):
+        of_shape("surrogates.precision", precision.matrices, (count, d, d))
+    elif isinstance(precision, LowRank):
+        rank = jnp.shape(precision.values)[-1] if jnp.ndim(precision.values) else 0
+        shapes = ((count, rank, d), (rank, d))
+        of_shape("surrogates.precision.factors", precision.factors, *shapes)
+        of_shape("surrogates.precision.values", precision.values, (count, rank))
+        of_shape("surrogates.precision.diagonal", precision.diagonal, (count, d))
+    elif precision is not None:
+        raise TypeError(
+            "surrogates.precision must be Diagonal, Full, LowRank or None, got "
+            f"{describe(precision)}."
+        )
 
 
 def quadratic(slope: PyTree, precision: Precision | None, client: Any, delta: Position) -> tuple:

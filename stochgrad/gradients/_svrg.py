@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from stochgrad.core import Gradient, Position, Posterior, Shared, check_count, in_one_block
 from stochgrad.gradients._centred import centred
+from stochgrad.gradients._minibatch import check_posterior
 
 
 class SVRGState(NamedTuple):
@@ -47,13 +48,12 @@ def svrg(posterior: Posterior, *, period: int | None = None) -> Gradient:
         TypeError: ``posterior`` is not a posterior.
         ValueError: the period is not a positive integer.
     """
-    if not isinstance(posterior, Posterior):
-        raise TypeError(f"svrg needs a Posterior, got {type(posterior).__name__}.")
+    check_posterior("svrg", posterior)
     batches = posterior.batches
     if batches.stream is not None:
         raise ValueError(
-            "svrg passes over all data within the loop, which streamed data do not allow: take "
-            "control_variate with the centre that stochgrad.find_center finds."
+            "posterior: svrg passes over all data within the loop, which streamed data do not "
+            "allow: take control_variate with the centre that stochgrad.find_center finds."
         )
     period = batches.epoch if period is None else check_count("period", period)
     value_and_gradient = jax.value_and_grad(posterior.log_density)

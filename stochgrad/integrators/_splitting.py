@@ -3,6 +3,7 @@
 from itertools import count
 from typing import Any
 
+from stochgrad.core import describe
 from stochgrad.integrators._flows import drift, drift_and_friction, friction_and_noise, kick
 from stochgrad.integrators._protocol import Coefficients, Integrator, Stage
 
@@ -16,6 +17,8 @@ _MEANING = {
 
 def check_word(word: str) -> None:
     """Raise a ValueError that names the letters at fault unless ``word`` is a splitting."""
+    if not isinstance(word, str):
+        raise TypeError(f"a splitting is a word over A, B, O and U, got {describe(word)}.")
     strange = sorted(set(word) - set(_MEANING))
     if strange or not word:
         raise ValueError(
@@ -44,6 +47,7 @@ def splitting(word: str) -> Integrator:
     gradient a step, and its first half kick uses the minibatch that the last step ended with.
 
     Raises:
+        TypeError: it is no word.
         ValueError: the word has other letters, no drift, no kick or no friction.
     """
     check_word(word)

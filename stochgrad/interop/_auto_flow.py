@@ -16,8 +16,11 @@ from numpyro.distributions.transforms import Transform
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
 
-from stochgrad.flows._draw import split, unwrapped
+from stochgrad.core import check_callable, check_instance, describe, first_line
+from stochgrad.flows._draw import check_flow, split, unwrapped
+from stochgrad.flows._objective import beyond_reach
 from stochgrad.gradients import Pushed, push_score
+from stochgrad.interop._guide_sites import is_fixed
 
 
 class FlowTransform(Transform):
@@ -100,8 +103,11 @@ class AutoFlow(AutoContinuous):
         init_loc_fn: As in numpyro; where the model is first looked at.
 
     Raises:
+        TypeError: an argument is of another kind.
         ValueError: the flow has no layers, is of another dimension than the model, or conditional
-            without a ``condition``.
+            without a ``condition``. When a gradient is taken: the flow's base is a mixture whose
+            weights are trained, which needs ``PathGradientELBO`` with
+            ``estimators={"_auto_latent": "score"}``.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
@@ -129,14 +135,28 @@ class AutoFlow(AutoContinuous):
         prefix: str = "auto",
         init_loc_fn: Callable[..., Any] = init_to_uniform,
     ):
+        check_callable("model", model, "a numpyro model")
+        if not isinstance(flow, AbstractDistribution):
+            wanted = "a flowjax distribution or a function latent_dim -> flow"
+            if isinstance(flow, type):
+                raise TypeError(f"flow must be {wanted}, got {describe(flow)}.")
+            check_callable("flow", flow, wanted)
+        if condition is not None:
+            check_callable("condition", condition, "a function of the guide's arguments")
+        check_instance("prefix", prefix, str, "text")
+        check_callable("init_loc_fn", init_loc_fn, "an initialization strategy of numpyro")
         self._flow, self._condition, self._given = flow, condition, None
+        self._beyond: list[str] = []
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
 
     def _setup_prototype(self, *args, **kwargs):
         super()._setup_prototype(*args, **kwargs)
         flow = self._flow
         if not isinstance(flow, AbstractDistribution):
-            flow = flow(self.latent_dim)
+            flow = self._called("flow", flow, self.latent_dim)
+            check_instance(
+                "what flow returns", flow, AbstractDistribution, "a flowjax distribution"
+            )
         plain = unwrapped(flow)
         if not isinstance(plain, AbstractTransformed):
             raise ValueError("the flow must have layers, got a base distribution.")
@@ -147,19 +167,44 @@ class AutoFlow(AutoContinuous):
             )
         if plain.cond_shape is not None and self._condition is None:
             raise ValueError("a conditional flow needs condition, a function of the arguments.")
+        if plain.cond_shape is None and self._condition is not None:
+            raise ValueError("condition must be None for a flow that takes no condition.")
+        given = None
+        if self._condition is not None:
+            with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=0):
+                given = self._conditioned(*args, **kwargs)
+        check_flow(flow, given)
+        self._beyond = beyond_reach(flow, given)
         self._arrays, self._static = split(flow)
 
     def _sample_latent(self, *args, **kwargs):
         shape = kwargs.pop("sample_shape", ())
         if self._condition is not None:
-            self._given = jnp.asarray(self._condition(*args, **kwargs))
+            self._given = self._conditioned(*args, **kwargs)
         return super()._sample_latent(sample_shape=shape)
 
     def _get_posterior(self):
         arrays = numpyro.param(f"{self.prefix}_flow", lambda key: self._arrays)
+        site = f"_{self.prefix}_latent"
+        if self._beyond and not is_fixed(site):
+            arrays = _without_gradient(arrays, self._beyond, site)
         flow = self._made(arrays)
         transform = FlowTransform(flow.bijection, self._given)
         return dist.TransformedDistribution(distribution_to_numpyro(flow.base_dist), [transform])
+
+    def _conditioned(self, *args, **kwargs):
+        value = self._called("condition", self._condition, *args, **kwargs)
+        try:
+            return jnp.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"condition must return an array, got {describe(value)}.") from error
+
+    @staticmethod
+    def _called(name, function, *args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(f"{name} fails: {first_line(error)}.") from error
 
     def get_base_dist(self):
         """The flow's base distribution."""
@@ -185,3 +230,22 @@ class AutoFlow(AutoContinuous):
             *args, sample_shape=sample_shape, **kwargs
         )
         return self._unpack_and_constrain(latent, params)
+
+
+def _without_gradient(arrays: Any, names: list[str], site: str) -> Any:
+    """The same arrays, which refuse to be differentiated along the path of a draw."""
+
+    @jax.custom_jvp
+    def refusing(arrays):
+        return arrays
+
+    @refusing.defjvp
+    def _(primals, tangents):
+        raise ValueError(
+            f"flow: {' and '.join(names)} cannot be trained along the path of a draw. As the "
+            "weights of a mixture, they decide what is drawn, and that has no derivative: train "
+            f"with PathGradientELBO(estimators={{{site!r}: 'score'}}), or hold them fixed with "
+            "paramax.non_trainable."
+        )
+
+    return refusing(arrays)

@@ -30,6 +30,40 @@ class StraightThrough(Messenger):
         msg["value"] = lax.stop_gradient(hard - probs) + probs
 
 
+_FIXED: list[set[str]] = []
+"""Sites whose draws are fixed at the moment, innermost last."""
+
+
+class FixedDraws(Messenger):
+    """Takes the gradient from draws whose site has a score function for its estimator.
+
+    The score is the derivative of the log density at a fixed draw: what reaches the draw along its
+    path would be counted twice. What the draw was made of is dropped likewise.
+    """
+
+    def __init__(self, sites: set[str]):
+        self.sites = sites
+        super().__init__(None)
+
+    def __enter__(self):
+        _FIXED.append(self.sites)
+        return super().__enter__()
+
+    def __exit__(self, exc_type, exc_value, traceback):
+        _FIXED.pop()
+        return super().__exit__(exc_type, exc_value, traceback)
+
+    def postprocess_message(self, msg):
+        if msg["type"] == "sample" and msg["name"] in self.sites and not msg["is_observed"]:
+            msg["value"] = lax.stop_gradient(msg["value"])
+            msg["intermediates"] = None
+
+
+def is_fixed(name: str) -> bool:
+    """Whether a site is drawn for a score function at the moment."""
+    return any(name in sites for sites in _FIXED)
+
+
 def is_delta(fn) -> bool:
     while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         fn = fn.base_dist

@@ -16,14 +16,30 @@ from numpyro.infer.elbo import ELBO
 from numpyro.infer.util import compute_log_probs
 from numpyro.util import check_model_guide_match
 
-from stochgrad.core import check_count, check_number
+from stochgrad.core import (
+    check_callable,
+    check_choice,
+    check_count,
+    check_instance,
+    check_key,
+    check_number,
+    describe,
+    first_line,
+)
 from stochgrad.gradients import (
     freeze,
     leave_one_out,
     measured_coefficients,
     score_function,
 )
-from stochgrad.interop._guide_sites import StraightThrough, along_the_path, is_delta, kind_of
+from stochgrad.gradients._reach import beyond_the_path
+from stochgrad.interop._guide_sites import (
+    FixedDraws,
+    StraightThrough,
+    along_the_path,
+    is_delta,
+    kind_of,
+)
 
 SiteEstimator = Literal["score", "optimal", "straight_through"]
 
@@ -77,10 +93,10 @@ class PathGradientELBO(ELBO):
     works for autoguides and reparameterised guides, hierarchical ones, plates, subsampling, masks,
     ``flax_module`` and mutable state. Parameters of the model have their ordinary gradient.
 
-    Discrete latent sites of the guide need an estimator of their own: ``"score"``, the score
-    function with a leave-one-out baseline; ``"optimal"``, with the baseline of least variance for
-    each parameter; ``"straight_through"``, biased, for ``Bernoulli`` and a ``Multinomial`` of
-    one trial.
+    Discrete latent sites of the guide, and mixtures, whose weights no path reaches, need an
+    estimator of their own and are refused without one: ``"score"``, the score function with a
+    leave-one-out baseline; ``"optimal"``, with the baseline of least variance for each parameter;
+    ``"straight_through"``, biased, for ``Bernoulli`` and a ``Multinomial`` of one trial.
 
     Args:
         num_particles: Draws of the guide in a step.
@@ -89,9 +105,10 @@ class PathGradientELBO(ELBO):
         estimators: Names of sites that cannot be reparameterised, and their estimators.
 
     Raises:
+        TypeError: an argument is of another kind.
         ValueError: ``"auto"`` with fewer than four particles; an unknown estimator. When run: a
-            site that cannot be reparameterised has no estimator, or a distribution no way to its
-            score.
+            site that cannot be reparameterised has no estimator, no path reaches a parameter, or a
+            distribution has no way to its score.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
@@ -116,23 +133,30 @@ class PathGradientELBO(ELBO):
         estimators: Mapping[str, SiteEstimator] | None = None,
     ):
         num_particles = check_count("num_particles", num_particles)
-        if score_coef == "auto":
+        if not isinstance(vectorize_particles, bool) and not callable(vectorize_particles):
+            raise TypeError(
+                "vectorize_particles must be True, False or a function like jax.vmap, got "
+                f"{describe(vectorize_particles)}."
+            )
+        if isinstance(score_coef, str):
+            check_choice("score_coef (a number, or a name)", score_coef, ["auto"])
             if num_particles < 4:
                 raise ValueError(
                     "score_coef='auto' measures variances between particles and needs "
                     f"num_particles >= 4, got {num_particles}; with fewer, 0.0 is the path "
                     "gradient and 1.0 that of Trace_ELBO."
                 )
-        elif check_number("score_coef", score_coef, zero=True) > 1:
-            raise ValueError(f"score_coef must be between 0 and 1, got {score_coef}.")
+        else:
+            score_coef = check_number("score_coef", score_coef, zero=True, most=1.0)
         self.score_coef = score_coef
+        if estimators is not None:
+            wanted = "a dictionary of names of sites and estimators"
+            check_instance("estimators", estimators, Mapping, wanted)
         self.estimators = dict(estimators or {})
         for site, estimator in self.estimators.items():
-            if estimator not in ("score", "optimal", "straight_through"):
-                raise ValueError(
-                    f"the estimator of site {site!r} must be 'score', 'optimal' or "
-                    f"'straight_through', got {estimator!r}."
-                )
+            check_instance("a name in estimators", site, str, "the name of a site")
+            choices = ("score", "optimal", "straight_through")
+            check_choice(f"estimators[{site!r}]", estimator, choices)
         self.scored = {s: e for s, e in self.estimators.items() if e != "straight_through"}
         if self.scored and num_particles < 2:
             raise ValueError(
@@ -146,6 +170,7 @@ class PathGradientELBO(ELBO):
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         """The negative bound, with this objective's gradient, as numpyro asks for it."""
+        _check_call(rng_key, param_map, model, guide)
         if isinstance(guide, _DAIS) and self.score_coef not in ("auto", 1.0):
             warnings.warn(
                 f"the path gradient of {type(guide).__name__} had up to thousands of times the "
@@ -153,6 +178,7 @@ class PathGradientELBO(ELBO):
                 PathGradientWarning,
                 stacklevel=2,
             )
+        self._check_reach(rng_key, param_map, guide, args, kwargs)
         particle = partial(self._particle, model=model, guide=guide, args=args, kwargs=kwargs)
         key = jax.random.fold_in(rng_key, self.num_particles)
         keys = jax.random.split(rng_key, self.num_particles)
@@ -174,7 +200,8 @@ class PathGradientELBO(ELBO):
     ) -> GradientVariances:
         """Measure how the path, the total and the blended gradient vary at given parameters.
 
-        It compiles at every call; wrap it in ``jax.jit`` to measure often.
+        It compiles at every call; wrap it in ``jax.jit`` to measure often. What score functions
+        of sites with estimators add is not in it.
 
         Args:
             rng_key: A PRNG key.
@@ -185,7 +212,9 @@ class PathGradientELBO(ELBO):
             num_particles: How many particles to measure with.
             **kwargs: Keyword arguments of both.
         """
+        _check_call(rng_key, param_map, model, guide)
         keys = jax.random.split(rng_key, check_count("num_particles", num_particles, least=4))
+        self._check_reach(rng_key, param_map, guide, args, kwargs)
 
         particle = partial(self._particle, model=model, guide=guide, args=args, kwargs=kwargs)
 
@@ -245,9 +274,7 @@ class PathGradientELBO(ELBO):
         """One particle: the bound by path, total minus path, log density of discrete sites."""
         params, still = dict(param_map), freeze(param_map)
         model_key, guide_key = jax.random.split(rng_key)
-        through = {s for s, e in self.estimators.items() if e == "straight_through"}
-        with StraightThrough(through):
-            log_q, drawn = compute_log_probs(seed(guide, guide_key), args, kwargs, params)
+        log_q, drawn = self._drawn(guide_key, params, guide, args, kwargs)
         mutable = _mutable(drawn)
         params.update(mutable)
         self._check(drawn)
@@ -264,7 +291,8 @@ class PathGradientELBO(ELBO):
             or site["type"] == "plate"
         }
         again = substitute(seed(guide, guide_key), data={**still, **known})
-        frozen = trace(again).get_trace(*args, **kwargs)
+        with FixedDraws(set(self.scored)):
+            frozen = trace(again).get_trace(*args, **kwargs)
         along = sum(
             (
                 along_the_path(site, drawn[name])
@@ -281,6 +309,46 @@ class PathGradientELBO(ELBO):
         discrete = sum((log_q[name] for name in self.scored), start=jnp.zeros_like(value))
         return _Particles(path, along - total_q, discrete), mutable
 
+    def _drawn(self, key, params, guide, args, kwargs):
+        """Log densities and trace of the guide, draws with the gradients of their estimators."""
+        through = {s for s, e in self.estimators.items() if e == "straight_through"}
+        with StraightThrough(through), FixedDraws(set(self.scored)):
+            try:
+                return compute_log_probs(seed(guide, key), args, kwargs, params)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"estimators: a score function needs the density of the draws, which a site of "
+                    f"{sorted(self.scored)} does not give: {first_line(error)}."
+                ) from error
+
+    def _check_reach(self, key, params, guide, args, kwargs) -> None:
+        """Raise unless the paths of the draws reach all parameters that move their density."""
+
+        def draw(params):
+            log_q, drawn = self._drawn(key, dict(params), guide, args, kwargs)
+            latent = {
+                name: site["value"]
+                for name, site in drawn.items()
+                if site["type"] == "sample" and not site["is_observed"]
+            }
+            values = [
+                x for x in latent.values() if jnp.issubdtype(jnp.result_type(x), jnp.floating)
+            ]
+            by_path = [log_q[name] for name in latent if name not in self.scored]
+            names[:] = [name for name in latent if not is_delta(drawn[name]["fn"])]
+            self._check(drawn)
+            return values, sum(by_path, start=jnp.zeros(()))
+
+        names: list[str] = []
+        beyond = beyond_the_path(draw, dict(params))
+        if beyond:
+            site = names[0] if len(names) == 1 else "name of the site"
+            raise ValueError(
+                f"guide: {' and '.join(sorted(beyond))} cannot be trained along the path of a "
+                "draw. As the weights of a mixture, they decide what is drawn, and that has no "
+                f"derivative: give the site an estimator, estimators={{{site!r}: 'score'}}."
+            )
+
     def _check(self, drawn) -> None:
         """Raise unless every latent site has a way to its gradient."""
         for name, site in drawn.items():
@@ -294,6 +362,18 @@ class PathGradientELBO(ELBO):
         missing = set(self.estimators) - {n for n, s in drawn.items() if s["type"] == "sample"}
         if missing:
             raise ValueError(f"estimators are given for sites the guide lacks: {sorted(missing)}.")
+
+
+def _check_call(rng_key, param_map, model, guide) -> None:
+    if not (isinstance(rng_key, jax.Array) and rng_key.dtype == jnp.uint32):  # a legacy key
+        check_key(rng_key, "rng_key")
+    check_instance("param_map", param_map, Mapping, "a dictionary of parameters")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(param_map):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, float | int):
+            where = "param_map" + jax.tree_util.keystr(path)
+            raise TypeError(f"{where} must be an array, got {describe(leaf)}.")
+    check_callable("model", model, "a numpyro model")
+    check_callable("guide", guide, "a numpyro guide")
 
 
 def _floating(tree):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from stochgrad.core import Kernel, Position, Target, tree_dot
+from stochgrad.core import Kernel, Position, Target, describe, first_line, tree_dot
 from stochgrad.gradients import as_gradient
+from stochgrad.gradients._like import evaluated
 
 
 class AscendState(NamedTuple):
@@ -48,8 +49,10 @@ def ascend(target: Target, optimizer: Any) -> Kernel:
         optimizer: An ``optax.GradientTransformation``, whose updates are added to the position.
 
     Raises:
-        TypeError: the optimiser has no ``init`` and ``update``, or the target is neither a
-            posterior nor a gradient.
+        TypeError: the optimiser is none of optax's, or the target is neither a posterior nor a
+            gradient.
+        ValueError: when run: the optimiser fails on the position (one that needs the objective's
+            value, such as ``optax.lbfgs``, does), or the target does.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, stochgrad
@@ -64,17 +67,19 @@ def ascend(target: Target, optimizer: Any) -> Kernel:
         0.9
     """
     gradient = as_gradient(target)
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(f"optimizer must be an optax optimiser, got {type(optimizer).__name__}.")
+    check_optimizer(optimizer)
 
     def init(position: Position, rng_key) -> AscendState:
-        return AscendState(position, optimizer.init(position), gradient.init(rng_key, position))
+        state = _by_optimizer("init", optimizer.init, position)
+        return AscendState(position, state, gradient.init(rng_key, position))
 
     def step(rng_key, state: AscendState) -> tuple[AscendState, AscendInfo]:
         score, gradient_state = gradient.next(rng_key, state.position, state.gradient_state)
-        value, g = score(state.position)
+        value, g = evaluated("target", score, state.position)
         descent = jax.tree.map(jnp.negative, g)
-        updates, optimizer_state = optimizer.update(descent, state.optimizer_state, state.position)
+        updates, optimizer_state = _by_optimizer(
+            "update", optimizer.update, descent, state.optimizer_state, state.position
+        )
         position = jax.tree.map(jnp.add, state.position, updates)
         info = AscendInfo(value, jnp.sqrt(tree_dot(g, g)))
         return AscendState(position, optimizer_state, gradient_state), info
@@ -87,3 +92,26 @@ def ascend(target: Target, optimizer: Any) -> Kernel:
         initial=gradient.initial,
         samples=False,
     )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise unless there is what optax's factories return."""
+    parts = (getattr(optimizer, name, None) for name in ("init", "update"))
+    if isinstance(optimizer, type) or not all(callable(part) for part in parts):
+        raise TypeError(
+            "optimizer must be an optax optimiser, a GradientTransformation such as "
+            f"optax.adam(1e-3) returns, got {describe(optimizer)}."
+        )
+
+
+def _by_optimizer(name: str, function: Any, *arguments: Any) -> Any:
+    try:
+        result = function(*arguments)
+        if name == "update":
+            updates, _ = result
+            jax.tree.map(jnp.add, updates, arguments[-1])
+        return result
+    except Exception as error:
+        raise ValueError(
+            f"optimizer.{name} fails on this position: {first_line(error)}."
+        ) from error

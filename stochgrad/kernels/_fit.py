@@ -18,13 +18,19 @@ from stochgrad.core import (
     Position,
     PRNGKey,
     Target,
+    as_schedule,
     check_count,
+    check_flag,
     check_key,
     check_number,
+    check_path,
+    check_position,
+    first_line,
     initial_of,
     sample,
 )
 from stochgrad.gradients import as_gradient
+from stochgrad.gradients._like import check_like, evaluated
 from stochgrad.kernels._ascend import ascend
 
 
@@ -103,9 +109,10 @@ def fit(
         num_steps: Steps, rounded down to a multiple of ``every``.
         learning_rate: Of Adam's: a number, from which it falls to zero as a cosine, or an optax
             schedule. Gradients are clipped at a norm of 100.
-        optimizer: Any optax optimiser instead.
+        optimizer: Any optax optimiser instead, its learning rate included.
         init: Where to start, or ``key -> position``, called for every restart; where the objective
-            starts by default.
+            starts by default. What holds arrays is a position, even if it can be called (an
+            equinox module). A ``Fit`` stands for its position.
         num_restarts: Independent runs, side by side. The best is returned.
         held_out: What to judge by: a gradient of the same position, ``forward_kl`` of samples set
             aside for example. By default the objective itself.
@@ -117,8 +124,11 @@ def fit(
         resume: Whether to go on from there.
 
     Raises:
-        TypeError: the key is not a typed PRNG key, or the objective not a gradient.
-        ValueError: a number is out of range; no ``init``; the objective is not finite at the start.
+        TypeError: the key is not a typed PRNG key, the objective not a gradient, or the optimiser
+            none of optax's.
+        ValueError: a number is out of range; no ``init``, or one of another structure than the
+            objective's position; ``held_out`` takes other positions; the objective, or
+            ``held_out``, fails or is not finite at the start.
 
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad
@@ -133,48 +143,54 @@ def fit(
     import optax
 
     check_key(key)
+    gradient = as_gradient(objective, "objective")
     num_steps, every = check_count("num_steps", num_steps), check_count("every", every)
     num_restarts = check_count("num_restarts", num_restarts)
     draws = check_count("held_out_draws", held_out_draws)
     patience = num_steps if patience is None else check_count("patience", patience)
     every = min(every, num_steps)
     evaluations = num_steps // every
+    progress, resume = check_flag("progress", progress), check_flag("resume", resume)
+    checkpoint = None if checkpoint is None else check_path("checkpoint", checkpoint)
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint, the directory to resume from.")
     if optimizer is None:
-        if not callable(learning_rate):
+        if callable(learning_rate):
+            as_schedule(learning_rate, "learning_rate", zero=True)
+        else:
             peak = check_number("learning_rate", learning_rate)
             learning_rate = optax.cosine_decay_schedule(peak, evaluations * every)
         optimizer = optax.chain(optax.clip_by_global_norm(100.0), optax.adam(learning_rate))
-    gradient = as_gradient(objective)
-    judge = gradient if held_out is None else as_gradient(held_out)
+    elif callable(learning_rate) or learning_rate != 1e-3:
+        raise ValueError(
+            "learning_rate is Adam's, and optimizer stands in its place: give the rate to that."
+        )
+    judge = gradient if held_out is None else as_gradient(held_out, "held_out")
 
     judge_key, start_key, run_key = jax.random.split(key, 3)
     kernel = ascend(gradient, optimizer)
-    begin = init if init is not None else initial_of(kernel)
-    if begin is None:
-        raise ValueError("init is needed: this objective does not know where to start.")
-    several = num_restarts > 1 and callable(begin)
-    if several:
-        each = [begin(k) for k in jax.random.split(start_key, num_restarts)]
-        begin = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    elif callable(begin):
-        begin = begin(start_key)
+    starts = _starts(init, initial_of(kernel), start_key, num_restarts)
+    name = "objective" if held_out is None else "held_out"
 
     def evaluate(position):
         def one(key):
             state = judge.init(key, position)
             score, _ = judge.next(key, position, state)
-            return score(position)[0]
+            return evaluated(name, score, position)[0]
 
         return jnp.mean(jnp.stack([one(k) for k in jax.random.split(judge_key, draws)]))
 
-    _refuse_unless_finite(evaluate, begin, several)
+    if held_out is not None:
+        _check_judge(judge, starts[0])
+    _refuse_unless_finite(name, evaluate, starts)
     online = _keep_best(evaluate, evaluations, patience)
+    each = iter(starts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DivergenceWarning)
         run = sample(
             run_key,
             kernel,
-            init=begin,
+            init=lambda key: jax.tree.map(jnp.array, next(each)),
             num_samples=evaluations,
             thin=every,
             num_chains=num_restarts,
@@ -183,16 +199,69 @@ def fit(
             checkpoint=checkpoint,
             resume=resume,
         )
-    return _as_fit(run, gradient, every, num_restarts)
+    return _as_fit(run, gradient, every, num_restarts, starts)
 
 
-def _refuse_unless_finite(evaluate, begin, several: bool) -> None:
-    values = jax.jit(jax.vmap(evaluate) if several else evaluate)(begin)
-    if not np.all(np.isfinite(values)):
+def _check_judge(judge: Gradient, position: Position) -> None:
+    initial = judge.initial or (judge.posterior.initial if judge.posterior is not None else None)
+    if initial is not None:
+        like = jax.eval_shape(initial, jax.random.key(0))
+        check_like("the objective's position", position, like, "the position of held_out")
+
+
+def _starts(init: Any, initial: Any, key: PRNGKey, count: int) -> list[Position]:
+    """Where each restart begins. What holds arrays is a position, even if it can be called."""
+    init = getattr(init, "position", init)
+    begin = initial if init is None else init
+    if begin is None:
+        raise ValueError("init is needed: this objective does not know where to start.")
+    if callable(begin) and not any(_is_array(leaf) for leaf in jax.tree.leaves(begin)):
+        try:
+            starts = [begin(k) for k in jax.random.split(key, count)] if count > 1 else [begin(key)]
+        except Exception as error:
+            raise ValueError(
+                f"init must be a position or a function key -> position, and fails on a key: "
+                f"{first_line(error)}."
+            ) from error
+    else:
+        starts = [begin] * count
+    for start in starts:
+        check_position(start)
+        check_like("init", start, starts[0], "the first restart's position")
+    if init is not None and initial is not None:
+        check_like("init", starts[0], jax.eval_shape(initial, key), "the objective's position")
+    return [jax.tree.map(jnp.asarray, start) for start in starts]
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float)
+
+
+def _refuse_unless_finite(name: str, evaluate, starts: list[Position]) -> None:
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    one = len(starts) == 1 or all(start is starts[0] for start in starts)
+    values = jax.jit(evaluate if one else jax.vmap(evaluate))(starts[0] if one else stacked)
+    bad = np.flatnonzero(~np.isfinite(np.atleast_1d(values)))
+    if bad.size:
+        which = "" if one else f" of restart {bad[0]}"
         raise ValueError(
-            f"the objective must be finite at the start, got {np.min(values)}: is the log density "
-            "finite wherever the model draws?"
+            f"{name} must be finite at the start{which}, got {np.atleast_1d(values)[bad[0]]}: "
+            "is the log density finite wherever the model draws?"
         )
+
+
+def _not_finite_in(gradient: Gradient, position: Position) -> str:
+    """Which arrays of the gradient are not finite at a position, in words; nothing if all are."""
+    key = jax.random.key(0)
+
+    @jax.jit
+    def finite(position):
+        score, _ = gradient.next(key, position, gradient.init(key, position))
+        return jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), score(position)[1])
+
+    leaves = jax.tree_util.tree_leaves_with_path(finite(position))
+    bad = [jax.tree_util.keystr(path) or "as a whole" for path, good in leaves if not good]
+    return f" The gradient at the start is not finite: {', '.join(bad)}." if bad else ""
 
 
 def _keep_best(evaluate, evaluations: int, patience: int) -> Online:
@@ -224,7 +293,7 @@ def _keep_best(evaluate, evaluations: int, patience: int) -> Online:
     return Online(start, update, over)
 
 
-def _as_fit(run, gradient: Gradient, every: int, num_restarts: int) -> Fit:
+def _as_fit(run, gradient: Gradient, every: int, num_restarts: int, starts) -> Fit:
     best: _Best = run.summary
     if num_restarts == 1:
         best = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], best)
@@ -235,9 +304,11 @@ def _as_fit(run, gradient: Gradient, every: int, num_restarts: int) -> Fit:
         which = ", ".join(
             f"at step {step}" + (f" (restart {n})" if num_restarts > 1 else "") for n, step in bad
         )
+        first = min(bad, key=lambda item: item[1])
+        cause = _not_finite_in(gradient, starts[first[0]]) if first[1] < every else ""
         warnings.warn(
             f"training left the finite numbers {which}; the best state before, of step "
-            f"{int(chosen.at) * every}, is returned. Try a smaller learning_rate.",
+            f"{int(chosen.at) * every}, is returned." + (cause or " Try a smaller learning_rate."),
             DivergenceWarning,
             stacklevel=3,
         )

@@ -204,6 +204,30 @@ def test_a_control_variate_needs_a_posterior():
         stochgrad.sgld(lambda q: q, 0.1)
 
 
+def test_a_center_must_be_a_position_of_the_posterior():
+    """One number in the place of three was subtracted from every coordinate's gradient."""
+    target = logistic()
+    for words, center in [
+        ("center must be finite", CENTER.at[1].set(jnp.nan)),
+        ("center does not fit the posterior", jnp.zeros(4)),
+        ("center must be a floating-point array, got dtype int32", jnp.zeros(3, jnp.int32)),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            stochgrad.control_variate(target, center)
+    named = target._replace(initial=lambda key: {"a": jnp.zeros(3)},
+                            log_density=lambda p, b: target.log_density(p["a"], b))  # fmt: skip
+    with pytest.raises(ValueError, match=r"it lacks \['a'\]; it has \['b'\]"):
+        stochgrad.control_variate(named, {"b": CENTER})
+    with pytest.raises(ValueError, match=r"center\['a'\] must have the shape \(3,\)"):
+        stochgrad.control_variate(named, {"a": CENTER[:1]})
+    broad = target._replace(
+        log_density=lambda t, b: target.log_density(jnp.broadcast_to(t, (3,)), b)
+    )
+    gradient = stochgrad.control_variate(broad, jnp.float32(0.0))
+    with pytest.raises(ValueError, match=r"center must have the shape \(3,\) of the chain"):
+        gradient.init(jax.random.key(0), CENTER)
+
+
 def test_one_draw_serves_several_evaluations():
     """What an integrator with several stages relies on."""
     gradient = stochgrad.gradients.minibatch(logistic())

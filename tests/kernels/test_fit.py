@@ -1,5 +1,6 @@
 """Training: what is kept, when it ends, what survives."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,10 +92,59 @@ def test_held_out_is_what_it_is_judged_by(key):
     np.testing.assert_allclose(fit.last, 3.0, atol=0.3)
 
 
+def test_a_module_that_can_be_called_is_a_position(key):
+    """It was taken for a function of a key, and called."""
+
+    class Line(eqx.Module):
+        slope: jax.Array
+
+        def __call__(self, x):
+            return self.slope * x
+
+    def next(key, line, state):
+        return jax.value_and_grad(lambda line: -0.5 * (line(2.0) - 3.0) ** 2), state
+
+    objective = Gradient(lambda key, line: (), next)
+    line = Line(jnp.array(0.0))
+    for restarts in (1, 2):
+        fit = stochgrad.fit(
+            objective, key, 200, init=line, optimizer=optax.sgd(0.1), num_restarts=restarts,
+            every=100, progress=False,
+        )  # fmt: skip
+        np.testing.assert_allclose(fit.model.slope, 1.5, rtol=1e-5)
+    assert line.slope == 0.0  # not donated
+
+
+def test_what_is_not_finite_at_the_start_is_named(key):
+    """A gradient that is no number ended in the advice to take a smaller step."""
+
+    def next(key, x, state):
+        return lambda x: (jnp.float32(0.0), {"a": x["a"], "b": x["b"] + jnp.nan}), state
+
+    start = {"a": jnp.zeros(2), "b": jnp.zeros(())}
+    with pytest.warns(stochgrad.DivergenceWarning, match=r"start is not finite: \['b'\]"):
+        stochgrad.fit(Gradient(lambda key, x: (), next), key, 2, init=start, progress=False)
+    with pytest.raises(ValueError, match="held_out must be finite at the start"):
+        stochgrad.fit(hill(), key, 2, held_out=hill(breaks=-1.0), progress=False)
+    with pytest.raises(ValueError, match=r"init\['b'\] must be finite"):
+        stochgrad.fit(
+            Gradient(lambda key, x: (), next), key, 2, init=start | {"b": jnp.float32(jnp.nan)}
+        )
+
+
+def test_independence_starts_at_its_proposals(key):
+    def propose(key):
+        return {"x": 5.0 + jax.random.uniform(key)}, jnp.float32(0.0)
+
+    kernel = stochgrad.independence(propose, lambda x: jnp.float32(0.0))
+    run = stochgrad.sample(key, kernel, num_samples=3, num_chains=2, progress=False)
+    assert np.all(run.positions["x"] > 5.0)
+
+
 def test_bad_input(key):
     broken = hill(breaks=-1.0)
     for words, call in [
-        ("must be finite at the start", lambda: stochgrad.fit(broken, key, 10)),
+        ("objective must be finite at the start", lambda: stochgrad.fit(broken, key, 10)),
         ("num_steps must be", lambda: stochgrad.fit(hill(), key, 0)),
         ("learning_rate must be", lambda: stochgrad.fit(hill(), key, 10, learning_rate=-1.0)),
         ("init is needed", lambda: stochgrad.fit(hill()._replace(initial=None), key, 10)),
