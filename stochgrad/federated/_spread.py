@@ -36,7 +36,7 @@ class Spread(NamedTuple):
         ratio: Standard deviation of the draws over that of the posterior.
         coordinate: The coordinate that the direction is nearest to, in words.
         client: The client that informs the direction most.
-        steps_to_forget: $h N T$: time of a visit times that client's curvature.
+        steps_to_forget: $h N T$: time of a visit times that client's curvature in the coordinate.
     """
 
     ratio: float
@@ -106,7 +106,7 @@ def spread_of_draws(
         surrogates.origin,
         float(np.sqrt(values[worst])),
         int(np.argmax(weights)),
-        np.einsum("i,sij,j->s", v, own, v) / (v @ v),
+        np.diagonal(own, axis1=1, axis2=2)[:, np.argmax(weights)],
         times,
     )
 
