@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, PyTree, UInt32
 
-from stochgrad.core._arrays import data_rows
+from stochgrad.core._arrays import as_data, check_array, data_rows
 from stochgrad.core._batches import Batch, Order, Partition, Rows, check_batch_size, check_order
-from stochgrad.core._checks import check_count
+from stochgrad.core._checks import check_choice, check_count, check_instance, describe
 from stochgrad.core._noise import key_words, threefry
 from stochgrad.core._orders import ORDERS, permuted
 from stochgrad.core._protocols import Batches, Posterior, PRNGKey
@@ -92,6 +92,9 @@ def visit_in(state: Any) -> Visit:
 
 def clients_of(posterior: Posterior | None) -> Clients:
     """The clients whose data a posterior has, or a TypeError."""
+    if posterior is not None:
+        wanted = "a Posterior of data that clients own, from stochgrad.federated.posterior"
+        check_instance("posterior", posterior, Posterior, wanted)
     clients = None if posterior is None else posterior.batches.clients
     if clients is None:
         visit_in(())
@@ -128,10 +131,7 @@ def visiting(
             or do not go with the selection; a number of steps is below one.
     """
     clients = clients_of(posterior)
-    if selection not in get_args(Selection):
-        raise ValueError(
-            f"selection must be one of {list(get_args(Selection))}, got {selection!r}."
-        )
+    check_choice("selection", selection, get_args(Selection))
     steps = _steps(local_steps, clients.count)
     if selection == "permuted":
         if probabilities is not None:
@@ -201,7 +201,15 @@ def client_batches(clients: Sequence[PyTree], batch_size: int | None, order: Ord
         ValueError: there are no clients, one has no rows or not finite ones, or their arrays differ
             in structure, dtype or trailing shape; the batch size does not fit.
     """
-    data, sizes = pooled(clients)
+    _check_list(clients)
+    data, sizes = pooled([as_data(client, f"clients[{s}]") for s, client in enumerate(clients)])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        if not _has_rows(leaf):
+            name = "clients[...]" + jax.tree_util.keystr(path)
+            raise ValueError(
+                f"{name} must have a leading axis of rows, got a scalar: what is the same for all "
+                "rows goes into log_likelihood itself."
+            )
     batches, partition = client_rows(sizes, batch_size, order)
     data = jax.tree.map(partition.lay_out, data)
     with jax.ensure_compile_time_eval():
@@ -231,12 +239,7 @@ def pooled(clients: Sequence[PyTree]) -> tuple[PyTree, list[int]]:
 
     What is not an array with rows must be the same for all.
     """
-    if isinstance(clients, Mapping):
-        raise ValueError("clients must be a list, got a dict: list(clients.values()) is one.")
-    if not isinstance(clients, Sequence) or isinstance(clients, str) or not clients:
-        raise ValueError(
-            f"clients must be a list with the data of at least one client, got {clients!r:.60}."
-        )
+    _check_list(clients)
     structure = jax.tree.structure(clients[0])
     sizes = []
     for s, client in enumerate(clients):
@@ -246,13 +249,23 @@ def pooled(clients: Sequence[PyTree]) -> tuple[PyTree, list[int]]:
                 f"has {jax.tree.structure(client)}."
             )
         try:
-            sizes.append(data_rows([x for x in jax.tree.leaves(client) if _has_rows(x)]))
+            arrays = [x for x in jax.tree.leaves(client) if _has_rows(x)]
+            sizes.append(data_rows(arrays, name="clients"))
         except ValueError as error:
             raise ValueError(f"client {s}: {error}") from error
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(clients[0])]
     columns = zip(*(jax.tree.leaves(client) for client in clients), strict=True)
     leaves = [_joined(f"data{path}", parts) for path, parts in zip(paths, columns, strict=True)]
     return jax.tree.unflatten(structure, leaves), sizes
+
+
+def _check_list(clients: Any) -> None:
+    if isinstance(clients, Mapping):
+        raise ValueError("clients must be a list, got a dict: list(clients.values()) is one.")
+    if not isinstance(clients, Sequence) or isinstance(clients, str | bytes) or not clients:
+        raise ValueError(
+            f"clients must be a list with the data of at least one client, got {describe(clients)}."
+        )
 
 
 def _has_rows(leaf: Any) -> bool:
@@ -281,21 +294,27 @@ def _joined(name: str, parts: Sequence[Any]) -> Any:
 
 
 def _steps(local_steps: Any, count: int) -> np.ndarray:
-    if np.ndim(local_steps) == 0:
-        return np.full(count, check_count("local_steps", local_steps), np.int32)
-    steps = [check_count(f"local_steps of client {s}", t) for s, t in enumerate(local_steps)]
-    if len(steps) != count:
+    most = 2**31 - 1
+    if not isinstance(local_steps, Sequence | np.ndarray | jax.Array) or isinstance(
+        local_steps, str | bytes
+    ):
+        return np.full(count, check_count("local_steps", local_steps, most=most), np.int32)
+    steps = check_array("local_steps", local_steps, kind="integer")
+    if steps.shape != (count,):
         raise ValueError(
             f"local_steps must be one number, or one for each of the {count} clients, "
-            f"got {len(steps)}."
+            f"got {describe(local_steps)}."
         )
-    return np.array(steps, np.int32)
+    return np.array(
+        [check_count(f"local_steps of client {s}", t, most=most) for s, t in enumerate(steps)],
+        np.int32,
+    )
 
 
-def _probabilities(given: Sequence[float] | None, clients: Clients) -> np.ndarray:
-    if given is None:
+def _probabilities(values: Any, clients: Clients) -> np.ndarray:
+    if values is None:
         return clients.sizes / clients.sizes.sum()
-    p = np.asarray(given, np.float64)
+    p = check_array("probabilities", values).astype(np.float64)
     if p.shape != (clients.count,):
         raise ValueError(
             f"probabilities must be one number for each of the {clients.count} clients, got shape "

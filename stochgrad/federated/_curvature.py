@@ -10,7 +10,18 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from stochgrad.core import Position, Posterior, for_each_client, likelihood_sum, tree_size
+from stochgrad.core import (
+    Position,
+    Posterior,
+    check_callable,
+    check_choice,
+    check_instance,
+    describe,
+    first_line,
+    for_each_client,
+    likelihood_sum,
+    tree_size,
+)
 from stochgrad.federated._local import hessian_product, row_scores, weight_of_rows
 from stochgrad.gradients import Diagonal, Full, LowRank, Precision
 
@@ -63,17 +74,41 @@ def gauss_newton(outputs: Callable, log_likelihood: Callable) -> Callable[[Poste
     Args:
         outputs: ``(position, data) -> f``, an array with a leading axis of rows.
         log_likelihood: ``(f, data) -> (rows,)``.
+
+    Raises:
+        TypeError: one is not a function. On use: the posterior is of a numpyro model.
+        ValueError: on use: one fails, or returns another number of rows.
     """
+    check_callable("outputs", outputs, "a function (position, data) -> array of rows")
+    check_callable("log_likelihood", log_likelihood, "a function (outputs, data) -> (rows,)")
+
+    def evaluate(name, function, first, batch):
+        try:
+            value = jnp.asarray(function(first, batch.data))
+        except Exception as error:
+            raise ValueError(f"{name} fails on a minibatch: {first_line(error)}.") from error
+        rows = weight_of_rows(batch).shape
+        if value.shape != rows if name == "log_likelihood" else value.shape[:1] != rows:
+            raise ValueError(
+                f"{name} must return one value per row, {rows[0]} of them, got shape {value.shape}."
+            )
+        return value
 
     def product(position, v, batch):
-        f, pushed = jax.jvp(lambda p: outputs(p, batch.data), (position,), (v,))
+        if not hasattr(batch, "data"):
+            raise TypeError(
+                "outputs and log_likelihood of gauss_newton need a posterior of plain arrays "
+                "(stochgrad.federated.posterior), not a numpyro model."
+            )
+        of = lambda p: evaluate("outputs", outputs, p, batch)
+        f, pushed = jax.jvp(of, (position,), (v,))
 
         def score(f):
-            weighted = lambda f: jnp.sum(weight_of_rows(batch) * log_likelihood(f, batch.data))
-            return jax.grad(weighted)(f)
+            values = lambda f: evaluate("log_likelihood", log_likelihood, f, batch)
+            return jax.grad(lambda f: jnp.sum(weight_of_rows(batch) * values(f)))(f)
 
         bent = jax.jvp(score, (f,), (pushed,))[1]
-        (pulled,) = jax.vjp(lambda p: outputs(p, batch.data), position)[1](-bent)
+        (pulled,) = jax.vjp(of, position)[1](-bent)
         return pulled
 
     return lambda posterior: Curvature(product)
@@ -84,20 +119,23 @@ CURVATURES: dict[str, Callable[[Posterior], Curvature]] = {"hessian": hessian, "
 
 def as_curvature(kind: Any, posterior: Posterior) -> Curvature:
     """A curvature by its name, or by a function of the posterior as ``gauss_newton`` makes it."""
-    if not isinstance(kind, str):
-        return kind(posterior)
-    if kind not in CURVATURES:
-        raise ValueError(
-            f"curvature must be one of {list(CURVATURES)}, or what "
-            f"stochgrad.federated.gauss_newton(...) makes, got {kind!r}."
-        )
-    return CURVATURES[kind](posterior)
+    wanted = f"one of {list(CURVATURES)}, or what stochgrad.federated.gauss_newton(...) makes"
+    if isinstance(kind, str):
+        if kind not in CURVATURES:
+            raise ValueError(f"curvature must be {wanted}, got {kind!r}.")
+        return CURVATURES[kind](posterior)
+    if isinstance(kind, type) or not callable(kind):
+        raise TypeError(f"curvature must be {wanted}, got {describe(kind)}.")
+    try:
+        made = kind(posterior)
+    except Exception as error:
+        raise ValueError(f"curvature fails on the posterior: {first_line(error)}.") from error
+    return check_instance("curvature", made, Curvature, wanted)
 
 
 def check_form(form: str) -> None:
     """Raise a ValueError unless the form is known."""
-    if form not in get_args(Form):
-        raise ValueError(f"form must be one of {list(get_args(Form))}, got {form!r}.")
+    check_choice("form", form, get_args(Form))
 
 
 def precisions(

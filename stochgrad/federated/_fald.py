@@ -16,6 +16,7 @@ from stochgrad.core import (
     StepSize,
     as_schedule,
     check_count,
+    check_flag,
     check_number,
     clients_of,
     noise_like,
@@ -106,6 +107,7 @@ def fald(
     schedule, _ = as_schedule(step_size)
     local_steps = check_count("local_steps", local_steps)
     refresh_every = check_count("refresh_every", refresh_every)
+    variance_reduced = check_flag("variance_reduced", variance_reduced)
     tau = check_number("common_noise", common_noise, zero=True)
     if tau > 1:
         raise ValueError(f"common_noise must be from zero to one, got {tau:g}.")

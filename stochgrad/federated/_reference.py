@@ -17,6 +17,7 @@ from stochgrad.core import (
     compiled,
     on_all_data,
 )
+from stochgrad.federated._doors import as_reference, check_federated
 
 
 class Reference(NamedTuple):
@@ -56,8 +57,13 @@ def find_reference(
 
     Raises:
         TypeError: the posterior's data belong to no clients.
-        ValueError: the log density is not finite at the start.
+        ValueError: ``init`` does not fit the model, or the log density is not finite there; a
+            number is out of range.
     """
+    check_federated(posterior)
+    max_rounds = check_count("max_rounds", max_rounds)
+    tolerance = check_number("tolerance", tolerance)
+    init = as_reference(posterior, init, "init")
     clients = clients_of(posterior)
     score = on_all_data(posterior, jax.value_and_grad(posterior.log_density))
     return climb(score, init, clients.count, max_rounds, tolerance)
@@ -73,8 +79,6 @@ def climb(
     """The maximum of what ``count`` clients give value and gradient of."""
     from scipy.optimize import minimize
 
-    max_rounds = check_count("max_rounds", max_rounds)
-    tolerance = check_number("tolerance", tolerance)
     init = jax.tree.map(jnp.asarray, getattr(init, "position", init))
     flat, unravel = ravel_pytree(init)
     answers: dict[bytes, tuple[float, np.ndarray]] = {}
@@ -91,7 +95,9 @@ def climb(
 
     start, _ = descend(flat)
     if not np.isfinite(start):
-        raise ValueError("the log density is not finite where the search for a reference starts.")
+        raise ValueError(
+            "the log density is not finite at init, where the search for a reference starts."
+        )
     enough = tolerance / max(abs(start), 1.0)
     found = minimize(
         descend,

@@ -1,5 +1,7 @@
 """Sampling from the posterior of data that stay with their owners, in one call."""
 
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,13 +20,24 @@ from stochgrad.core import (
     Posterior,
     PRNGKey,
     Selection,
+    check_callable,
+    check_choice,
+    check_count,
+    check_flag,
+    check_instance,
     check_key,
+    check_number,
     check_position,
     clients_of,
+    describe,
+    first_line,
+    for_each_client,
+    likelihood_sum,
     tree_bytes,
     visiting,
 )
 from stochgrad.core import sample as run
+from stochgrad.federated._doors import as_reference, check_surrogates, misfit
 from stochgrad.federated._fald import fald, fald_costs
 from stochgrad.federated._posterior import posterior
 from stochgrad.federated._qlsd import qlsd, qlsd_costs
@@ -50,7 +63,9 @@ SURROGATES: dict[str, Callable[[PRNGKey, Posterior, Any], Surrogates]] = {
     "laplace_local": lambda key, target, at: laplace_local(target, at),
     "sampled": lambda key, target, at: sampled(target, key, at),
 }
-METHODS = ("FSGLD", "DSGLD", "FALD", "VR-FALD*", "QLSD++")
+RIVALS = ("FALD", "VR-FALD*", "QLSD++")
+METHODS = ("FSGLD", "DSGLD", *RIVALS)
+_DATA = "data of client"
 
 
 def sample(
@@ -112,13 +127,16 @@ def sample(
         control_variate: Whether clients centre their minibatch gradients at the reference, which
             costs them a second gradient and nothing in communication.
         reference: A position near the mode; found by default, from ``init``.
-        init: Where to start: a position. By default the reference.
-        on_unsafe: What to do where long visits to a client would run away
+        init: Where to start: a position, or one for each chain. By default the reference.
+        on_unsafe: What to do where long visits to a client would be unstable
             (``stochgrad.federated.stability``), as a surrogate's curvature can make them, or a
-            likelihood that is not log-concave: ``"warn"``, ``"cap"`` (shrink it), ``"raise"`` or
-            ``"ignore"``.
+            likelihood that is not log-concave; or where standard deviations would be off by more
+            than a tenth, as those of effects that one client alone informs are with surrogates of
+            first order: ``"warn"``, ``"cap"`` (shrink a surrogate's curvature, and warn),
+            ``"raise"`` or ``"ignore"``.
         **options: ``num_samples``, ``num_warmup``, ``thin``, ``num_chains`` and all others of
-            ``stochgrad.sample``.
+            ``stochgrad.sample``. A checkpoint or a store is refused where kernel, settings or any
+            client's log likelihood are others.
 
     Returns:
         Draws, whose ``stats`` have the ``client`` visited, the number of ``visits`` and the
@@ -126,7 +144,8 @@ def sample(
         the preparations, ``setup_bytes_up`` and ``setup_bytes_down``.
 
     Raises:
-        TypeError: the key is not a typed PRNG key; the posterior's data belong to no clients.
+        TypeError: the key is not a typed PRNG key; the posterior's data belong to no clients; an
+            argument is of another kind than said.
         ValueError: an argument is missing, out of range or unknown; a client has no data, or data
             of another structure; probabilities do not sum to one; a surrogate is unsafe and
             ``on_unsafe="raise"``.
@@ -150,19 +169,29 @@ def sample(
     """
     check_key(key)
     check_on_unsafe(on_unsafe)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}.")
+    check_choice("method", method, METHODS)
+    check_choice("selection", selection, ("random", "permuted"))
     if (step_size is None) == (kernel is None):
         raise ValueError("give either step_size, for Langevin dynamics, or a kernel.")
+    if step_size is not None:
+        step_size = check_number("step_size", step_size)
+    else:
+        check_callable("kernel", kernel, "a function gradient -> kernel")
+    strength = check_number("strength", strength, zero=True)
+    control_variate = check_flag("control_variate", control_variate)
+    _check_surrogate(surrogate)
+    _check_options(options)
+    _check_method(method, surrogate, strength, probabilities, selection, kernel, local_steps)
+    num_chains = check_count("num_chains", options.get("num_chains", 1))
     target = _target(clients, prior, likelihood, batch_size, order)
     setup_key, key = jax.random.split(key)
-    start = _start(target, init, reference, setup_key)
-    position = _as_position(start)
+    position = _start(target, init, reference, num_chains, setup_key)
+    if reference is not None:
+        at = as_reference(target, reference)
+        reference = reference if isinstance(reference, Reference) else at
     setup = np.zeros(2, np.int64)
 
-    if method in ("FALD", "VR-FALD*", "QLSD++"):
-        if kernel is not None:
-            raise ValueError(f"{method} has a dynamics of its own: give step_size.")
+    if method in RIVALS:
         assert step_size is not None
         if reference is None and init is None:
             reference = find_reference(target, position)
@@ -170,6 +199,7 @@ def sample(
             setup += (reference.bytes_up, reference.bytes_down)
         position = position if reference is None else _as_position(reference)
         made, costs = _rival(method, target, step_size, local_steps, position)
+        made = _identified(made, target, position, options)
         draws = run(key, made, init=position if init is None else init, **options)
         return _communication(draws, costs, 0, setup)
 
@@ -183,21 +213,27 @@ def sample(
         if isinstance(reference, Reference):
             setup += (reference.bytes_up, reference.bytes_down)
         position = _as_position(reference)
+    client_gradient = gradient
     if control_variate:
-        gradient = control_variate_gradient(target, position)
+        client_gradient = control_variate_gradient(target, position)
+    make_kernel = kernel or (lambda gradient: sgmcmc.sgld(gradient, step_size or 0.0))
+    gradient = client_gradient
     if method == "FSGLD":
         surrogates = _surrogates(surrogate, setup_key, target, position)
-        # exact ones are those of likelihoods whose curvature is the same everywhere
-        surrogates = made_safe(target, surrogates, on_unsafe, far=surrogate != "exact")
+        surrogates = made_safe(
+            target,
+            surrogates,
+            on_unsafe,
+            _made(make_kernel, client_gradient),
+            curvature_known=surrogate in ("exact", "global_quadratic")
+            if isinstance(surrogate, str)
+            else False,
+        )
         # each client sends its own, and is sent the sum
         sent = clients_of(target).count * surrogates.bytes_each
         setup += (sent, sent)
-        gradient = conducive(gradient, surrogates, strength=strength)
-    if kernel is None:
-        kernel = lambda gradient: sgmcmc.sgld(gradient, step_size or 0.0)
-    made = kernel(as_gradient(gradient))
-    if not isinstance(made, Kernel):
-        raise TypeError(f"kernel must be a function from a gradient to a kernel, gave {made!r}.")
+        gradient = conducive(client_gradient, surrogates, strength=strength)
+    made = _made(make_kernel, gradient)
     carried = _carried_bytes(made, position)
     settings = (
         ("surrogate", surrogate if isinstance(surrogate, str) else "given"),
@@ -210,10 +246,86 @@ def sample(
         method=f"{method}, {made.method}",
         settings=made.settings + settings[0 if method == "FSGLD" else 2 :],
     )
-    made = with_visits(made)
+    made = _identified(with_visits(made), target, position, options)
     draws = run(key, made, init=position if init is None else init, **options)
     costs = {"visits": (carried, carried)}
     return _communication(draws, costs, tree_bytes(position), setup)
+
+
+def _check_surrogate(surrogate: Any) -> None:
+    if isinstance(surrogate, str):
+        check_choice("surrogate", surrogate, SURROGATES)
+    elif isinstance(surrogate, type) or not (
+        isinstance(surrogate, Surrogates) or callable(surrogate)
+    ):
+        raise TypeError(
+            f"surrogate must be one of {list(SURROGATES)}, surrogates or a function (posterior, "
+            f"reference) -> surrogates, got {describe(surrogate)}."
+        )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    known = inspect.signature(run).parameters
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{name} is no argument of federated.sample nor of stochgrad.sample.")
+    if "num_samples" not in options:
+        raise TypeError("num_samples is needed: the draws to keep, per chain.")
+
+
+def _check_method(
+    method: str, surrogate, strength, probabilities, selection, kernel, local_steps
+) -> None:
+    """Raise a ValueError where something is given that a method would not heed."""
+    if method != "FSGLD" and (surrogate != "global_first_order" or strength != 1.0):
+        raise ValueError(f"surrogate and strength are for method='FSGLD', not {method!r}.")
+    if method not in RIVALS:
+        return
+    if kernel is not None:
+        raise ValueError(f"{method} has a dynamics of its own: give step_size instead of kernel.")
+    if probabilities is not None or selection != "random":
+        raise ValueError(
+            f"all clients take part in each step of {method}: leave probabilities and selection "
+            "out."
+        )
+    if np.ndim(local_steps) > 0:
+        raise ValueError(f"{method} takes one number of local_steps for all clients.")
+    if check_count("local_steps", local_steps) != 1 and method == "QLSD++":
+        raise ValueError("QLSD++ communicates at every step: leave local_steps at 1.")
+
+
+def _made(kernel: Callable[[Gradient], Kernel], gradient: Posterior | Gradient) -> Kernel:
+    try:
+        made = kernel(as_gradient(gradient))
+    except Exception as error:
+        raise ValueError(f"kernel fails on a gradient: {first_line(error)}.") from error
+    return check_instance(
+        "kernel",
+        made,
+        Kernel,
+        "a function from a gradient to a kernel, as lambda gradient: stochgrad.sgld(gradient, "
+        "1e-3); what it returned must be a Kernel",
+    )
+
+
+def _identified(
+    kernel: Kernel, target: Posterior, position: Position, options: dict[str, Any]
+) -> Kernel:
+    """The kernel of a run that is written to disk, which a client's data are told by as well.
+
+    A digest is of the client's log likelihood and its gradient, on all of its rows, at two points.
+    """
+    if options.get("checkpoint") is None and options.get("store") is None:
+        return kernel
+    score = likelihood_sum(target, jax.value_and_grad(target.log_density))
+    moved = jax.tree.map(lambda x: x + jnp.ones_like(x), position)
+    both = for_each_client(target, lambda s: (score(s, position), score(s, moved)))
+    leaves = [np.asarray(x) for x in jax.tree.leaves(both)]
+    digests = [
+        (f"{_DATA} {s}", hashlib.sha256(b"".join(x[s].tobytes() for x in leaves)).hexdigest()[:16])
+        for s in range(clients_of(target).count)
+    ]
+    return kernel._replace(settings=(*kernel.settings, *digests))
 
 
 def _target(clients, prior, likelihood, batch_size, order) -> Posterior:
@@ -229,49 +341,60 @@ def _target(clients, prior, likelihood, batch_size, order) -> Posterior:
             "prior and likelihood are needed with the clients' data; for a numpyro model, pass "
             "stochgrad.from_numpyro(model, clients=[...])."
         )
-    return posterior(prior, likelihood, clients, batch_size=batch_size, order=order or "reshuffled")
+    check_callable("prior", prior, "a function position -> scalar")
+    check_callable("likelihood", likelihood, "a function (position, batch) -> (rows,)")
+    order = "reshuffled" if order is None else order
+    return posterior(prior, likelihood, clients, batch_size=batch_size, order=order)
 
 
-def _start(target: Posterior, init: Any, reference: Any, key: PRNGKey) -> Position:
+def _start(target: Posterior, init: Any, reference: Any, num_chains: int, key: PRNGKey) -> Position:
     """A position of the model's shape, to begin the setup at."""
-    for given in (init, reference):
-        if given is not None and not callable(given):
-            return _as_position(given)
+    init = getattr(init, "position", init)
+    if init is not None and not callable(init):
+        check_position(init)
+        several = {jnp.shape(x)[:1] for x in jax.tree.leaves(init)} == {(num_chains,)}
+        first = jax.tree.map(lambda x: jnp.asarray(x)[0], init) if several else None
+        if several and misfit(target, _as_position(init)) and not misfit(target, first):
+            return first
+        return as_reference(target, init, "init")
+    if reference is not None:
+        return as_reference(target, reference)
     if target.initial is None:
         raise ValueError("init is needed: a position to start the search for a reference from.")
     return target.initial(key)
 
 
 def _as_position(given: Any) -> Position:
-    position = jax.tree.map(jnp.asarray, getattr(given, "position", given))
-    check_position(position)
-    return position
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.result_type(x)), getattr(given, "position", given)
+    )
 
 
 def _surrogates(surrogate, key, target: Posterior, reference: Position) -> Surrogates:
-    if isinstance(surrogate, Surrogates):
-        return surrogate
-    if not isinstance(surrogate, str):
-        return surrogate(target, reference)
-    if surrogate not in SURROGATES:
+    if isinstance(surrogate, str):
+        return SURROGATES[surrogate](key, target, reference)
+    made = surrogate
+    if not isinstance(surrogate, Surrogates):
+        try:
+            made = surrogate(target, reference)
+        except Exception as error:
+            raise ValueError(f"surrogate fails on the posterior: {first_line(error)}.") from error
+    check_surrogates(target, made)
+    if jax.tree.map(jnp.shape, made.origin) != jax.tree.map(jnp.shape, reference):
         raise ValueError(
-            f"surrogate must be one of {list(SURROGATES)}, surrogates or a function, "
-            f"got {surrogate!r}."
+            f"surrogates are of positions of shape {jax.tree.map(jnp.shape, made.origin)}, and the "
+            f"model's have {jax.tree.map(jnp.shape, reference)}."
         )
-    return SURROGATES[surrogate](key, target, reference)
+    return made
 
 
 def _rival(method, target, step_size, local_steps, position) -> tuple[Kernel, dict]:
     """A kernel that all clients take part in, and its costs by what it counts."""
     if method == "QLSD++":
-        if local_steps != 1:
-            raise ValueError("QLSD++ communicates at every step: leave local_steps at 1.")
         made = qlsd(target, step_size)
         return made, qlsd_costs(target, position, dict(made.settings)["levels"])
-    if np.ndim(local_steps) > 0:
-        raise ValueError(f"{method} takes one number of local_steps for all clients.")
     reduced = method == "VR-FALD*"
-    made = fald(target, step_size, local_steps=int(local_steps), variance_reduced=reduced)
+    made = fald(target, step_size, local_steps=local_steps, variance_reduced=reduced)
     return made, fald_costs(target, position)
 
 
@@ -297,4 +420,5 @@ def _communication(draws: Draws, costs: dict, draw_bytes: int, setup: np.ndarray
         inside = np.cumsum(draws.stats["left"] > 0, axis=1)
         sent["bytes_up"] = sent["bytes_up"] + draw_bytes * inside
     attrs = {"setup_bytes_up": int(setup[0]), "setup_bytes_down": int(setup[1])}
-    return replace(draws, stats={**draws.stats, **sent}, attrs={**draws.attrs, **attrs})
+    known = {name: value for name, value in draws.attrs.items() if not name.startswith(_DATA)}
+    return replace(draws, stats={**draws.stats, **sent}, attrs={**known, **attrs})

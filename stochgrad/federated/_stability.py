@@ -1,7 +1,7 @@
 """Whether visits to a client are drawn back, and what to do where they are not."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from stochgrad.core import (
+    Kernel,
     Posterior,
+    check_choice,
+    check_flag,
     clients_of,
     compiled,
     likelihood_sum,
@@ -18,15 +21,25 @@ from stochgrad.core import (
     tree_size,
 )
 from stochgrad.federated._curvature import extreme_eigenvalues
+from stochgrad.federated._doors import check_federated, check_surrogates
 from stochgrad.federated._local import hessian_product
+from stochgrad.federated._spread import (
+    Spread,
+    curvature_is_constant,
+    diagonal_spread,
+    spread_of_draws,
+    step_time,
+)
 from stochgrad.gradients import Precision, Surrogates
 
 _TOLERANCE, _SHRINK, _ROUNDS = 1e-3, 0.7, 40
 _MOST_DIMENSIONS = 1000
+_SPREAD = 1.1
+"""Error in standard deviations, as a factor, from which on visits are too long."""
 
 
 class StabilityWarning(UserWarning):
-    """Long visits to some client would run away."""
+    """Long visits to some client are unstable, or make the draws too wide or narrow."""
 
 
 class Stability(NamedTuple):
@@ -79,6 +92,8 @@ def stability(posterior: Posterior, surrogates: Surrogates) -> Stability:
     Raises:
         TypeError: the posterior's data belong to no clients.
     """
+    check_federated(posterior)
+    check_surrogates(posterior, surrogates)
     return _margins(posterior, surrogates.origin)(surrogates.precision)
 
 
@@ -131,6 +146,9 @@ def capped(posterior: Posterior, surrogates: Surrogates, *, far: bool = True) ->
         surrogates: The surrogates.
         far: Whether visits must be safe far from the origin too.
     """
+    check_federated(posterior)
+    check_surrogates(posterior, surrogates)
+    far = check_flag("far", far)
     if surrogates.precision is None:
         return surrogates
     return surrogates.scaled(_safe_scale(posterior, surrogates, far))
@@ -156,34 +174,117 @@ def _safe_scale(posterior: Posterior, surrogates: Surrogates, far: bool) -> np.n
 
 
 def made_safe(
-    posterior: Posterior, surrogates: Surrogates, on_unsafe: str, *, far: bool
+    posterior: Posterior,
+    surrogates: Surrogates,
+    on_unsafe: str,
+    kernel: Kernel,
+    *,
+    curvature_known: bool,
 ) -> Surrogates:
-    """What is to be done with surrogates before a run."""
+    """What is to be done with surrogates before a run.
+
+    Args:
+        posterior: A posterior of data that clients own, visited as it will be.
+        surrogates: The surrogates.
+        on_unsafe: What to do.
+        kernel: The dynamics.
+        curvature_known: Whether the surrogates' curvature is the likelihoods' at their origin.
+    """
     if on_unsafe == "ignore" or clients_of(posterior).steps.max() == 1:
         return surrogates
     flat = surrogates.precision is None
-    if flat and tree_size(surrogates.origin) > _MOST_DIMENSIONS:
-        return surrogates
-    found = stability(posterior, surrogates)
-    if not found.unsafe(far=far).any():
-        return surrogates
+    messages = []
+    if not (flat and tree_size(surrogates.origin) > _MOST_DIMENSIONS):
+        surrogates, message = _drawn_back(posterior, surrogates, on_unsafe)
+        messages += [message] if message else []
+    time = step_time(kernel)
+    if time is not None and not curvature_known:
+        spread = spread_of_draws(posterior, surrogates, time)
+        if spread is not None and too_wide(spread):
+            messages.append(describe_spread(spread, f"client {spread.client}"))
+    for message in messages:
+        if on_unsafe == "raise":
+            raise ValueError(message)
+        warnings.warn(message, StabilityWarning, stacklevel=3)
+    return surrogates
+
+
+def _drawn_back(
+    posterior: Posterior, surrogates: Surrogates, on_unsafe: str
+) -> tuple[Surrogates, str]:
+    """The surrogates, shrunk if so wanted, and what is wrong with them."""
+    report = stability(posterior, surrogates)
+    if not report.unsafe().any():
+        return surrogates, ""
+    # where curvatures are the same everywhere, nothing else is waiting far away
+    far = not curvature_is_constant(posterior, surrogates.origin)
+    if not report.unsafe(far=far).any():
+        return surrogates, ""
     message = (
-        f"long visits may run away from {found.describe(far=far)}: take fewer local_steps, a "
+        f"long local runs are unstable at {report.describe(far=far)}: take fewer local_steps, a "
         "smaller step, or probabilities in proportion to the clients' rows."
     )
-    if on_unsafe == "cap" and not flat:
+    if on_unsafe == "cap" and surrogates.precision is not None:
         scale = _safe_scale(posterior, surrogates, far)
         shrunk = [f"{s} to {x:.2g}" for s, x in enumerate(scale) if x < 1]
         message = f"the curvature of clients {', '.join(shrunk)} of itself: {message}"
         surrogates = surrogates.scaled(scale)
-    if on_unsafe == "raise":
-        raise ValueError(message)
-    warnings.warn(message, StabilityWarning, stacklevel=3)
-    return surrogates
+    return surrogates, message
+
+
+def too_wide(spread: Spread) -> bool:
+    """Whether the spread of draws is wrong by more than a tenth."""
+    return not 1 / _SPREAD <= spread.ratio <= _SPREAD
+
+
+def describe_spread(spread: Spread, client: str) -> str:
+    """What is wrong with the spread of draws, and what helps."""
+    size = (
+        "without bound"
+        if not np.isfinite(spread.ratio)
+        else f"about {spread.ratio:.2g} times the posterior's"
+    )
+    return (
+        f"visits are too long for these surrogates: by the curvatures at the reference, standard "
+        f"deviations of the draws come out {size}, most of all in {spread.coordinate}, which "
+        f"{client} informs most (h N T = {spread.steps_to_forget:.2g}: step size times its "
+        "curvature times local steps). Take surrogate='global_quadratic', which knows the "
+        "curvature, or fewer local_steps or a smaller step_size: the error falls with h N T."
+    )
+
+
+def warn_of_own_effects(
+    clients: Sequence[str],
+    slopes: Any,
+    shares: np.ndarray,
+    rows: np.ndarray,
+    kernel: Kernel,
+    local_steps: int,
+) -> None:
+    """Warn of what only some clients inform, where nothing but slopes is known of clients.
+
+    A row counts for a precision of one in every coordinate in which its client has a slope.
+    """
+    time = step_time(kernel)
+    if time is None or local_steps == 1 or len(clients) == 1:
+        return
+    flat = np.stack([np.asarray(ravel_pytree(_row(slopes, s))[0]) for s in range(len(clients))])
+    size = np.abs(flat)
+    informed = size > 1e-4 * np.maximum(size.max(axis=0), 1e-30)
+    own = informed * rows[:, None].astype(np.float64)
+    times = np.full(len(clients), time * local_steps)
+    spread = diagonal_spread(_row(slopes, 0), own, 1.0, shares, shares, times)
+    if spread is not None and too_wide(spread):
+        message = describe_spread(spread, f"client {clients[spread.client]}")
+        warnings.warn(
+            f"if each row counts for a precision of one, {message}", StabilityWarning, stacklevel=3
+        )
+
+
+def _row(tree: Any, s: int) -> Any:
+    return jax.tree.map(lambda x: x[s], tree)
 
 
 def check_on_unsafe(value: Any) -> None:
     """Raise a ValueError unless it is known what to do."""
-    known = ("warn", "cap", "raise", "ignore")
-    if value not in known:
-        raise ValueError(f"on_unsafe must be one of {list(known)}, got {value!r}.")
+    check_choice("on_unsafe", value, ("warn", "cap", "raise", "ignore"))

@@ -1,5 +1,6 @@
 """How the clients' likelihoods are approximated."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -9,10 +10,16 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
 from stochgrad.core import (
+    ConvergenceWarning,
     Position,
     Posterior,
     PRNGKey,
+    check_array,
+    check_choice,
     check_count,
+    check_key,
+    check_number,
+    check_position,
     clients_of,
     compiled,
     for_each_client,
@@ -21,6 +28,7 @@ from stochgrad.core import (
     sample,
 )
 from stochgrad.federated._curvature import as_curvature, check_form, precisions
+from stochgrad.federated._doors import as_reference, check_federated, check_surrogates
 from stochgrad.federated._local import hessian_product
 from stochgrad.federated._reference import local_modes
 from stochgrad.federated._side_by_side import side_by_side
@@ -43,7 +51,8 @@ def global_first_order(posterior: Posterior, reference: Any) -> Surrogates:
         posterior: A posterior of data that clients own.
         reference: $\theta_*$: a position, or what ``stochgrad.federated.find_reference`` found.
     """
-    position = _position(reference)
+    check_federated(posterior)
+    position = as_reference(posterior, reference)
     slope = for_each_client(posterior, _local_score(posterior), position)[1]
     return _checked(Surrogates(position, slope))
 
@@ -74,10 +83,11 @@ def global_quadratic(
         ValueError: the form or the curvature is unknown, or a client's is not finite.
     """
     check_form(form)
+    check_federated(posterior)
+    rank = check_count("rank", rank)
+    kind = as_curvature(curvature, posterior)
     first = global_first_order(posterior, reference)
     position = first.origin
-    kind = as_curvature(curvature, posterior)
-    rank = check_count("rank", rank)
     precision = precisions(posterior, kind, lambda _: position, form, rank)
     return _checked(first._replace(precision=precision))
 
@@ -123,8 +133,10 @@ def laplace_local(
     Raises:
         ValueError: the curvature at a maximum is not positive definite.
     """
-    check_form(form)
-    origin = _position(reference)
+    check_choice("form", form, ("full", "diagonal"))
+    check_federated(posterior)
+    max_steps = check_count("max_steps", max_steps)
+    origin = as_reference(posterior, reference)
     modes = local_modes(posterior, _local_score(posterior), origin, max_steps)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *modes)
     at = lambda s: jax.tree.map(lambda x: x[s], stacked)
@@ -161,8 +173,12 @@ def sampled(
     Raises:
         ValueError: a client's draws leave the finite numbers, or have no covariance.
     """
-    check_form(form)
-    origin = _position(reference)
+    check_choice("form", form, ("full", "diagonal"))
+    check_federated(posterior)
+    check_key(key)
+    num_samples = check_count("num_samples", num_samples, least=10)
+    step_size = check_number("step_size", step_size)
+    origin = as_reference(posterior, reference)
     count = clients_of(posterior).count
     curvature = precisions(
         posterior, as_curvature("hessian", posterior), lambda _: origin, "diagonal", 1
@@ -173,15 +189,18 @@ def sampled(
         lambda x: np.maximum(np.abs(np.asarray(x)), _FLOOR * largest), curvature.values
     )
     starts = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), origin)
-    draws = sample(
-        key,
-        sghmc(side_by_side(posterior, prior=False), step_size, friction=mass, mass=mass),
-        init=starts,
-        num_samples=num_samples,
-        num_warmup=num_samples // 4,
-        thin=10,
-        progress=False,
-    )
+    kernel = sghmc(side_by_side(posterior, prior=False), step_size, friction=mass, mass=mass)
+    with warnings.catch_warnings():  # only moments are wanted of these draws, and roughly
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        draws = sample(
+            key,
+            kernel,
+            init=starts,
+            num_samples=num_samples,
+            num_warmup=num_samples // 4,
+            thin=10,
+            progress=False,
+        )
     if not draws.finite.all():
         raise ValueError(
             "draws from the clients' likelihoods alone leave the finite numbers: take a smaller "
@@ -211,20 +230,44 @@ def gaussian(mean: Position, precision: Any, *, origin: Position | None = None) 
     Raises:
         ValueError: a matrix is not symmetric positive definite.
     """
-    mean = jax.tree.map(jnp.asarray, mean)
+    check_position(mean, "mean")
+    counts = {jnp.shape(x)[:1] for x in jax.tree.leaves(mean)}
+    if len(counts) != 1 or () in counts:
+        raise ValueError(
+            "mean must have one leading axis of clients, got shapes "
+            f"{jax.tree.map(jnp.shape, mean)}."
+        )
+    mean = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), mean)
     if origin is None:
         origin = jax.tree.map(lambda x: jnp.mean(x, axis=0), mean)
-    size = jax.vmap(lambda m: ravel_pytree(m)[0])(mean).shape
-    if getattr(precision, "shape", None) == (size[0], size[1], size[1]):
-        matrices = np.asarray(precision)
-        for s, matrix in enumerate(matrices):
-            check_positive_definite(f"the precision of client {s}", matrix)
-        return _gaussian(origin, mean, matrices, "full")
-    if not all(bool(jnp.all(jnp.asarray(x) > 0)) for x in jax.tree.leaves(precision)):
-        raise ValueError("diagonal precisions must be positive.")
-    values = jax.tree.map(jnp.asarray, precision)
-    slope = jax.tree.map(lambda p, m, o: p * (m - o[None]), values, mean, origin)
-    return _checked(Surrogates(origin, slope, Diagonal(values)))
+    origin = getattr(origin, "position", origin)
+    check_position(origin, "origin")
+    origin = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), origin)
+    shapes = jax.tree.map(lambda x: x.shape[1:], mean)
+    if jax.tree.map(jnp.shape, origin) != shapes:
+        raise ValueError(
+            f"origin must be a position like one client's mean, of shape {shapes}, got "
+            f"{jax.tree.map(jnp.shape, origin)}."
+        )
+    count, size = jax.vmap(lambda m: ravel_pytree(m)[0])(mean).shape
+    if jax.tree.structure(precision) == jax.tree.structure(mean) and [
+        jnp.shape(x) for x in jax.tree.leaves(precision)
+    ] == [x.shape for x in jax.tree.leaves(mean)]:
+        check_position(precision, "precision")
+        if not all(bool(jnp.all(jnp.asarray(x) > 0)) for x in jax.tree.leaves(precision)):
+            raise ValueError("precision must be positive, as diagonals.")
+        values = jax.tree.map(lambda x, m: jnp.asarray(x, m.dtype), precision, mean)
+        slope = jax.tree.map(lambda p, m, o: p * (m - o[None]), values, mean, origin)
+        return _checked(Surrogates(origin, slope, Diagonal(values)))
+    matrices = check_array("precision", precision)
+    if matrices.shape != (count, size, size):
+        raise ValueError(
+            f"precision must be an array of shape ({count}, {size}, {size}), or a tree like mean "
+            f"of diagonals, got shape {matrices.shape}."
+        )
+    for s, matrix in enumerate(matrices):
+        check_positive_definite(f"the precision of client {s}", matrix)
+    return _gaussian(origin, mean, matrices, "full")
 
 
 def fisher_merge(
@@ -241,7 +284,9 @@ def fisher_merge(
     Raises:
         ValueError: the sum of the precisions is not positive definite.
     """
-    origin = surrogates.origin
+    check_federated(posterior)
+    check_surrogates(posterior, surrogates)
+    origin = as_reference(posterior, surrogates.origin, "surrogates.origin")
     flat, unravel = ravel_pytree(origin)
 
     def natural(position):
@@ -294,10 +339,6 @@ def _gaussian(origin: Position, mean: Position, matrices: np.ndarray, form: str)
 
 def _local_score(posterior: Posterior):
     return likelihood_sum(posterior, jax.value_and_grad(posterior.log_density))
-
-
-def _position(reference: Any) -> Position:
-    return jax.tree.map(jnp.asarray, getattr(reference, "position", reference))
 
 
 def _checked(surrogates: Surrogates) -> Surrogates:

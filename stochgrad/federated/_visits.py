@@ -1,10 +1,10 @@
-"""What a kernel tells of the clients it visits."""
+"""Which client a step visits."""
 
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Int, UInt32
 
-from stochgrad.core import Kernel, visit_in
+from stochgrad.core import Kernel, describe, visit_in
 
 
 class VisitInfo(NamedTuple):
@@ -24,7 +24,18 @@ class VisitInfo(NamedTuple):
 
 
 def with_visits(kernel: Any) -> Kernel:
-    """A kernel that also reports which client it visits."""
+    """A kernel that also reports which client it visits.
+
+    Args:
+        kernel: A kernel of data that clients own, or any object with its ``init`` and ``step``.
+
+    Raises:
+        TypeError: it is no kernel; on use, its data belong to no clients.
+    """
+    if isinstance(kernel, type) or not (
+        callable(getattr(kernel, "init", None)) and callable(getattr(kernel, "step", None))
+    ):
+        raise TypeError(f"kernel must have init and step, got {describe(kernel)}.")
 
     def step(rng_key, state):
         state, info = kernel.step(rng_key, state)

@@ -1,12 +1,30 @@
-"""A client's stochastic gradient, mended by what is known of the other clients' likelihoods."""
+"""A client's stochastic gradient, corrected by surrogates of the other clients' likelihoods."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochgrad.core import Gradient, Target, check_number, clients_of, visit_in
+from stochgrad.core import (
+    Gradient,
+    Target,
+    check_instance,
+    check_number,
+    check_position,
+    clients_of,
+    describe,
+    visit_in,
+)
 from stochgrad.gradients._minibatch import as_gradient
-from stochgrad.gradients._surrogates import Surrogates, mended, quadratic
+from stochgrad.gradients._surrogates import (
+    Diagonal,
+    Full,
+    LowRank,
+    Surrogates,
+    mended,
+    quadratic,
+)
 
 
 def conducive(target: Target, surrogates: Surrogates, *, strength: float = 1.0) -> Gradient:
@@ -30,18 +48,19 @@ def conducive(target: Target, surrogates: Surrogates, *, strength: float = 1.0) 
         surrogates: $q_s$.
         strength: $\alpha$; at zero, distributed SGLD (Ahn, Shahbaba & Welling, ICML 2014).
 
+    Returns:
+        The gradient, with all else that the target's has: its posterior, where to start, what a
+        position stands for.
+
     Raises:
-        TypeError: the target's data belong to no clients.
-        ValueError: the surrogates are those of another number of clients, or the strength is
-            negative.
+        TypeError: the target's data belong to no clients; ``surrogates`` are none.
+        ValueError: the surrogates are those of another number of clients or of other positions, or
+            the strength is negative.
     """
     inner = as_gradient(target)
     clients = clients_of(inner.posterior)
     strength = check_number("strength", strength, zero=True)
-    if surrogates.count != clients.count:
-        raise ValueError(
-            f"there are surrogates of {surrogates.count} clients, and data of {clients.count}."
-        )
+    check_surrogates_fit(surrogates, clients.count)
     return with_conducive(inner, surrogates, clients.shares, strength)
 
 
@@ -55,16 +74,69 @@ def with_conducive(
     """
     slope, precision = mended(surrogates, shares)
     origin = jax.tree.map(jnp.asarray, surrogates.origin)
+    shapes = jax.tree.map(jnp.shape, origin)
+
+    def init(key, position):
+        if jax.tree.map(jnp.shape, position) != shapes:
+            raise ValueError(
+                f"surrogates are of positions of shape {shapes}, and the chain's have "
+                f"{jax.tree.map(jnp.shape, position)}: does init match the model?"
+            )
+        return inner.init(key, position)
 
     def next(key, position, state):
         score, state = inner.next(key, position, state)
         client = visit_in(state).client
 
-        def mended_score(position):
+        def corrected(position):
             delta = jax.tree.map(jnp.subtract, position, origin)
             c = quadratic(slope, precision, client, delta)
             return jax.tree.map(lambda x, c: x + strength * c, score(position), c)
 
-        return mended_score, state
+        return corrected, state
 
-    return Gradient(inner.init, next, inner.posterior)
+    return inner._replace(init=init, next=next)
+
+
+def check_surrogates_fit(surrogates: Any, count: int) -> Surrogates:
+    """The surrogates, if they are of so many clients and their arrays go together."""
+    wanted = (
+        "Surrogates, as stochgrad.federated.global_first_order(posterior, reference) makes them"
+    )
+    check_instance("surrogates", surrogates, Surrogates, wanted)
+    origin, slope, precision = surrogates
+    check_position(origin, "surrogates.origin")
+    check_position(slope, "surrogates.slope")
+    shapes = jax.tree.map(jnp.shape, origin)
+    if jax.tree.structure(slope) != jax.tree.structure(origin):
+        raise ValueError(
+            "surrogates must have a slope of the structure of their origin, got "
+            f"{jax.tree.structure(slope)} and {jax.tree.structure(origin)}."
+        )
+    counts = {jnp.shape(x)[:1] for x in jax.tree.leaves(slope)}
+    if counts != {(count,)}:
+        sizes = ", ".join(str(c[0]) if c else "none" for c in sorted(counts))
+        raise ValueError(f"there are surrogates of {sizes} clients, and data of {count}.")
+    with_clients = jax.tree.map(lambda x: (count, *jnp.shape(x)), origin)
+    size = sum(int(np.prod(jnp.shape(x))) for x in jax.tree.leaves(origin))
+    right = jax.tree.map(jnp.shape, slope) == with_clients
+    if isinstance(precision, Diagonal):
+        right = right and jax.tree.map(jnp.shape, precision.values) == with_clients
+    elif isinstance(precision, Full):
+        right = right and jnp.shape(precision.matrices) == (count, size, size)
+    elif isinstance(precision, LowRank):
+        right = right and jnp.shape(precision.diagonal) == (count, size)
+        right = right and jnp.shape(precision.factors)[-1:] == (size,)
+    elif precision is not None:
+        raise TypeError(
+            "surrogates must have a precision of stochgrad.gradients.Diagonal, Full, LowRank or "
+            f"None, got {describe(precision)}."
+        )
+    if not right:
+        raise ValueError(
+            f"surrogates of positions of shape {shapes} must have slopes and precisions of these "
+            f"shapes with a leading axis of {count} clients (matrices over the ravelled position)."
+        )
+    if precision is not None:
+        check_position(precision, "surrogates.precision")
+    return surrogates

@@ -1,5 +1,10 @@
 """A Flower client: holds the data of one owner, and takes the steps of chains that visit."""
 
+import hashlib
+import hmac
+import logging
+import re
+import secrets
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -16,8 +21,13 @@ from stochgrad.core import (
     Kernel,
     Posterior,
     Shared,
+    check_callable,
+    check_instance,
+    check_position,
     clients_of,
     compiled,
+    describe,
+    first_line,
     likelihood_sum,
     of_prior,
     visit_in,
@@ -36,15 +46,27 @@ from stochgrad.interop._flower_wire import ABOUT, about, pack, unpack
 
 MakeKernel = Callable[[Gradient], Kernel]
 
+log = logging.getLogger("stochgrad.flower.client")
+
 
 def client_app(
-    posterior: Callable[[Context], Posterior], kernel: MakeKernel, init: Any = None
+    posterior: Callable[[Context], Posterior],
+    kernel: MakeKernel,
+    init: Any = None,
+    *,
+    secret: bytes | None = None,
 ) -> ClientApp:
     """A Flower ``ClientApp`` for one owner of data.
 
     What leaves it: the number of its rows; slopes and curvatures of its log likelihood, summed over
-    all of its rows; and states of chains. Errors are told by a fixed word, never by their text,
-    which could hold data.
+    all of its rows; and states of chains. From these a server may learn much about the rows: see
+    "What a server can learn" in the documentation. Errors are reported by a fixed word, never by
+    their text, which could hold data; the text goes to the client's own log (logger
+    ``stochgrad.flower.client``).
+
+    The noise and the order of the minibatches of a visit come from the server's key and a secret
+    of the client's, joined by HMAC-SHA256 with all else that the server sent, so that the server
+    cannot compute them. The same request gives the same reply.
 
     Args:
         posterior: ``context -> posterior``, of this client's own data: made with
@@ -53,6 +75,17 @@ def client_app(
             the data are.
         kernel: ``gradient -> kernel``, the same as the server's.
         init: A position of the model's shape, the same as the server's; a numpyro model knows.
+        secret: Bytes that the client keeps to itself, 16 or more. By default random, made at a
+            node's first message and kept in Flower's ``context.state``, which stays at the node.
+            Give your own for draws that can be reproduced, or that do not change when the node
+            restarts. ``b""`` does without: draws are then a function of the server's key and the
+            data, and a server that knows its key can compute the noise, and from it minibatch
+            gradients, to the digit; for tests and trials alone.
+
+    Raises:
+        TypeError: ``posterior`` or ``kernel`` is not a function, ``init`` no position, the secret
+            not bytes.
+        ValueError: the secret is shorter than 16 bytes; ``init`` is not finite.
 
     Example:
         >>> import jax.numpy as jnp, stochgrad
@@ -66,11 +99,24 @@ def client_app(
         ...     )
         >>> app = client_app(of_node, lambda g: stochgrad.sgld(g, 1e-3), jnp.float32(0.0))
     """
+    check_callable("posterior", posterior, "a function context -> posterior")
+    check_callable("kernel", kernel, "a function gradient -> kernel")
+    if isinstance(kernel, type):
+        raise TypeError(f"kernel must be a function gradient -> kernel, got {describe(kernel)}.")
+    if init is not None:
+        check_position(getattr(init, "position", init))
+    if secret is not None:
+        check_instance("secret", secret, bytes, "bytes, as secrets.token_bytes(32) makes them")
+        if 0 < len(secret) < 16:
+            raise ValueError(
+                f"secret must have at least 16 bytes, as of secrets.token_bytes(32), or none for "
+                f"no secret, got {len(secret)}."
+            )
     app = ClientApp()
 
     @lru_cache(maxsize=4)
     def owner(path: str) -> "Owner":
-        return Owner(posterior(seen[path]), kernel, init)
+        return Owner(posterior(seen[path]), kernel, init, secret)
 
     seen: dict[str, Context] = {}
 
@@ -81,6 +127,9 @@ def client_app(
                 seen[where] = context
                 content = act(owner(where), message.content, context)
             except Exception:
+                log.exception(
+                    "%s failed; the server is told no more", message.metadata.message_type
+                )
                 content = pack({}, {"status": "failed"})
             return Message(content, reply_to=message)
 
@@ -95,11 +144,18 @@ def client_app(
 class Owner:
     """One owner's data, and what is compiled for them."""
 
-    def __init__(self, posterior: Posterior, kernel: MakeKernel, init: Any):
+    def __init__(self, posterior: Posterior, kernel: MakeKernel, init: Any, secret: bytes | None):
+        check_instance("posterior", posterior, Posterior, "a function that returns a Posterior")
+        if clients_of(posterior).count != 1:
+            raise ValueError(
+                "posterior must return one of this client's own data, a list of one client, got "
+                f"{clients_of(posterior).count}."
+            )
         self.posterior = posterior
         self.position = position_like(posterior, init)
         self.size = int(clients_of(posterior).sizes.sum())
-        self.make_kernel = kernel
+        self.make_kernel, self.secret = kernel, secret
+        self.kernel = digest_of(kernel_settings(dataless(kernel, self.position)))
         score = likelihood_sum(posterior, jax.value_and_grad(posterior.log_density))
         self.score = compiled(lambda position: score(jnp.int32(0), position))
         self.prior = compiled(of_prior(posterior, jax.value_and_grad(posterior.log_density)))
@@ -129,32 +185,40 @@ class Owner:
 
     def visit(self, content: RecordDict, context: Context) -> RecordDict:
         """Take the steps of a chain, and send back where it is."""
-        told = about(content, chain=int, version=int)
+        request = about(content, chain=int, version=int, counted=int)
         position = self.position
         if "total" in content:
             context.state["prepared"] = content[ABOUT]
             context.state["origin"], context.state["total"] = content["origin"], content["total"]
         prepared = context.state.get("prepared")
-        if not isinstance(prepared, ConfigRecord) or prepared["version"] != told["version"]:
+        if not isinstance(prepared, ConfigRecord) or prepared["version"] != request["version"]:
             return pack({}, {"status": "unprepared"})
+        if prepared["kernel"] != self.kernel:
+            return pack({}, {"status": OTHER_KERNEL})
         settings = tuple(prepared[name] for name in SETTINGS)
         origin = unpack(context.state, "origin", position)
         total = unpack(context.state, "total", total_like(position, str(prepared["form"])))
         program = self.programs(settings, _hashable(origin), _hashable(total))
-        counted = context.state.get("counted")
-        counted = dict(counted) if isinstance(counted, ConfigRecord) else {}
-        chain = str(told["chain"])
-        before = np.array([counted.get(chain, 0)], np.uint32)
-        key = jax.random.wrap_key_data(jnp.asarray(unpack(content, "key", _KEY)))
-        given = {"position": position} if "position" in content else {"state": program.state}
-        ((name, like),) = given.items()
-        start = jax.tree.map(jnp.asarray, unpack(content, name, like))
-        state, draws, after = program.run(name == "position", key, told["chain"], start, before)
-        context.state["counted"] = ConfigRecord({**counted, chain: int(np.asarray(after)[0])})
-        return pack({"state": state, "draws": draws}, {"status": "done"})
+        words = unpack(content, "key", _KEY)
+        first = "position" in content
+        name, like = ("position", position) if first else ("state", program.state)
+        start = unpack(content, name, like)
+        chain, seed = request["chain"], int(prepared["seed"])
+        secret = secret_of(context) if self.secret is None else self.secret
+        before = np.array([request["counted"]], np.uint32)
+        key = jax.random.wrap_key_data(jnp.asarray(words), impl=_IMPLEMENTATION)
+        order = jax.random.fold_in(jax.random.key(seed, impl=_IMPLEMENTATION), chain)
+        if secret:
+            all_else = (words, start, origin, total, before)
+            key = secret_key(secret, "visit", (*settings, chain, name), all_else)
+            order = secret_key(secret, "minibatches", (seed, chain), ())
+        start = jax.tree.map(jnp.asarray, start)
+        state, draws, after = program.run(first, key, order, start, before)
+        counted = int(np.asarray(after)[0])
+        return pack({"state": state, "draws": draws}, {"status": "done", "counted": counted})
 
     def _program(self, settings: tuple, origin: "_hashable", total: "_hashable") -> "Program":
-        form, curvature, share, steps, thin, centred, strength, seed = settings
+        form, curvature, share, steps, thin, centred, strength, _ = settings
         origin, total = jax.tree.map(jnp.asarray, (origin.tree, total.tree))
         target = with_share(self.posterior, share)
         own = self._own(origin, form, curvature)
@@ -167,37 +231,57 @@ class Owner:
         surrogates = Surrogates(origin, both["slope"], both["precision"])
         gradient = control_variate(target, origin) if centred else minibatch(target)
         gradient = with_conducive(gradient, surrogates, np.array([share, 1.0]), strength)
-        return Program(self.make_kernel(gradient), gradient, target, origin, steps, thin, seed)
+        return Program(self.make_kernel(gradient), target, origin, steps, thin)
 
 
 SETTINGS = ("form", "curvature", "share", "steps", "thin", "centred", "strength", "seed")
 """What a client is told before the first visit, with the sums over all clients."""
 
 _KEY = jax.ShapeDtypeStruct((2,), np.uint32)
+_IMPLEMENTATION = "threefry2x32"
+
+OTHER_KERNEL = "other kernel"
+"""What a client says whose kernel is not the server's."""
+
+
+def secret_of(context: Context) -> bytes:
+    """The node's own secret: made at its first message, kept in its state, never sent."""
+    record = context.state.get("secret")
+    if not isinstance(record, ConfigRecord):
+        record = context.state["secret"] = ConfigRecord({"secret": secrets.token_bytes(32)})
+    return bytes(record["secret"])  # pyright: ignore[reportArgumentType]
+
+
+def secret_key(secret: bytes, purpose: str, numbers: tuple, arrays: PyTree) -> jax.Array:
+    """A key from HMAC-SHA256 of all that a request holds, under the client's secret."""
+    digest = hmac.new(secret, repr((purpose, *numbers)).encode(), "sha256")
+    for array in map(np.asarray, jax.tree.leaves(arrays)):
+        digest.update(repr((array.dtype.str, array.shape)).encode() + array.tobytes())
+    words = np.frombuffer(digest.digest()[:8], np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=_IMPLEMENTATION)
 
 
 class Program:
     """The steps of a visit, compiled."""
 
-    def __init__(self, kernel, gradient, target, origin, steps, thin, seed):
+    def __init__(self, kernel, target, origin, steps, thin):
         self._kernel, self._target = kernel, target
-        self._steps, self._thin, self._seed = steps, thin, seed
+        self._steps, self._thin = steps, thin
         self.state = state_like(kernel, origin)
         self._begin = compiled(self._first)
         self._walk = compiled(self._steps_of)
 
-    def run(self, first: bool, key, chain, start, counted):
+    def run(self, first: bool, key, order, start, counted):
         """State and draws after a visit, and the minibatches given to this chain until then."""
-        words = jax.random.fold_in(jax.random.key(self._seed), chain)
         state = self._begin(key, start) if first else start
-        return self._walk(key, words, state, counted)
+        return self._walk(key, order, state, counted)
 
     def _first(self, key, position):
         state = self._kernel.init(position, jax.random.fold_in(key, 2**31))
         return _without_gradient_state(state)
 
-    def _steps_of(self, key, words, state, counted):
-        stream = self._target.batches.init(words)
+    def _steps_of(self, key, order, state, counted):
+        stream = self._target.batches.init(order)
         stream = Shared(stream.value._replace(handed_out=counted), optional=True)
         state = state._replace(gradient_state=stream)
 
@@ -219,6 +303,36 @@ def position_like(posterior: Posterior | None, init: Any) -> PyTree:
         init = posterior.initial(jax.random.key(0))
     init = jax.tree.map(jnp.asarray, getattr(init, "position", init))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), init)
+
+
+def dataless(make_kernel: MakeKernel, position: PyTree) -> Kernel:
+    """The kernel of a gradient of nothing: what server and clients can agree on without data."""
+
+    def next(key, at, state):
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), position)
+        return (lambda at: (jnp.zeros(()), zeros)), state
+
+    try:
+        kernel = make_kernel(Gradient(lambda key, at: None, next))
+    except Exception as error:
+        raise ValueError(f"kernel fails on a gradient: {first_line(error)}.") from error
+    if not isinstance(kernel, Kernel):
+        raise TypeError(
+            "kernel must be a function gradient -> kernel, as lambda gradient: "
+            f"stochgrad.sgld(gradient, 1e-3), and returned {describe(kernel)}."
+        )
+    return kernel
+
+
+def kernel_settings(kernel: Kernel) -> dict[str, str]:
+    """A kernel's method and settings in words, the same in every process."""
+    settings = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(v)) for name, v in kernel.settings}
+    return {"method": kernel.method, **settings}
+
+
+def digest_of(value: Any) -> str:
+    """A short digest of what has a stable representation."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def state_like(kernel: Kernel, position: PyTree) -> PyTree:

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 from jaxtyping import PyTree
@@ -20,8 +21,7 @@ class Network:
 
     Attributes:
         nodes: The node of each client that is there.
-        rows: The rows of each client that ever was.
-        version: Rises whenever a client comes or goes.
+        rows: The rows of each client.
     """
 
     def __init__(self, grid: Grid, clients: list[str], timeout: float, poll: float):
@@ -29,13 +29,21 @@ class Network:
         self.timeout, self.poll = timeout, poll
         self.nodes: dict[str, int] = {}
         self.rows: dict[str, int] = {}
-        self.version = 0
         self._asked: set[int] = set()
+        self._refused: set[tuple[str, int]] = set()
 
-    def look_around(self) -> None:
-        """Ask nodes that were not there before for their names; forget those that are gone."""
+    def look_around(self, *, starting: bool = False) -> None:
+        """Ask nodes that were not there before for their names; forget those that are gone.
+
+        A node that reports the name of a client that another node holds is not taken in, as long
+        as the other is there.
+
+        Raises:
+            ValueError: two nodes report one name while a run is ``starting``; or a client came
+                back with another number of rows.
+        """
         there = set(self.grid.get_node_ids())
-        known = {name: node for name, node in self.nodes.items() if node in there}
+        nodes = {name: node for name, node in self.nodes.items() if node in there}
         self._asked &= there
         new = sorted(there - self._asked)
         self._asked |= there
@@ -45,25 +53,45 @@ class Network:
             try:
                 if reply is None:
                     raise Refused("no reply")
-                told = about(check_reply(reply, "query.hello", 0), name=str, rows=int)
-                if told["name"] not in self.clients or told["rows"] < 1:
+                reported = about(check_reply(reply, "query.hello", 0), name=str, rows=int)
+                if reported["name"] not in self.clients or reported["rows"] < 1:
                     raise Refused("a client of this name is not expected")
             except Refused as reason:
                 log.warning("node %s is not taken in: %s", node, reason)
                 continue
-            known[told["name"]] = node
-            self.rows[told["name"]] = told["rows"]
-        for name in self.nodes.keys() - known.keys():
-            log.warning("client %s is gone; its surrogate stands for its data", name)
-        if known.keys() != self.nodes.keys():
-            self.version += 1
-        self.nodes = known
+            name, rows = reported["name"], reported["rows"]
+            if name in nodes:
+                self._asked.discard(node)  # until the other is gone
+                self._refuse_second(name, nodes[name], node, starting)
+                continue
+            if self.rows.setdefault(name, rows) != rows:
+                raise ValueError(
+                    f"client {name!r} had {self.rows[name]} rows and is now there with {rows}: a "
+                    "run is of the same data from its beginning to its end."
+                )
+            nodes[name] = node
+        for name in self.nodes.keys() - nodes.keys():
+            log.warning("client %s is gone; its visits wait for it", name)
+        self.nodes = nodes
 
-    def wait_for_all(self) -> None:
+    def _refuse_second(self, name: str, first: int, second: int, starting: bool) -> None:
+        message = (
+            f"nodes {first} and {second} both report the client name {name!r}: give each node a "
+            "name of its own in its configuration"
+        )
+        if starting:
+            raise ValueError(f"{message}.")
+        if (name, second) not in self._refused:
+            log.warning(
+                "%s; node %s is not taken in while node %s is there", message, second, first
+            )
+            self._refused.add((name, second))
+
+    def wait_for_all(self, *, starting: bool = False) -> None:
         """Wait until every client is there."""
         end = time.monotonic() + self.timeout
         while True:
-            self.look_around()
+            self.look_around(starting=starting)
             missing = [c for c in self.clients if c not in self.nodes]
             if not missing:
                 return
@@ -71,9 +99,11 @@ class Network:
                 raise TimeoutError(f"clients {missing} are not there after {self.timeout:g} s.")
             time.sleep(self.poll)
 
-    def message(self, node: int, action: str, trees: dict, told: dict) -> Message:
+    def message(self, node: int, action: str, trees: dict, settings: dict) -> Message:
         """A message for a node."""
-        return Message(pack(trees, told), node, action, ttl=2 * self.timeout, group_id="stochgrad")
+        return Message(
+            pack(trees, settings), node, action, ttl=2 * self.timeout, group_id="stochgrad"
+        )
 
     def exchange(self, requests: list[Message]) -> list[tuple[Message, Message | None]]:
         """Send messages, and wait for the reply to each, or None."""
@@ -95,15 +125,14 @@ class Network:
         """Every client's log likelihood at a position; one that fails is asked again."""
         total = total_like(like, form)
         one = {"slope": total["slope"], "precision": _with_axis(total["precision"])}
-        found: dict[str, tuple[float, PyTree]] = {}
+        answers: dict[str, tuple[float, PyTree]] = {}
         for _ in range(3):
-            left = [c for c in self.clients if c not in found]
             requests = {}
-            for name in left:
-                told: dict[str, Any] = {"form": form, "curvature": curvature}
-                told["prior"] = name == prior_of
-                node = self.nodes[name]
-                requests[self.message(node, "train.expand", {"position": position}, told)] = name
+            for name in [c for c in self.clients if c not in answers]:
+                settings: dict[str, Any] = {"form": form, "curvature": curvature}
+                settings["prior"] = name == prior_of
+                node, trees = self.nodes[name], {"position": position}
+                requests[self.message(node, "train.expand", trees, settings)] = name
             for request, reply in self.exchange(list(requests)):
                 name = requests[request]
                 try:
@@ -111,19 +140,24 @@ class Network:
                         raise Refused("no reply")
                     content = check_reply(reply, "train.expand", tree_limit(one))
                     value = about(content, value=float)["value"]
+                    if not np.isfinite(value):
+                        raise Refused(f"its log likelihood is {value}")
                     tree = {"slope": unpack(content, "slope", one["slope"]), "precision": None}
                     if form != "none":
                         whole = unpack(content, "precision", one["precision"])
                         tree["precision"] = jax.tree.map(lambda x: x[0], whole)
-                    found[name] = (value, tree)
+                    answers[name] = (value, tree)
                 except Refused as reason:
                     log.warning("client %s is asked again: %s", name, reason)
-            if len(found) == len(self.clients):
-                return {name: found[name] for name in self.clients}
+            if len(answers) == len(self.clients):
+                return {name: answers[name] for name in self.clients}
             self.look_around()
             self.wait_for_all()
-        missing = [c for c in self.clients if c not in found]
-        raise TimeoutError(f"clients {missing} did not tell their log likelihoods.")
+        missing = [c for c in self.clients if c not in answers]
+        raise TimeoutError(
+            f"clients {missing} did not send their log likelihoods; the log says why, and their "
+            "own logs in more words."
+        )
 
 
 def _with_axis(precision: PyTree) -> PyTree:

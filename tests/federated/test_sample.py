@@ -235,3 +235,69 @@ def test_every_dynamics_takes_a_conducive_gradient(number):
     assert np.unique(several.positions[:, -1, 0]).size == 3
     shared = run(num_samples=12, num_chains=3, share_batches=True)
     assert shared.finite.all()
+
+
+@pytest.mark.slow
+def test_resuming_with_another_kernel_settings_or_data_is_refused_by_name(tmp_path):
+    data = rows()
+    target = lambda data: federated.posterior(log_prior, log_likelihood, data, batch_size=5)
+    settings = {"step_size": 1e-3, "checkpoint": tmp_path / "run", "resume": True}
+    run = lambda data, **more: federated.sample(
+        jax.random.key(0),
+        target(data),
+        reference=jnp.zeros(2),
+        **{**SMALL, **settings, **more},
+    )
+    first = run(data, num_samples=10)
+    assert not any(name.startswith("data of client") for name in first.attrs)
+    longer = run(data)
+    whole = run(data, checkpoint=None, resume=False)
+    np.testing.assert_array_equal(longer.positions, whole.positions)
+    other = [x.copy() for x in data]
+    other[1][3] += 0.25
+    for more, message in (
+        ({"step_size": 2e-3}, "step_size was 0.001 and is now 0.002"),
+        ({"strength": 0.5}, "strength was 1.0 and is now 0.5"),
+        ({"local_steps": 3}, "local_steps was"),
+        (
+            {"step_size": None, "kernel": lambda g: stochgrad.sghmc(g, 0.01, friction=1.0)},
+            "method was 'FSGLD, SGLD' and is now 'FSGLD, SGHMC'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(data, **more)
+    with pytest.raises(ValueError, match=r"data of client 1 was '.*' and is now") as refusal:
+        run(other)
+    assert "client 0" not in str(refusal.value)
+
+
+def test_one_position_for_each_chain_is_where_chains_start():
+    """Not a position of another shape, from which the reference would be searched."""
+    target, _, _ = gaussian_mean(batch_size=5)
+    starts = jnp.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
+    draws = federated.sample(
+        jax.random.key(0),
+        target,
+        step_size=1e-7,
+        init=starts,
+        num_samples=1,
+        num_chains=3,
+        progress=False,
+    )
+    np.testing.assert_allclose(draws.positions[:, 0], starts, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "FALD", "probabilities": [0.2, 0.3, 0.5]}, "leave probabilities"),
+        ({"method": "FALD", "local_steps": 2.5}, "local_steps"),
+        ({"method": "DSGLD", "surrogate": "exact"}, "surrogate and strength are for"),
+        ({"method": "QLSD++", "strength": 0.5}, "surrogate and strength are for"),
+    ],
+)
+def test_what_a_method_would_not_heed_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        federated.sample(
+            jax.random.key(0), gaussian_mean(batch_size=5)[0], step_size=1e-3, **SMALL, **options
+        )

@@ -271,7 +271,10 @@ def test_eigenvalues_of_many_dimensions_are_found():
     [
         (lambda t: federated.global_quadratic(t, jnp.zeros(2), form="half"), "form must be"),
         (lambda t: federated.global_quadratic(t, jnp.zeros(2), curvature="k"), "curvature must be"),
-        (lambda t: federated.global_first_order(t, jnp.full(2, np.nan)), "client 0 is not finite"),
+        (
+            lambda t: federated.global_first_order(t, jnp.full(2, np.nan)),
+            "reference must be finite",
+        ),
         (lambda t: conducive(t, Surrogates(jnp.zeros(2), jnp.zeros((2, 2)))), "2 clients"),
         (lambda t: federated.find_reference(t, jnp.full(2, np.inf)), "not finite"),
     ],
@@ -279,6 +282,26 @@ def test_eigenvalues_of_many_dimensions_are_found():
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(gaussian_mean()[0])
+
+
+def test_a_conducive_gradient_keeps_what_its_target_has():
+    """Where to start and what a position stands for were lost on the way."""
+    target, _, _ = gaussian_mean()
+    made = Surrogates(jnp.zeros(2), jnp.zeros((3, 2)))
+    inner = stochgrad.gradients.minibatch(target)._replace(
+        initial=lambda key: jnp.full(2, 7.0), model=lambda position: {"mean": position}
+    )
+    gradient = conducive(inner, made)
+    assert gradient.posterior is target
+    np.testing.assert_array_equal(gradient.initial(jax.random.key(0)), [7.0, 7.0])
+    assert gradient.model(3.0) == {"mean": 3.0}
+
+
+def test_surrogates_of_other_positions_are_refused():
+    target, _, _ = gaussian_mean()
+    gradient = conducive(target, Surrogates(jnp.zeros(3), jnp.zeros((3, 3))))
+    with pytest.raises(ValueError, match=r"surrogates are of positions of shape \(3,\)"):
+        gradient.init(jax.random.key(0), jnp.zeros(2))
 
 
 def test_data_without_clients_are_refused():

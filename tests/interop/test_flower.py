@@ -39,7 +39,7 @@ def app():
         mine = data[NAMES.index(context.node_config["name"])]
         return federated.posterior(log_prior, log_likelihood, [mine], batch_size=5)
 
-    return flower.client_app(of_node, kernel, INIT)
+    return flower.client_app(of_node, kernel, INIT, secret=b"north, south or west")
 
 
 def grid(**options):
@@ -100,8 +100,8 @@ def test_nothing_but_states_surrogates_and_counts_crosses_the_wire():
     }
     told = {
         "down": {"form", "curvature", "prior", "chain", "version", "share", "steps", "thin"}
-        | {"centred", "strength", "seed"},
-        "up": {"status", "name", "rows", "value"},
+        | {"centred", "strength", "seed", "kernel", "counted"},
+        "up": {"status", "name", "rows", "value", "counted"},
     }
     values = np.unique(np.concatenate(rows(SIZES)))
     for way, message in seen:
@@ -177,22 +177,23 @@ MALFORMED = {
 }
 
 
-def test_whatever_goes_wrong_with_a_visit_no_chain_is_lost(caplog):
-    """Each is drawn again from the chain's last state: all visits are there in the end."""
+def test_whatever_goes_wrong_with_a_visit_the_draws_are_the_same(caplog):
+    """Each is tried again at the drawn client, under one key: what failed leaves no trace."""
     faults = Faulty("error", "drop", *map(spoiled, MALFORMED.values()))
     draws = run(grid(fault=faults), num_visits=8)
-    assert draws.positions.shape == (3, 32, 2)
-    assert np.isfinite(draws.positions).all()
     assert draws.attrs["lost_visits"] >= len(MALFORMED) + 2
     text = caplog.text
     for reason in ("no reply in time", "error", "float64", "not finite", "most", "not asked for"):
         assert reason in text
-    assert "drawn again" in text
+    assert "tried again" in text
+    undisturbed = run(grid(), num_visits=8)
+    np.testing.assert_array_equal(draws.stats["client"], undisturbed.stats["client"])
+    np.testing.assert_array_equal(draws.positions, undisturbed.positions)
 
 
 @pytest.mark.parametrize("returns", [False, True])
-def test_a_client_that_dies_is_left_out_until_it_comes_back(returns, caplog):
-    """Its visit goes on elsewhere; a node of its name, under another number, takes its place."""
+def test_a_client_that_dies_is_waited_for(returns, caplog, tmp_path):
+    """To visit others in its place would bias the draws."""
     over = grid()
 
     def fault(message):
@@ -203,16 +204,134 @@ def test_a_client_that_dies_is_left_out_until_it_comes_back(returns, caplog):
         return "die"
 
     over._fault = fault
-    draws = run(over, num_visits=12)
-    assert ("client south is gone" in caplog.text) is not returns
-    assert draws.positions.shape == (3, 48, 2)
-    assert bool((draws.stats["client"] == 1).mean() > 0.2) is returns
+    path = tmp_path / "server.npz"
+    go = lambda over, **more: run(over, num_visits=6, deadline=1.0, checkpoint=path, **more)
+    undisturbed = run(grid(), num_visits=6)
+    if returns:
+        draws = go(over)
+    else:
+        with pytest.raises(RuntimeError, match=r"client south failed.*The checkpoint has all"):
+            go(over)
+        assert "client south is gone" in caplog.text
+        draws = go(grid(), resume=True)
+    np.testing.assert_array_equal(draws.positions, undisturbed.positions)
 
 
-def test_a_chain_whose_visits_all_fail_ends_the_run_with_a_sentence():
-    fault = lambda m: "error" if m.metadata.message_type == "train.visit" else None
-    with pytest.raises(RuntimeError, match="visits of chain 0 failed one after the other"):
-        run(grid(fault=fault), most_failures=3)
+def test_a_visit_that_fails_again_and_again_ends_the_run_with_a_sentence():
+    """At the drawn client each time: the others would have answered."""
+    visited = []
+
+    def fault(message):
+        if message.metadata.message_type != "train.visit":
+            return None
+        visited.append(message.metadata.dst_node_id)
+        return "error"
+
+    with pytest.raises(
+        RuntimeError, match=r"failed 4 times .* would bias the draws.*no checkpoint"
+    ):
+        run(grid(fault=fault), most_failures=3, num_chains=1)
+    assert len(visited) == 4
+    assert len(set(visited)) == 1
+
+
+def test_two_nodes_of_one_name_are_refused():
+    nodes = {1: (app(), {"name": "north"}), 2: (app(), {"name": "north"})}
+    with pytest.raises(ValueError, match="nodes 1 and 2 both report the client name 'north'"):
+        run(flower.LoopbackGrid(nodes), clients=["north"])
+
+
+def test_a_second_node_that_comes_later_is_left_out_while_the_first_is_there(caplog):
+    """Its data would be visited in place of those that the surrogates are of."""
+    from stochgrad.interop._flower_network import Network
+
+    over = grid()
+    network = Network(over, NAMES, 1.0, 0.0)
+    network.wait_for_all(starting=True)
+    over.join(5, app(), {"name": "south"})
+    for _ in range(2):
+        network.look_around()
+    assert network.nodes["south"] == 11
+    assert caplog.text.count("both report the client name 'south'") == 1
+    over.leave(11)
+    network.look_around()
+    assert network.nodes["south"] == 5
+
+
+def visits_of(over_secret, **changes):
+    """The requests of first visits, and a function that has a client answer one."""
+    data = rows(SIZES)
+    of_node = lambda context: federated.posterior(
+        log_prior, log_likelihood, [data[1]], batch_size=5
+    )
+    made = flower.client_app(of_node, kernel, INIT, secret=over_secret)
+    seen = []
+    over = flower.LoopbackGrid(
+        {1: (made, {"name": "south"})}, tap=lambda way, m: seen.append((way, m))
+    )
+    settings = {"clients": ["south"], "num_visits": 2, "num_chains": 1, "local_steps": 6, "thin": 1}
+    draws = run(over, **{**settings, **changes})
+    visits = [m for way, m in seen if way == "down" and m.metadata.message_type == "train.visit"]
+    return draws, visits, over
+
+
+def test_the_server_cannot_compute_a_visit_that_a_secret_is_in():
+    """With the key it sent it could otherwise, and subtract the noise from what comes back."""
+    from stochgrad.interop._flower_client import Owner
+    from stochgrad.interop._flower_wire import unpack
+
+    posterior = federated.posterior(log_prior, log_likelihood, [rows(SIZES)[1]], batch_size=5)
+    outcomes = {}
+    for secret in (b"", b"sixteen bytes or more", None):
+        draws, (visit, _), over = visits_of(secret)
+        context = over._contexts[1]
+        guess = Owner(posterior, kernel, INIT, b"").visit(visit.content, context)
+        like = jax.ShapeDtypeStruct((6, 2), np.float32)
+        outcomes[secret] = draws.positions[0]
+        same = np.array_equal(unpack(guess, "draws", like), draws.positions[0, :6])
+        assert same is (secret == b"")
+        assert not any("secret" in m.content for m in (visit,))
+    again, _, _ = visits_of(b"sixteen bytes or more")
+    np.testing.assert_array_equal(again.positions[0], outcomes[b"sixteen bytes or more"])
+    unlike, _, _ = visits_of(None)
+    assert not np.array_equal(unlike.positions[0], outcomes[None])
+
+
+def test_one_key_for_two_states_does_not_give_the_same_noise():
+    """A server that sent one key twice could subtract the noise, and would have gradients."""
+    from stochgrad.interop._flower_client import secret_key
+
+    words = np.array([1, 2], np.uint32)
+    data = lambda state, *numbers: np.asarray(
+        jax.random.key_data(secret_key(b"sixteen bytes or more", "visit", numbers, (words, state)))
+    )
+    here, there = np.zeros(2, np.float32), np.array([0.0, 1e-7], np.float32)
+    np.testing.assert_array_equal(data(here, 1), data(here, 1))
+    assert not np.array_equal(data(here, 1), data(there, 1))
+    assert not np.array_equal(data(here, 1), data(here, 2))
+
+
+def test_a_node_keeps_its_secret_and_other_nodes_have_others():
+    """In the state that Flower keeps at the node: a new process for each message has it too."""
+    from flwr.app import Context, RecordDict
+
+    from stochgrad.interop._flower_client import secret_of
+
+    one, other = (Context(1, n, {}, RecordDict(), {}) for n in (1, 2))
+    assert secret_of(one) == secret_of(one)
+    assert secret_of(one) != secret_of(other)
+    assert len(secret_of(one)) == 32
+
+
+def test_a_client_with_another_kernel_is_named():
+    other = flower.client_app(
+        lambda context: federated.posterior(log_prior, log_likelihood, rows((9,)), batch_size=3),
+        lambda gradient: stochgrad.sghmc(gradient, 0.02, 6.0),
+        INIT,
+    )
+    over = flower.LoopbackGrid({1: (other, {"name": "north"})})
+    with pytest.raises(ValueError, match="kernel is another one at client 'north'"):
+        run(over, clients=["north"])
 
 
 def test_a_server_that_stops_goes_on_from_its_checkpoint(tmp_path):
@@ -228,13 +347,63 @@ def test_a_server_that_stops_goes_on_from_its_checkpoint(tmp_path):
         run(grid(tap=tap), num_visits=6, checkpoint=path)
     draws = run(grid(), num_visits=6, checkpoint=path, resume=True)
     whole = run(grid(), num_visits=6)
-    assert draws.positions.shape == whole.positions.shape
     np.testing.assert_array_equal(draws.stats["client"], whole.stats["client"])
-    np.testing.assert_array_equal(draws.positions[:, :4], whole.positions[:, :4])
+    np.testing.assert_array_equal(draws.positions, whole.positions)
+    fewer = run(grid(), num_visits=3, checkpoint=path, resume=True)
+    np.testing.assert_array_equal(fewer.positions, whole.positions[:, :12])
     with pytest.raises(ValueError, match="holds another run: steps was 20 and is now 40"):
         run(grid(), checkpoint=path, resume=True, local_steps=40)
     with pytest.raises(ValueError, match="resume=True"):
         run(grid(), checkpoint=path)
+    with pytest.raises(ValueError, match="another run: probabilities was None"):
+        run(grid(), checkpoint=path, resume=True, probabilities=[0.2, 0.3, 0.5])
+    go = lambda kernel: flower.federate(
+        grid(),
+        kernel,
+        INIT,
+        jax.random.key(0),
+        clients=NAMES,
+        num_visits=6,
+        num_chains=3,
+        local_steps=20,
+        thin=5,
+        checkpoint=path,
+        resume=True,
+    )
+    with pytest.raises(ValueError, match=r"kernel's friction was '5\.0'"):
+        go(lambda gradient: stochgrad.sghmc(gradient, 0.02, 6.0))
+
+    def flipped(gradient):
+        inner = kernel(gradient)
+        return inner._replace(step=lambda key, state: inner.step(jax.random.fold_in(key, 1), state))
+
+    with pytest.raises(ValueError, match="another run: kernel's program"):
+        go(flipped)
+
+
+@pytest.mark.parametrize("change", ["a row", "a row more"])
+def test_a_client_with_other_data_is_named_on_resuming(tmp_path, change):
+    data = [x.copy() for x in rows(SIZES)]
+
+    def of_node(context):
+        mine = data[NAMES.index(context.node_config["name"])]
+        return federated.posterior(log_prior, log_likelihood, [mine], batch_size=5)
+
+    def nodes():
+        made = flower.client_app(of_node, kernel, INIT)
+        return flower.LoopbackGrid({i: (made, {"name": name}) for i, name in enumerate(NAMES)})
+
+    path = tmp_path / "server.npz"
+    run(nodes(), num_visits=1, checkpoint=path)
+    run(nodes(), num_visits=2, checkpoint=path, resume=True)
+    if change == "a row":
+        data[1][7] += 0.5
+        message = "holds another run: the data of client 'south' are others"
+    else:
+        data[1] = np.concatenate([data[1], data[1][:1]])
+        message = "client 'south' had 50 rows and is now there with 51"
+    with pytest.raises(ValueError, match=message):
+        run(nodes(), num_visits=2, checkpoint=path, resume=True)
 
 
 def until_killed(path):
