@@ -129,6 +129,9 @@ def federate(
     failures or ``deadline`` seconds the run stops. The draws do not depend on how often visits
     failed.
 
+    With surrogates of first order, visits that are too long for what some clients alone inform are
+    warned of (``stochgrad.federated.StabilityWarning``), from slopes and numbers of rows.
+
     Args:
         grid: What Flower gives the server, or a ``stochgrad.flower.LoopbackGrid``.
         kernel: ``gradient -> kernel``.
