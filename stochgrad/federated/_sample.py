@@ -277,10 +277,11 @@ def _check_method(
     method: str, surrogate, strength, probabilities, selection, kernel, local_steps
 ) -> None:
     """Raise a ValueError where something is given that a method would not heed."""
-    if method != "FSGLD" and (surrogate != "global_first_order" or strength != 1.0):
-        raise ValueError(f"surrogate and strength are for method='FSGLD', not {method!r}.")
     if method not in RIVALS:
         return
+    first_order = isinstance(surrogate, str) and surrogate == "global_first_order"
+    if not first_order or strength != 1.0:
+        raise ValueError(f"surrogate and strength are for method='FSGLD', not {method!r}.")
     if kernel is not None:
         raise ValueError(f"{method} has a dynamics of its own: give step_size instead of kernel.")
     if probabilities is not None or selection != "random":

@@ -143,7 +143,11 @@ def stationary_covariance(visits: np.ndarray, p: np.ndarray, times: np.ndarray):
         m = flat.reshape(size, size)
         return (m - back(decay * turn(m), p)).ravel()
 
-    operator: Any = LinearOperator((size**2, size**2), matvec=rest, dtype=np.float64)
+    operator: Any = LinearOperator(  # pyright: ignore
+        (size**2, size**2),
+        matvec=rest,  # pyright: ignore
+        dtype=np.float64,  # pyright: ignore
+    )
     start, failed = gmres(operator, back(growth, p).ravel(), rtol=1e-5, restart=60, maxiter=20)
     if failed or not np.all(np.isfinite(start)):
         return None

@@ -67,7 +67,7 @@ class Stability(NamedTuple):
     def unsafe(self, *, far: bool = True) -> np.ndarray:
         """Which clients' surrogates are unsafe, at the reference or (``far``) away from it."""
         least = np.minimum(self.margin, self.far_margin) if far else self.margin
-        return least < -_TOLERANCE * self.largest
+        return least < -_TOLERANCE * np.abs(self.largest)
 
     def describe(self, *, far: bool = True) -> str:
         """The unsafe clients and their margins in words."""
@@ -163,7 +163,7 @@ def _safe_scale(posterior: Posterior, surrogates: Surrogates, far: bool) -> np.n
         precision = surrogates.scaled(scale).precision
         found = margins(precision)
         worst = np.minimum(found.margin, found.far_margin) if far else found.margin
-        worst = np.min(worst / found.largest)
+        worst = np.min(worst / np.abs(found.largest))
         if worst > least:
             least, best = worst, scale
         unsafe = found.unsafe(far=far)

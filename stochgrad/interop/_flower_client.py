@@ -203,7 +203,7 @@ class Owner:
         first = "position" in content
         name, like = ("position", position) if first else ("state", program.state)
         start = unpack(content, name, like)
-        chain, seed = request["chain"], int(prepared["seed"])
+        chain, seed = request["chain"], int(str(prepared["seed"]))
         secret = secret_of(context) if self.secret is None else self.secret
         before = np.array([request["counted"]], np.uint32)
         key = jax.random.wrap_key_data(jnp.asarray(words), impl=_IMPLEMENTATION)

@@ -32,6 +32,7 @@ from stochgrad.core import (
     check_path,
     check_position,
     describe,
+    first_line,
     key_words,
     load_notes,
     load_tree,
@@ -128,6 +129,9 @@ def federate(
     failures or ``deadline`` seconds the run stops. The draws do not depend on how often visits
     failed.
 
+    With surrogates of first order, visits that are too long for what some clients alone inform are
+    warned of (``stochgrad.federated.StabilityWarning``), from slopes and numbers of rows.
+
     Args:
         grid: What Flower gives the server, or a ``stochgrad.flower.LoopbackGrid``.
         kernel: ``gradient -> kernel``.
@@ -177,8 +181,7 @@ def federate(
     local_steps, thin = check_count("local_steps", local_steps), check_count("thin", thin)
     if local_steps % thin:
         raise ValueError(f"local_steps must be a multiple of thin, got {local_steps} and {thin}.")
-    if probabilities is not None:
-        probabilities = _probabilities(probabilities, len(clients))
+    shares = None if probabilities is None else _probabilities(probabilities, len(clients))
     check_choice("surrogate", surrogate, FORMS)
     check_choice("curvature", curvature, ("hessian", "fisher"))
     strength = check_number("strength", strength, zero=True)
@@ -213,7 +216,7 @@ def federate(
         "position": [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(run.position)],
         "clients": clients,
         "num_chains": num_chains,
-        "probabilities": None if probabilities is None else probabilities.tolist(),
+        "probabilities": None if shares is None else shares.tolist(),
     }
     save = None if path is None else lambda chains: run.save(path, identity, chains)
     chains = [Chain(None, [], [], [0] * len(clients)) for _ in range(num_chains)]
@@ -230,7 +233,7 @@ def federate(
         if save is not None:
             save(chains)
     rows = np.array([network.rows[c] for c in clients])
-    run.set_shares(rows / rows.sum() if probabilities is None else probabilities)
+    run.set_shares(rows / rows.sum() if shares is None else shares)
     if settings["form"] == "none":
         warn_of_own_effects(clients, run.own_slopes, run.shares, rows, example, local_steps)
     chains = run.visit_all(chains, key, num_visits, save)
@@ -256,7 +259,10 @@ def server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        arguments = make(context)
+        try:
+            arguments = make(context)
+        except Exception as error:
+            raise ValueError(f"make fails on the context: {first_line(error)}.") from error
         if not isinstance(arguments, Mapping) or "grid" in arguments:
             raise TypeError(
                 "make must return a dict of the arguments of federate, all but the grid, got "
@@ -287,7 +293,9 @@ class Run:
         self.state = state_like(kernel, self.position)
         self.prepared: set[int] = set()
         self.version = 0
-        self.origin = self.total = self.own_values = self.own_slopes = None
+        self.origin: PyTree = None
+        self.total: PyTree = None
+        self.own_values, self.own_slopes = np.ones(0), None
         self.lost, self.setup_bytes = 0, 0
 
     # preparations

@@ -292,7 +292,7 @@ def test_one_position_for_each_chain_is_where_chains_start():
     [
         ({"method": "FALD", "probabilities": [0.2, 0.3, 0.5]}, "leave probabilities"),
         ({"method": "FALD", "local_steps": 2.5}, "local_steps"),
-        ({"method": "DSGLD", "surrogate": "exact"}, "surrogate and strength are for"),
+        ({"method": "FALD", "surrogate": "exact"}, "surrogate and strength are for"),
         ({"method": "QLSD++", "strength": 0.5}, "surrogate and strength are for"),
     ],
 )

@@ -148,6 +148,22 @@ def test_kernels_whose_time_is_unknown_are_let_be_and_friction_slows_time():
     assert step_time(stochgrad.psgld(target, 1e-3)) is None
 
 
+def test_a_server_that_knows_slopes_alone_warns_of_what_one_client_informs():
+    """Three clients of 20 rows, an effect each: zeros in the slopes of the others say so."""
+    from stochgrad.federated._stability import warn_of_own_effects
+
+    kernel = stochgrad.sgld(hospitals(), 1e-3)
+    slopes = {"common": np.zeros(3), "own": np.diag([0.3, -2.0, 1.0])}
+    third, rows = np.full(3, 1 / 3), np.full(3, 20)
+    names = ["north", "south", "west"]
+    with pytest.warns(federated.StabilityWarning, match=r"\['own'\]\[0\].*client north informs"):
+        warn_of_own_effects(names, slopes, third, rows, kernel, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", federated.StabilityWarning)
+        warn_of_own_effects(names, slopes, third, rows, kernel, 1)
+        warn_of_own_effects(names, {"x": np.full((3, 4), 0.5)}, third, rows, kernel, 100)
+
+
 def test_many_dimensions_are_compared_by_diagonals():
     """An effect for each of 120 clients: 121 dimensions."""
     own = np.eye(120) * 50.0

@@ -276,7 +276,7 @@ def test_eigenvalues_of_many_dimensions_are_found():
             "reference must be finite",
         ),
         (lambda t: conducive(t, Surrogates(jnp.zeros(2), jnp.zeros((2, 2)))), "2 clients"),
-        (lambda t: federated.find_reference(t, jnp.full(2, np.inf)), "not finite"),
+        (lambda t: federated.find_reference(t, jnp.full(2, np.inf)), "init must be finite"),
     ],
 )
 def test_what_cannot_be_is_refused(call, message):

@@ -275,6 +275,7 @@ def visits_of(over_secret, **changes):
     return draws, visits, over
 
 
+@pytest.mark.slow
 def test_the_server_cannot_compute_a_visit_that_a_secret_is_in():
     """With the key it sent it could otherwise, and subtract the noise from what comes back."""
     from stochgrad.interop._flower_client import Owner
@@ -381,6 +382,7 @@ def test_a_server_that_stops_goes_on_from_its_checkpoint(tmp_path):
         go(flipped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["a row", "a row more"])
 def test_a_client_with_other_data_is_named_on_resuming(tmp_path, change):
     data = [x.copy() for x in rows(SIZES)]
