@@ -72,7 +72,7 @@ def as_data(data: PyTree, name: str = "data") -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _one_array(name + jax.tree_util.keystr(path), leaf),
         data,
-        is_leaf=lambda node: node is None or _is_list_of_numbers(node),
+        is_leaf=_is_list_of_numbers,
     )
 
 

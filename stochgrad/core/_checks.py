@@ -142,7 +142,11 @@ def check_position(position: PyTree, name: str = "init") -> None:
             raise ValueError(f"{where} must be a floating-point array, got dtype {dtype}.")
         if jnp.size(leaf) == 0:
             raise ValueError(f"{where} must hold at least one number, got shape {jnp.shape(leaf)}.")
-        if not isinstance(leaf, Tracer) and not jnp.all(jnp.isfinite(leaf)):
+        if isinstance(leaf, Tracer):
+            continue
+        with jax.ensure_compile_time_eval():  # also within the trace of something else
+            finite = bool(jnp.all(jnp.isfinite(leaf)))
+        if not finite:
             raise ValueError(f"{where} must be finite, but holds NaN or infinity.")
 
 

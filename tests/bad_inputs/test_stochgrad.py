@@ -51,7 +51,7 @@ NO_DATA = [
     None, "data", [], {}, 3, np.float32(1), np.array([["a", "b"]] * 20), np.full((20, 2), np.nan),
     np.array([None] * 20), np.ma.array(X, mask=X > 0), (X, X[:3]), X[:0], lambda: X,
     np.arange(20) + 2**40, 1.7e9 + np.arange(20.0), np.full(20, 1e300), [[1, 2], [3]],
-    np.array(["2020-01-01"] * 20, "M8[D]"), Box(), {"x": X, "y": None}, np.array(3.0),
+    np.array(["2020-01-01"] * 20, "M8[D]"), Box(), np.array(3.0),
     [1, "a"], {"x": "text"}, np.array([{}] * 20),
 ]  # fmt: skip
 
