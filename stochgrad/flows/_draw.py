@@ -80,7 +80,11 @@ def check_flow(flow: Any, condition: Any = None) -> Any:
     """The condition as an array, if there is a flow that can be drawn from and takes it."""
     plain = unwrapped(flow)
     for path, leaf in jax.tree_util.tree_leaves_with_path(split(flow)[0]):
-        if not isinstance(leaf, Tracer) and not jnp.all(jnp.isfinite(leaf)):
+        if isinstance(leaf, Tracer):
+            continue
+        with jax.ensure_compile_time_eval():
+            finite = bool(jnp.all(jnp.isfinite(leaf)))
+        if not finite:
             raise ValueError(f"flow{jax.tree_util.keystr(path)} holds NaN or infinity.")
     if plain.cond_shape is None:
         if condition is not None:

@@ -164,7 +164,9 @@ def _along_directions(parts, position, keys, key, count: int) -> tuple[Array, Ar
         value, pull = jax.vjp(lambda p: parts(p, key), position)
         one, none = (jax.tree.map(make, value[0]) for make in (jnp.ones_like, jnp.zeros_like))
         gradients = pull((one, none))[0], pull((none, one))[0]
-        return jax.vmap(lambda v: tuple(tree_dot(g, v) for g in gradients))(directions)
+        return jax.vmap(lambda v: (tree_dot(gradients[0], v), tree_dot(gradients[1], v)))(
+            directions
+        )
 
     try:
         return jax.vmap(forward, out_axes=1)(directions)

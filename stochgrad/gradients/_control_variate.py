@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from stochgrad.core import (
     Gradient,
@@ -87,7 +88,8 @@ def control_variate(posterior: Posterior, center: Any) -> Gradient:
 
 def _anchor(posterior: Posterior, center: Any) -> Position:
     """The center as arrays, if it is a position of the posterior."""
-    check_position(center, "center")
+    with jax.ensure_compile_time_eval():
+        check_position(center, "center")
     anchor: Position = jax.tree.map(jnp.asarray, center)
     if posterior.initial is None:
         return anchor
@@ -98,6 +100,8 @@ def _anchor(posterior: Posterior, center: Any) -> Position:
 
 def _check_whole(whole: Any) -> None:
     value, gradient = whole
+    if isinstance(value, Tracer):
+        return
     if not jnp.all(jnp.isfinite(value)):
         raise ValueError(f"center must be where the log density is finite, got {jnp.min(value)}.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
