@@ -25,7 +25,6 @@ from stochgrad.core._checks import (
     is_function,
 )
 from stochgrad.core._chunk import build, chain_axis, chain_sharding, position_of, trace
-from stochgrad.core._datatree import by_name
 from stochgrad.core._draws import Draws, run_attributes
 from stochgrad.core._hosts import is_writer, place, to_host
 from stochgrad.core._identity import identity
@@ -256,7 +255,8 @@ def sample(
         first_bad=np.atleast_1d(to_host(carry.first_bad)),
         timings={"total": time.perf_counter() - begun, **seconds},
     )
-    _report(draws, kernel, first_of_chains, thin, num_warmup, num_samples)
+    exact = getattr(store, "dtype", None) is None
+    _report(draws, kernel, first_of_chains, thin, num_warmup, num_samples, exact)
     return draws
 
 
@@ -379,8 +379,26 @@ def _mesh(num_chains: int, given: Mesh | None) -> Mesh | None:
     return Mesh(np.array(devices[:count]), ("chain",)) if count > 1 else None
 
 
-def _report(draws: Draws, kernel, positions, thin: int, num_warmup: int, num_samples: int) -> None:
-    """Say once what went wrong, and how far the draws can be trusted, in words."""
+def _report(
+    draws: Draws,
+    kernel: Any,
+    positions: PyTree,
+    thin: int,
+    num_warmup: int,
+    num_samples: int,
+    exact: bool,
+) -> None:
+    """Say once what went wrong, and how far the draws can be trusted, in words.
+
+    Args:
+        draws: What the run gave.
+        kernel: The kernel.
+        positions: Where the first chain started.
+        thin: Steps of a draw.
+        num_warmup: Draws that were discarded.
+        num_samples: Draws that were wanted.
+        exact: Whether the draws are as the sampler had them, and not rounded by a store.
+    """
     settings = dict(getattr(kernel, "settings", ()))
     level = 4  # the caller of sample
     where = {
@@ -420,9 +438,12 @@ def _report(draws: Draws, kernel, positions, thin: int, num_warmup: int, num_sam
     values = draws.stats.get("log_density", draws.stats.get("logdensity"))
     if values is not None:
         warn_of_density(values[healthy], level)
-    arrays = {n: _last_draws(x, healthy) for n, x in by_name(draws.positions).items()}
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator=".") or "x": _last_draws(x, healthy)
+        for path, x in jax.tree_util.tree_leaves_with_path(draws.positions)
+    }
     warn_of_convergence(arrays, level)
-    if not draws.collected:
+    if not draws.collected and exact:
         warn_of_rounding(arrays, thin, level)
 
 

@@ -145,10 +145,19 @@ def warn_of_rounding(draws: Mapping[str, np.ndarray], steps: int, level: int) ->
         flat = flat[:, :, _spread(flat.shape[2], _MOST_SERIES)]
         moved = np.mean(np.diff(flat.astype(np.float64), axis=1) ** 2, axis=(0, 1))
         gap = np.spacing(np.abs(flat).max(axis=(0, 1))).astype(np.float64)
-        share = steps * gap**2 / 12 / np.maximum(moved, np.finfo(np.float64).tiny)
+        with np.errstate(divide="ignore"):
+            share = steps * gap**2 / 12 / moved
         if share.max() > worst:
             worst, name, spacing = float(share.max()), key, float(gap[np.argmax(share)])
-    if worst > _ROUNDING_SHARE:
+    if math.isinf(worst):
+        warnings.warn(
+            f"{name!r} never moved: steps there are below the spacing of floating-point numbers, "
+            f"{spacing:.2g}, or every proposal was rejected. Take larger steps, or sample what is "
+            "left after subtracting a constant.",
+            PrecisionWarning,
+            stacklevel=level,
+        )
+    elif worst > _ROUNDING_SHARE:
         warnings.warn(
             f"rounding moves {name!r} about as much as the sampler does: floating-point numbers "
             f"lie {spacing:.2g} apart there, and a step is not large against that. Sample what is "

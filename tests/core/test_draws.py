@@ -196,6 +196,7 @@ def test_a_scope_of_numpyro(tmp_path):
         np.testing.assert_array_equal(stored["posterior"]["group.m"], draws.positions["group/m"])
 
 
+@pytest.mark.filterwarnings("ignore:.* never moved")  # a kernel that stays where it is
 def test_two_arrays_of_one_name_are_refused(tmp_path):
     """One of them was left out in silence."""
     kernel = stochgrad.core.Kernel(

@@ -231,7 +231,9 @@ for share in (False, True):
     runs = []
     for devices in (1, 2, 4):
         done = subprocess.run(
-            [sys.executable, "-c", code, str(devices)], capture_output=True, cwd=ROOT
+            [sys.executable, "-W", "ignore", "-c", code, str(devices)],
+            capture_output=True,
+            cwd=ROOT,
         )
         assert done.returncode == 0, done.stderr.decode()
         assert done.stderr.decode().strip()[-2:] == 2 * str(devices)

@@ -138,7 +138,7 @@ def test_full_data_gradients_have_no_noise_to_warn_of():
 @pytest.mark.parametrize(
     "name", ["sgld", "sghmc", "psgld", "sgnht", "cyclical", "replica_exchange"]
 )
-@pytest.mark.filterwarnings("ignore:rounding moves")  # steps so small that the start is seen
+@pytest.mark.filterwarnings("ignore::stochgrad.PrecisionWarning")  # steps that show the start
 def test_every_sampler_starts_where_its_gradient_says(name):
     start = jnp.array([1.5, -2.0])
     gradient = exact_gradient(lambda q: -0.5 * jnp.sum(q**2))._replace(initial=lambda key: start)

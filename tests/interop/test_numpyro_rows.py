@@ -40,6 +40,9 @@ def exact(b):
     return dist.Normal(X + b[..., None], 0.1).log_prob(Y)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:minibatch noise")  # a run for its shapes
+
+
 @pytest.fixture(scope="module")
 def mcmc():
     kernel = stochgrad.numpyro.SGLD(model, step_size=1e-6)
