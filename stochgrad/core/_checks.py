@@ -2,6 +2,7 @@
 
 import math
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
+
+_PACKAGE = Path(__file__).parents[1]
 
 StepSize: TypeAlias = float | Callable[[Any], Any]
 """A step size: a positive number, or an optax-style schedule ``step -> float``."""
@@ -172,6 +175,14 @@ def describe(value: Any) -> str:
         return text if len(text) <= 60 else f"a {type(value).__name__} of {len(value)} items"
     named = getattr(value, "__name__", None)
     return f"the function {named}" if named else f"a {type(value).__name__}"
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether this library raised an error, in words of its own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not Path(frames[-1].filename).is_relative_to(_PACKAGE):
+        return False
+    return (frames[-1].line or "").startswith("raise")
 
 
 def first_line(error: BaseException) -> str:

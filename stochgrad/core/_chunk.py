@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
 from stochgrad.core._chains import best_in_turn, over_chains
-from stochgrad.core._checks import first_line
+from stochgrad.core._checks import describe, first_line, is_ours
 from stochgrad.core._hosts import place
 from stochgrad.core._protocols import Online
 from stochgrad.core._stream import Stream
@@ -143,7 +143,12 @@ def trace(
             "the kernel's state must have a field 'position', "
             f"got a {type(state).__name__} without one."
         )
-    closed, (_, info) = jax.make_jaxpr(advance, return_shape=True)(resident, key, state)
+    closed, (following, info) = jax.make_jaxpr(advance, return_shape=True)(resident, key, state)
+    if _form(following) != _form(state):
+        raise ValueError(
+            "kernel.step must return a state of the structure, shapes and types of the one that it "
+            f"takes, {state}, got {following}."
+        )
     out_structure = jax.tree.structure((state, info))
 
     def replay(resident, key, state):
@@ -236,6 +241,8 @@ def build(
         return carry, (keep(carry.state), scalars(info, keys.shape))
 
     lead = (num_chains,) if several else ()
+    if isinstance(collect, Online):
+        _try_online(collect, traced.state.position)
     try:
         of_one = jax.eval_shape(keep_of_one, traced.state)
     except Exception as error:
@@ -304,6 +311,37 @@ def build(
         done,
         start_density,
     )
+
+
+def _form(tree: PyTree) -> Any:
+    """Structure, shapes and types of a tree."""
+    return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+
+def _try_online(online: Online, position: PyTree) -> None:
+    """Raise unless a summary can begin at a position, and take it, without changing its shapes."""
+    for name in ("init", "update", "done"):
+        function = getattr(online, name)
+        if not (callable(function) or (name == "done" and function is None)):
+            raise TypeError(f"collect.{name} must be a function, got {describe(function)}.")
+    name = "init"
+    try:
+        summary = jax.eval_shape(online.init, position)
+        name = "update"
+        following = jax.eval_shape(online.update, summary, position)
+        name = "done"
+        done = None if online.done is None else jax.eval_shape(online.done, summary)
+    except Exception as error:
+        if is_ours(error):
+            raise
+        raise ValueError(f"collect.{name} fails on a position: {first_line(error)}.") from error
+    if _form(summary) != _form(following):
+        raise ValueError(
+            "collect.update must return a summary of the structure, shapes and types of "
+            f"collect.init's, {summary}, got {following}."
+        )
+    if online.done is not None and getattr(done, "shape", None) != ():
+        raise ValueError(f"collect.done must return one truth value, got {done}.")
 
 
 def scalars(info: Any, shape: tuple[int, ...]) -> dict[str, Array]:

@@ -1,7 +1,6 @@
 """The one loop: a host loop over compiled chunks, for every kernel there is."""
 
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -23,6 +22,7 @@ from stochgrad.core._checks import (
     describe,
     first_line,
     is_function,
+    is_ours,
 )
 from stochgrad.core._chunk import build, chain_axis, chain_sharding, position_of, trace
 from stochgrad.core._draws import Draws, run_attributes
@@ -33,20 +33,13 @@ from stochgrad.core._keep import Keeper, check_places
 from stochgrad.core._noise import key_words
 from stochgrad.core._progress import progress_bar
 from stochgrad.core._protocols import Kernel, Online, Position, PRNGKey
+from stochgrad.core._report import report
 from stochgrad.core._store import Store
 from stochgrad.core._stream import Supply
-from stochgrad.core._verdict import (
-    check_start,
-    warn_of_convergence,
-    warn_of_density,
-    warn_of_divergence,
-    warn_of_rounding,
-)
-from stochgrad.core._warnings import DivergenceWarning, warn_of_noise
+from stochgrad.core._verdict import check_start
 
 _MOST_STEPS = 2**31 - 1
 """Counters of steps, here and in kernels, are of 32 bits."""
-_MOST_BYTES = 2**28
 
 
 def sample(
@@ -132,7 +125,7 @@ def sample(
         (2, 100)
     """
     check_key(key)
-    if not (hasattr(kernel, "init") and hasattr(kernel, "step")):
+    if not all(callable(getattr(kernel, name, None)) for name in ("init", "step")):
         raise TypeError(
             "kernel must have init and step, as stochgrad.sgld(...) or an algorithm of blackjax "
             f"has, got {describe(kernel)}."
@@ -256,7 +249,7 @@ def sample(
         timings={"total": time.perf_counter() - begun, **seconds},
     )
     exact = getattr(store, "dtype", None) is None
-    _report(draws, kernel, first_of_chains, thin, num_warmup, num_samples, exact)
+    report(draws, kernel, first_of_chains, thin, num_warmup, num_samples, exact)
     return draws
 
 
@@ -340,7 +333,16 @@ def _trace(key, kernel, position, stream) -> tuple[Any, tuple, Any]:
     """Trace one step without compiling it, so that what does not fit says so at once."""
     leaves, structure = jax.tree.flatten(position)
     example = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), key.dtype)
-    trace(kernel.init, kernel.step, example, stream)
+    try:
+        trace(kernel.init, kernel.step, example, stream)
+    except Exception as error:
+        if is_ours(error) or isinstance(error, NotImplementedError):
+            raise
+        shapes = jax.tree.map(jnp.shape, position)
+        raise ValueError(
+            f"kernel fails on a position of shape {shapes}: does init match it? "
+            f"({first_line(error)})"
+        ) from error
     return example
 
 
@@ -377,92 +379,3 @@ def _mesh(num_chains: int, given: Mesh | None) -> Mesh | None:
             f"{len(devices)}, got {num_chains}."
         )
     return Mesh(np.array(devices[:count]), ("chain",)) if count > 1 else None
-
-
-def _report(
-    draws: Draws,
-    kernel: Any,
-    positions: PyTree,
-    thin: int,
-    num_warmup: int,
-    num_samples: int,
-    exact: bool,
-) -> None:
-    """Say once what went wrong, and how far the draws can be trusted, in words.
-
-    Args:
-        draws: What the run gave.
-        kernel: The kernel.
-        positions: Where the first chain started.
-        thin: Steps of a draw.
-        num_warmup: Draws that were discarded.
-        num_samples: Draws that were wanted.
-        exact: Whether the draws are as the sampler had them, and not rounded by a store.
-    """
-    settings = dict(getattr(kernel, "settings", ()))
-    level = 4  # the caller of sample
-    where = {
-        chain: f"at step {step} ("
-        + (f"draw {step // thin - num_warmup}" if step >= num_warmup * thin else "warm-up")
-        + ")"
-        for chain, step in enumerate(draws.first_bad)
-        if step >= 0
-    }
-    leaf = (
-        _bad_gradient(kernel, positions) if where and min(draws.first_bad[[*where]]) < 2 else None
-    )
-    if leaf is not None:
-        warnings.warn(
-            f"{len(where)} of {len(draws.first_bad)} chains diverged at the first step: the "
-            f"gradient at {leaf} is not finite where the log density is. The usual cause is a "
-            "function without a derivative there, such as a root or a norm at zero, also behind "
-            "jnp.where: choose its argument, and not its value, by jnp.where.",
-            DivergenceWarning,
-            stacklevel=level - 1,
-        )
-    else:
-        warn_of_divergence(
-            where,
-            len(draws.first_bad),
-            settings.get("step_size"),
-            int(np.sum(draws.finite)),
-            num_samples * len(draws.first_bad),
-            level,
-        )
-    healthy = draws.first_bad < 0
-    ratios = draws.stats.get("noise_ratio")
-    if settings.get("order") != "full":  # then gradients differ since positions do
-        warn_of_noise(None if ratios is None else ratios[healthy], level)
-    if not getattr(kernel, "samples", True) or not healthy.any() or not draws.num_draws:
-        return
-    values = draws.stats.get("log_density", draws.stats.get("logdensity"))
-    if values is not None:
-        warn_of_density(values[healthy], level)
-    arrays = {
-        jax.tree_util.keystr(path, simple=True, separator=".") or "x": _last_draws(x, healthy)
-        for path, x in jax.tree_util.tree_leaves_with_path(draws.positions)
-    }
-    warn_of_convergence(arrays, level)
-    if not draws.collected and exact:
-        warn_of_rounding(arrays, thin, level)
-
-
-def _last_draws(x: Any, healthy: np.ndarray) -> np.ndarray:
-    """Draws of the healthy chains; of those in a store the last 256 MiB."""
-    if not isinstance(x, np.ndarray):
-        each = max(x.size // max(x.shape[1], 1) * x.dtype.itemsize, 1)
-        x = np.asarray(x[:, max(x.shape[1] - max(_MOST_BYTES // each, 1), 0) :])
-    return x if healthy.all() else x[healthy]
-
-
-def _bad_gradient(kernel, positions) -> str | None:
-    """The leaf of a position at which the first gradient is not finite, if there is one."""
-    posterior = getattr(kernel, "posterior", None)
-    if posterior is None or posterior.batches.stream is not None or posterior.batches.mesh:
-        return None
-    batch, _ = posterior.batches.next(posterior.batches.init(jax.random.key(0)))
-    gradient = jax.grad(posterior.log_density)(positions, batch)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        if not np.all(np.isfinite(leaf)):
-            return "init" + jax.tree_util.keystr(path)
-    return None

@@ -26,7 +26,8 @@ def verdict(call: Callable[[], Any], *names: str) -> str:
         except REFUSALS as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             text = str(error)
-            if PACKAGE not in Path(frame.filename).parents:
+            raised = (frame.line or "").startswith("raise")
+            if PACKAGE not in Path(frame.filename).parents or not raised:
                 return f"foreign: {type(error).__name__} {text[:120]!r} ({frame.filename})"
             if not any(name in text for name in names):
                 return f"vague: {text[:160]!r} names none of {names}"

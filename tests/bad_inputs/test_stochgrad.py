@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import stochgrad
+from stochgrad import Gradient, Kernel, Online
 from tests.bad_inputs.harness import Box, crossed, failures
 from tests.helpers import gaussian_posterior
 
@@ -56,6 +57,14 @@ NO_DATA = [
 ]  # fmt: skip
 
 
+def zero(position):
+    return jnp.zeros(2)
+
+
+def add(summary, position):
+    return summary + position
+
+
 def log_prior(q):
     return -0.5 * jnp.sum(q**2)
 
@@ -96,6 +105,26 @@ def sgnht_at_once(**changes):
 NO_STEP_SIZE = [*NO_POSITIVE, lambda step: -1.0, lambda: 0.1, lambda step: "a", lambda step: None]
 NO_STEP_SIZE += [lambda step: jnp.ones(2), optax.adam(0.1)]
 NO_TEMPERATURE = [*NO_POSITIVE, lambda step: -1.0, lambda: 1.0]
+NO_KERNEL = [
+    None, 3, "sgld", Box(), stochgrad.sgld, TARGET, optax.adam(0.1), lambda q: q,
+    Kernel(None, None), Kernel(KERNEL.init, 3), Kernel(lambda q: q, KERNEL.step),
+    Kernel(KERNEL.init, lambda key: key), Kernel(lambda q, key: q, KERNEL.step),
+    Kernel(KERNEL.init, lambda key, state: state), Kernel,
+    Kernel(lambda q, key: 1 / 0, KERNEL.step),
+    Kernel(KERNEL.init, lambda key, state: (state, "info")),
+    Kernel(KERNEL.init, lambda key, state: (state._replace(position=jnp.zeros(5)), ())),
+    stochgrad.sgld(Gradient(lambda key, q: (), lambda key, q, state: q), 0.1),
+    stochgrad.sgld(Gradient(lambda key, q: (), lambda key, q, state: (lambda q: q, state)), 0.1),
+]  # fmt: skip
+NO_COLLECT = [
+    3, "position", [len], Box(), jnp.ones(2), lambda: 0, lambda state: "a",
+    lambda state: state.velocity, lambda state: None,
+    Online(3, 4), Online(None, None), Online(zero, None), Online(zero, add, 3),
+    Online(lambda: 0, add), Online(zero, lambda summary: summary),
+    Online(zero, lambda summary, q: {"s": q}), Online(zero, lambda summary, q: "a"),
+    Online(zero, add, lambda summary: "a"), Online(zero, add, lambda: True),
+    Online(zero, add, lambda summary: jnp.zeros(2, bool)), Online,
+]  # fmt: skip
 DYNAMICS = {"step_size": NO_STEP_SIZE, "temperature": NO_TEMPERATURE, "noise": NO_NOISE}
 OVER = {"kernel_factory": stochgrad.sgld, "target": TARGET, "step_size": 0.01}
 LOOKING = {"key": KEY, "position": ZEROS}
@@ -163,16 +192,7 @@ TABLE = {
         {},
         {
             "key": NO_KEY,
-            "kernel": [
-                None,
-                3,
-                "sgld",
-                Box(),
-                stochgrad.sgld,
-                TARGET,
-                optax.adam(0.1),
-                lambda q: q,
-            ],
+            "kernel": NO_KERNEL,
             "init": [*NO_POSITION, None],
             "num_samples": NO_COUNT,
             "num_warmup": [n for n in NO_COUNT if n != 0 or isinstance(n, bool)],
@@ -181,17 +201,7 @@ TABLE = {
             "share_batches": NO_FLAG,
             "progress": NO_FLAG,
             "resume": NO_FLAG,
-            "collect": [
-                3,
-                "position",
-                [len],
-                Box(),
-                jnp.ones(2),
-                lambda: 0,
-                lambda state: "a",
-                lambda state: state.velocity,
-                lambda state: None,
-            ],
+            "collect": NO_COLLECT,
             "chunk_size": [n for n in NO_COUNT if n is not None],
             "every": list(NO_NUMBER),
         },
