@@ -103,8 +103,9 @@ def find_step_size(
     position = as_position("position", position)
     if friction is not None:
         integrator_of(integrator)
-    for name, value in (("friction", friction), ("mass", mass)):
-        check_positive(name, value)
+    if friction is not None:
+        check_positive("friction", friction)
+    check_positive("mass", mass)
     frame = frames(mass, 1.0 if friction is None else friction, 0.0)(position)
 
     curvature, variance = curvature_and_noise(gradient, frame, key, position)
