@@ -5,7 +5,6 @@ from stochgrad.core._archive import load_tree as load_tree
 from stochgrad.core._archive import save_tree as save_tree
 from stochgrad.core._arrays import as_data as as_data
 from stochgrad.core._arrays import check_array as check_array
-from stochgrad.core._arrays import check_cast as check_cast
 from stochgrad.core._arrays import check_finite as check_finite
 from stochgrad.core._arrays import data_rows as data_rows
 from stochgrad.core._batches import Batch as Batch

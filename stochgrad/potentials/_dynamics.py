@@ -140,7 +140,9 @@ def langevin(
 def _checked_masses(masses: Any) -> np.ndarray:
     m = check_array("masses", masses, finite=False).astype(np.float64)
     if m.ndim > 1 or m.size == 0 or not np.all((m > 0) & np.isfinite(m)):
-        raise ValueError(f"masses must be positive, one for all atoms or one each, got {masses}.")
+        raise ValueError(
+            f"masses must be positive, one for all atoms or one each, got {m.tolist()}."
+        )
     return m
 
 

@@ -184,7 +184,9 @@ def as_box(box: Any, dim: int) -> Array:
         if (values.ndim == 1 and np.any(values <= 0)) or (
             values.ndim == 2 and values.shape[0] == values.shape[1] and np.linalg.det(values) == 0
         ):
-            raise ValueError(f"box must have positive edges, or span a volume, got {values}.")
+            raise ValueError(
+                f"box must have positive edges, or span a volume, got {values.tolist()}."
+            )
     array = jnp.asarray(box)
     if array.shape not in ((dim,), (dim, dim)):
         raise ValueError(f"box must have shape ({dim},) or ({dim}, {dim}), got {array.shape}.")

@@ -57,9 +57,7 @@ def rdf(box: Any, *, r_max: float | None = None, bins: int = 50) -> Observable:
         >>> stochgrad.potentials.average(g, gas)[1:].round(1).tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
-    box = check_array("box", box).astype(np.float64)
-    if box.shape not in ((2,), (3,)) or not np.all(box > 0):
-        raise ValueError(f"box must be two or three positive edge lengths, got {box}.")
+    box = _edges(box)
     bins = check_count("bins", bins)
     half = float(box.min()) / 2
     r_max = half if r_max is None else check_number("r_max", r_max)
@@ -96,9 +94,7 @@ def adf(box: Any = None, *, cutoff: float, bins: int = 60) -> Observable:
     """
     cutoff, bins = check_number("cutoff", cutoff), check_count("bins", bins)
     if box is not None:
-        box = check_array("box", box).astype(np.float64)
-        if box.shape not in ((2,), (3,)) or not np.all(box > 0):
-            raise ValueError(f"box must be two or three positive edge lengths, got {box}.")
+        box = _edges(box)
         if cutoff > box.min() / 2:
             raise ValueError(
                 f"cutoff must be at most half the shortest edge, {box.min() / 2:g}, got {cutoff:g}."
@@ -237,6 +233,14 @@ def check_observable(name: str, observable: Any, frame: Any) -> None:
             f"{name} must have one number for each of its bins, shape {bins} by its 'at', got "
             f"shape {out.shape}."
         )
+
+
+def _edges(box: Any) -> np.ndarray:
+    """The edge lengths of a box of two or three dimensions."""
+    edges = check_array("box", box).astype(np.float64)
+    if edges.shape not in ((2,), (3,)) or not np.all(edges > 0):
+        raise ValueError(f"box must be two or three positive edge lengths, got {edges.tolist()}.")
+    return edges
 
 
 @lru_cache(maxsize=32)

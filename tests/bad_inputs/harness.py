@@ -17,24 +17,44 @@ class Box:
     """A thing that is nothing in particular."""
 
 
-def verdict(call: Callable[[], Any], *names: str) -> str:
-    """``"refused"``, or what is wrong: silence, a foreign error, or words that name no argument."""
+def verdict(
+    call: Callable[[], Any],
+    *names: str,
+    errors: tuple[type[Exception], ...] = REFUSALS,
+    quiet: bool = True,
+) -> str:
+    """``"refused"``, or what is wrong: silence, a foreign error, or words that name no argument.
+
+    Args:
+        call: A call with bad input.
+        names: What its refusal may name.
+        errors: What a refusal may be.
+        quiet: Whether it may warn before.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        if quiet:
+            warnings.simplefilter("ignore")
         try:
             call()
-        except REFUSALS as error:
+        except errors as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             text = str(error)
-            raised = (frame.line or "").startswith("raise")
+            line = frame.line or ""  # of our own words, or of python's on an unknown argument
+            raised = line.startswith("raise") or "unexpected keyword argument" in text
             if PACKAGE not in Path(frame.filename).parents or not raised:
                 return f"foreign: {type(error).__name__} {text[:120]!r} ({frame.filename})"
             if not any(name in text for name in names):
                 return f"vague: {text[:160]!r} names none of {names}"
-            return "refused"
+            return "vague: several lines" if "\n" in text else "refused"
         except Exception as error:
             return f"foreign: {type(error).__name__} {str(error)[:120]!r}"
     return "silence"
+
+
+def refuses(call: Callable[[], Any], *names: str, **options: Any) -> None:
+    """Fail unless a call is refused; see ``verdict``."""
+    result = verdict(call, *names, **options)
+    assert result == "refused", result
 
 
 def crossed(

@@ -2,31 +2,19 @@
 
 import os
 import threading
-import traceback
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import stochgrad
 from stochgrad import em
+from tests.bad_inputs import harness
 from tests.em.networks import cache, network, parameters
 from tests.em.toys import small
 
-OURS = str(Path(stochgrad.__file__).parent)
-
-
-def refuses(thunk, name):
-    """Raises an error of the library, in a sentence that names the argument."""
-    with pytest.raises((TypeError, ValueError, OSError, ImportError)) as caught:
-        thunk()
-    innermost = traceback.extract_tb(caught.value.__traceback__)[-1]
-    assert innermost.filename.startswith(OURS), innermost
-    assert name in str(caught.value), str(caught.value)
-    assert "\n" not in str(caught.value)
+refuses = partial(harness.refuses, quiet=False)
 
 
 TOY, THETA, KEY = small(), jnp.array([0.4, -0.3]), jax.random.key(0)

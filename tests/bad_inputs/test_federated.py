@@ -1,7 +1,6 @@
 """Bad arguments of stochgrad.federated: each is refused in a sentence that names it."""
 
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +10,10 @@ import pytest
 import stochgrad
 from stochgrad import federated
 from stochgrad.gradients import Diagonal, Full, Surrogates
+from tests.bad_inputs import harness
 from tests.federated.toys import gaussian_mean, log_likelihood, log_prior, rows
 
-PACKAGE = str(Path(stochgrad.__file__).parent)
-
-
-def refuses(call, name):
-    """The call raises an error of this package, or one that it explains, which names ``name``."""
-    with pytest.raises((TypeError, ValueError, OSError)) as caught:
-        call()
-    trace = caught.value.__traceback__
-    assert trace is not None
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    where = trace.tb_frame.f_code.co_filename
-    assert where.startswith(PACKAGE), f"{where}: {caught.value!r}"
-    text = str(caught.value)
-    assert name in text, text
-    assert "\n" not in text, text
+refuses = partial(harness.refuses, errors=(TypeError, ValueError, OSError), quiet=False)
 
 
 class Frame:

@@ -1,9 +1,5 @@
 """Every argument of ``stochgrad.potentials`` crossed with values of the wrong kind."""
 
-import traceback
-import warnings
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,19 +7,7 @@ import pytest
 
 import stochgrad
 from stochgrad import potentials
-
-PACKAGE = str(Path(stochgrad.__file__).parent)
-
-
-def refuses(thunk, name):
-    """Raise unless a call ends in a sentence of ours that names the argument."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises((TypeError, ValueError, OSError, ImportError)) as caught:
-            thunk()
-    frames = traceback.extract_tb(caught.value.__traceback__)
-    assert frames[-1].filename.startswith(PACKAGE), f"raised in {frames[-1].filename}"
-    assert name in str(caught.value), str(caught.value)
+from tests.bad_inputs.harness import refuses
 
 
 def energy(k, positions):
