@@ -13,6 +13,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
 ]
+myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
 html_theme = "sphinx_book_theme"
 autodoc_typehints = "none"
