@@ -34,7 +34,6 @@ from stochgrad.core._checks import check_real as check_real
 from stochgrad.core._checks import describe as describe
 from stochgrad.core._checks import first_line as first_line
 from stochgrad.core._checks import is_function as is_function
-from stochgrad.core._chunk import compiled as compiled
 from stochgrad.core._clients import Clients as Clients
 from stochgrad.core._clients import Selection as Selection
 from stochgrad.core._clients import Visit as Visit
@@ -49,6 +48,10 @@ from stochgrad.core._clients import with_share as with_share
 from stochgrad.core._datatree import by_name as by_name
 from stochgrad.core._draws import Draws as Draws
 from stochgrad.core._identity import refuse_other_run as refuse_other_run
+from stochgrad.core._jit import hoisted_jit as compiled  # noqa: F401
+from stochgrad.core._jit import hoisted_jit as hoisted_jit
+from stochgrad.core._jit import number as number
+from stochgrad.core._jit import remember as remember
 from stochgrad.core._local import for_each_client as for_each_client
 from stochgrad.core._local import likelihood_sum as likelihood_sum
 from stochgrad.core._local import of_prior as of_prior

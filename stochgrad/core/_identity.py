@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stochgrad.core._chunk import Traced
+from stochgrad.core._program import Traced
 from stochgrad.core._stream import Stream
 
 _SAMPLED_BYTES = 2**20

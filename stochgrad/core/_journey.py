@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from stochgrad.core._chunk import Carry, Program
 from stochgrad.core._hosts import agree, to_host
 from stochgrad.core._interrupt import heed_interrupts
 from stochgrad.core._keep import Keeper
+from stochgrad.core._program import Carry, Program
 from stochgrad.core._stream import Supply, minibatches_taken
 from stochgrad.core._warnings import InterruptWarning
 

@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
-from stochgrad.core._chunk import compiled
 from stochgrad.core._clients import clients_of
+from stochgrad.core._jit import hoisted_jit
 from stochgrad.core._protocols import Posterior
 
 
@@ -45,4 +45,4 @@ def of_prior(posterior: Posterior, function: Callable[..., Any]) -> Callable[...
 def for_each_client(posterior: Posterior, function: Callable[..., Any], *args: Any) -> PyTree:
     """``function(client, *args)`` for each client, one after the other, as arrays over clients."""
     numbers = np.arange(clients_of(posterior).count, dtype=np.int32)
-    return compiled(lambda *args: lax.map(lambda s: function(s, *args), numbers))(*args)
+    return hoisted_jit(lambda *args: lax.map(lambda s: function(s, *args), numbers))(*args)

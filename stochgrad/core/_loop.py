@@ -24,13 +24,13 @@ from stochgrad.core._checks import (
     is_function,
     is_ours,
 )
-from stochgrad.core._chunk import build, chain_axis, chain_sharding, position_of, trace
 from stochgrad.core._draws import Draws, run_attributes
 from stochgrad.core._hosts import is_writer, place, to_host
 from stochgrad.core._identity import identity
 from stochgrad.core._journey import Journey
 from stochgrad.core._keep import Keeper, check_places
 from stochgrad.core._noise import key_words
+from stochgrad.core._program import build, chain_axis, chain_sharding, position_of, trace
 from stochgrad.core._progress import progress_bar
 from stochgrad.core._protocols import Kernel, Online, Position, PRNGKey
 from stochgrad.core._report import report

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from stochgrad.core._chunk import compiled
+from stochgrad.core._jit import hoisted_jit
 from stochgrad.core._protocols import Batches, Posterior
 from stochgrad.core._stream import Supply
 from stochgrad.core._trees import fill, strip
@@ -25,7 +25,7 @@ def on_all_data(posterior: Posterior, function: Callable[..., Any]) -> Callable[
     """
     stream = posterior.batches.stream
     if stream is None:
-        return compiled(in_one_block(posterior, function))
+        return hoisted_jit(in_one_block(posterior, function))
     over_block = jax.jit(lambda resident, *args: _sum(posterior, function, resident, *args))
 
     def run(*args):

@@ -11,7 +11,7 @@ from stochgrad.core import (
     Target,
     check_choice,
     check_key,
-    compiled,
+    hoisted_jit,
     in_one_block,
     one_block_at_hand,
 )
@@ -86,7 +86,7 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
     merged = jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:])), positions)
     keys = jax.random.split(key, len(flat))
     with one_block_at_hand(gradient.posterior):
-        found = compiled(lambda *x: jax.lax.map(score_at, x, batch_size=16))(keys, merged)
+        found = hoisted_jit(lambda *x: jax.lax.map(score_at, x, batch_size=16))(keys, merged)
     bad = ~np.isfinite(np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)]))
     if bad.any():
         raise ValueError("target has scores that are not finite at the draws.")

@@ -12,7 +12,7 @@ from stochgrad.core import (
     Target,
     check_flag,
     check_key,
-    compiled,
+    hoisted_jit,
     one_block_at_hand,
     tree_dot,
 )
@@ -80,7 +80,7 @@ def temperatures(
     dimension = sum(leaf[0].size for leaf in jax.tree.leaves(flat))
     keys = jax.random.split(key, chains * length)
     with one_block_at_hand(gradient.posterior):
-        virial = compiled(lambda *x: jax.lax.map(at, x, batch_size=64))(keys, flat, centered)
+        virial = hoisted_jit(lambda *x: jax.lax.map(at, x, batch_size=64))(keys, flat, centered)
     virial = np.asarray(virial).reshape(chains, length) / dimension
     kinetic = _kinetic(draws)
     if kinetic is None:

@@ -14,7 +14,7 @@ from stochgrad.core import (
     check_count,
     check_number,
     clients_of,
-    compiled,
+    hoisted_jit,
     on_all_data,
 )
 from stochgrad.federated._doors import as_reference, check_federated
@@ -124,7 +124,7 @@ def local_modes(posterior: Posterior, score: Any, init: Position, max_steps: int
         value, g = score(client, unravel(x))
         return -value, -ravel_pytree(g)[0]
 
-    run = compiled(flat_score)
+    run = hoisted_jit(flat_score)
 
     def one(client):
         def descend(x):

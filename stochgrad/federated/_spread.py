@@ -13,7 +13,7 @@ from stochgrad.core import (
     Kernel,
     Posterior,
     clients_of,
-    compiled,
+    hoisted_jit,
     likelihood_sum,
     of_prior,
     tree_size,
@@ -200,7 +200,7 @@ def curvature_is_constant(posterior: Posterior, origin: Any) -> bool:
         return lax.map(lambda s: lax.map(lambda x: of(s, x), points), numbers)
 
     points = flat[None] + jnp.asarray(moves, flat.dtype)
-    found = np.asarray(compiled(products)(points), np.float64)
+    found = np.asarray(hoisted_jit(products)(points), np.float64)
     gap = np.max(np.abs(found[:, 1:] - found[:, :1]), axis=(1, 2))
     return bool(np.all(gap <= 1e-3 * np.max(np.abs(found[:, 0]), axis=1)))
 
@@ -213,7 +213,7 @@ def _matrices(posterior: Posterior, surrogates: Surrogates):
     flat, unravel = ravel_pytree(origin)
     basis = jnp.eye(flat.size, dtype=flat.dtype)
     product = of_prior(posterior, hessian_product(posterior))
-    prior = compiled(
+    prior = hoisted_jit(
         lambda basis: lax.map(lambda v: ravel_pytree(product(origin, unravel(v)))[0], basis)
     )(basis)
     known = _as_matrices(surrogates.precision, surrogates.count, basis, unravel)
@@ -237,7 +237,7 @@ def _diagonals(posterior: Posterior, surrogates: Surrogates):
     flat = jax.vmap(lambda x: ravel_pytree(x)[0])(own.values)
     product = of_prior(posterior, hessian_product(posterior))
     ones = jax.tree.map(jnp.ones_like, origin)
-    prior = ravel_pytree(compiled(product)(origin, ones))[0]
+    prior = ravel_pytree(hoisted_jit(product)(origin, ones))[0]
     return np.asarray(flat, np.float64), np.maximum(np.asarray(prior, np.float64), 0)
 
 

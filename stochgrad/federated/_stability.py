@@ -15,7 +15,7 @@ from stochgrad.core import (
     check_choice,
     check_flag,
     clients_of,
-    compiled,
+    hoisted_jit,
     likelihood_sum,
     of_prior,
     tree_size,
@@ -117,7 +117,7 @@ def _margins(posterior: Posterior, origin: Any) -> Callable[[Precision | None], 
             here = jax.tree.map(jnp.add, here, rest)
         return ravel_pytree(jax.tree.map(jnp.add, prior, here))[0]
 
-    run = compiled(times)
+    run = hoisted_jit(times)
 
     def extremes(precision, client, near):
         def product(v):

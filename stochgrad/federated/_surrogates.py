@@ -21,7 +21,7 @@ from stochgrad.core import (
     check_number,
     check_position,
     clients_of,
-    compiled,
+    hoisted_jit,
     for_each_client,
     likelihood_sum,
     of_prior,
@@ -303,7 +303,7 @@ def fisher_merge(
         slope = jax.tree.map(lambda g, a: g + jnp.sum(a, axis=0), score, surrogates.slope)
         return ravel_pytree(slope)[0], jax.lax.map(times, jnp.eye(flat.size, dtype=flat.dtype))
 
-    slope, matrix = (np.asarray(x, np.float64) for x in compiled(natural)(origin))
+    slope, matrix = (np.asarray(x, np.float64) for x in hoisted_jit(natural)(origin))
     check_positive_definite("the sum of the clients' precisions and the prior's", matrix)
     covariance = np.linalg.inv((matrix + matrix.T) / 2)
     mean = np.asarray(flat, np.float64) + covariance @ slope

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree, Scalar
 
-from stochgrad.core import Position, Score
+from stochgrad.core import Position, Score, number
 
 
 class Coefficients(NamedTuple):
@@ -82,17 +82,27 @@ class Integrator(NamedTuple):
 
 def velocity(mass: PyTree, momentum: Position) -> Position:
     """$M^{-1}p$ with a number or an array for each leaf."""
-    return jax.tree.map(lambda m, p: p / jnp.asarray(m, p.dtype), mass, momentum)
+    return jax.tree.map(over, momentum, mass)
+
+
+def over(x: Any, divisor: Any) -> Any:
+    """``x / divisor`` in the type of ``x``; where that is one number, times its reciprocal."""
+    if np.ndim(divisor) > 0:
+        return x / jnp.asarray(divisor, x.dtype)
+    if isinstance(divisor, jax.Array):
+        return x * (1 / divisor.astype(x.dtype))
+    kind = np.dtype(x.dtype).type
+    return x if divisor == 1 else x * number(kind(1) / kind(divisor), x.dtype)
 
 
 def axpy(a: Any, x: Position, y: Position) -> Position:
     """``a x + y`` with a number ``a``, leaf by leaf, in the type of ``y``."""
-    return jax.tree.map(lambda x, y: jnp.asarray(a, y.dtype) * x + y, x, y)
+    return jax.tree.map(lambda x, y: number(a, y.dtype) * x + y, x, y)
 
 
 def scaled(a: PyTree, x: Position) -> Position:
     """``a x`` with a number or an array for each leaf of ``x``, in the type of ``x``."""
-    return jax.tree.map(lambda a, x: jnp.asarray(a, x.dtype) * x, a, x)
+    return jax.tree.map(lambda a, x: number(a, x.dtype) * x, a, x)
 
 
 def add(*terms: Position) -> Position:

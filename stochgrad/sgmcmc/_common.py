@@ -26,6 +26,7 @@ from stochgrad.core import (
     tree_size,
 )
 from stochgrad.gradients import check_center
+from stochgrad.integrators import over
 
 _LAST_STEP = np.int32(2**31 - 1)
 
@@ -64,7 +65,7 @@ def noise_ratio(gradient, previous, count, step_size, diffusion) -> Float[Array,
         diffusion: D, a number or an array for each leaf.
     """
     difference = jax.tree.map(jnp.subtract, gradient, previous)
-    weighted = jax.tree.map(lambda d, x: x / jnp.asarray(d, x.dtype), diffusion, difference)
+    weighted = jax.tree.map(over, difference, diffusion)
     variance = tree_dot(difference, weighted) / (2 * tree_size(gradient))
     return jnp.where(count > 0, step_size.astype(variance.dtype) * variance / 2, jnp.nan)
 

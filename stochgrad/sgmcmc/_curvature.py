@@ -17,7 +17,7 @@ from stochgrad.core import (
     check_count,
     check_instance,
     check_key,
-    compiled,
+    hoisted_jit,
     in_one_block,
     noise_like,
     one_block_at_hand,
@@ -114,7 +114,7 @@ def curvature_and_noise(
         return jnp.maximum(largest, jnp.max(elsewhere)), variance
 
     with one_block_at_hand(gradient.posterior):
-        largest, variance = compiled(measure)(key, position)
+        largest, variance = hoisted_jit(measure)(key, position)
     if not np.isfinite(largest) or largest <= 0:
         raise ValueError(
             f"the curvature at position came out as {float(largest):g}: a finite log density that "
@@ -190,7 +190,7 @@ def find_mass(
         found = jnp.abs(found)
         return unravel(jnp.maximum(found, _FLOOR * jnp.max(found)))
 
-    mass = compiled(diagonal)(key, position)
+    mass = hoisted_jit(diagonal)(key, position)
     if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(mass)):
         raise ValueError("the curvature at position is not finite.")
     return jax.tree.map(np.asarray, mass)

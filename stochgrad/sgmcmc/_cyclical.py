@@ -15,6 +15,7 @@ from stochgrad.core import (
     Target,
     check_count,
     check_number,
+    number,
 )
 from stochgrad.sgmcmc._common import make_kernel, step_counter, successor
 
@@ -117,10 +118,10 @@ def cyclical(
         return place(step) >= explored
 
     def cosine(step):
-        return largest / 2 * (jnp.cos(jnp.pi * place(step).astype(float) / length) + 1)
+        return number(largest / 2) * (jnp.cos(jnp.pi * place(step).astype(float) / length) + 1)
 
     def heat(step):
-        return jnp.where(sampling(step), jnp.asarray(temperature, float), hot)
+        return jnp.where(sampling(step), number(temperature), number(hot))
 
     inner = make_kernel(kernel_factory, target, cosine, heat)
 

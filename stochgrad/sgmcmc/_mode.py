@@ -9,7 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
-from stochgrad.core import Position, Posterior, compiled, in_one_block, on_all_data
+from stochgrad.core import Position, Posterior, hoisted_jit, in_one_block, on_all_data
 
 _EXACT_DIMENSION = 128
 _LANCZOS_STEPS = 64
@@ -93,7 +93,7 @@ class Climb:
             unit = jnp.eye(self.size, dtype=self.dtype)
             return jax.lax.map(lambda v: bend(position, v), unit, batch_size=8)
 
-        self._bend, self._matrix = compiled(bend), compiled(matrix)
+        self._bend, self._matrix = hoisted_jit(bend), hoisted_jit(matrix)
 
     def at(self, x: np.ndarray) -> Position:
         return self.unravel(jnp.asarray(x, self.dtype))

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochgrad.core import Position
+from stochgrad.core import Position, number
+from stochgrad.integrators import over
 
 _MEMORY = 1000
 
@@ -30,8 +31,5 @@ def effective_temperature(temperature: Any, friction: Any, noise: Any) -> Any:
     r"""$\max(T - \hat B / C, 0)$: the temperature of the noise still to inject."""
     if any(isinstance(x, jax.Array) for x in (temperature, friction, noise)):
         dtype = jnp.result_type(noise) if isinstance(noise, jax.Array) else float
-        temperature, friction, noise = (
-            jnp.asarray(x, dtype) for x in (temperature, friction, noise)
-        )
-        return jnp.maximum(temperature - noise / friction, 0)
+        return jnp.maximum(number(temperature, dtype) - over(number(noise, dtype), friction), 0)
     return np.maximum(temperature - noise / np.asarray(friction), 0.0)

@@ -18,6 +18,7 @@ from stochgrad.core import (
     check_flag,
     check_number,
     noise_like,
+    number,
 )
 from stochgrad.gradients import as_gradient
 from stochgrad.sgmcmc._common import (
@@ -121,7 +122,7 @@ def psgld(
 
     def step(rng_key, state: PSGLDState) -> tuple[PSGLDState, SGLDInfo]:
         count = state.count.value
-        h, hot = jnp.asarray(schedule(count), float), jnp.asarray(heat(count), float)
+        h, hot = number(schedule(count)), number(heat(count))
         adapting = True if adapt_steps is None else count < adapt_steps
         score, gradient_state = gradient.next(
             gradient_key(rng_key), state.position, state.gradient_state
@@ -144,17 +145,17 @@ def psgld(
 
         def follow(v, g):
             # the first gradient stands for all before it, else early steps would be huge
-            a = jnp.where(count > 0, jnp.asarray(decay, v.dtype), 0)
+            a = jnp.where(count > 0, number(decay, v.dtype), 0)
             return jnp.where(adapting, a * v + (1 - a) * (g / rows) ** 2, v)
 
         square = jax.tree.map(follow, state.square, g)
-        metric = jax.tree.map(lambda v: 1 / (regularizer + jnp.sqrt(v)), square)
+        metric = jax.tree.map(lambda v: 1 / (number(regularizer, v.dtype) + jnp.sqrt(v)), square)
 
         def drift(g, metric, v, c):
             if not correction:
                 return metric * g
             root = jnp.maximum(jnp.sqrt(v), jnp.finfo(v.dtype).tiny)
-            gamma = -(1 - decay) * metric**2 * (g / rows) * (c / rows) / root
+            gamma = number(-(1 - decay), g.dtype) * metric**2 * (g / rows) * (c / rows) / root
             return metric * g + hot.astype(g.dtype) * gamma
 
         def move(x, drift, metric, xi):

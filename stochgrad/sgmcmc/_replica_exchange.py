@@ -18,6 +18,7 @@ from stochgrad.core import (
     check_count,
     check_number,
     describe,
+    number,
 )
 from stochgrad.gradients import as_gradient
 from stochgrad.sgmcmc._common import make_kernel, step_counter, successor
@@ -152,9 +153,9 @@ def replica_exchange(
             keys = jax.random.split(jax.random.fold_in(pair_key, 0), n)
             energy_state, values = lax.scan(difference, energy_state, keys)
             tau = 1 / heats[i] - 1 / heats[i + 1]
-            chi = tau**2 * jnp.var(values, ddof=1) / n
+            chi = number(tau**2, values.dtype) * jnp.var(values, ddof=1) / n
             penalty = chi / 2 + chi**2 / (4 * (n + 1)) + chi**3 / (3 * (n + 1) * (n + 3))
-            log_probability = jnp.minimum(tau * jnp.mean(values) - penalty, 0)
+            log_probability = jnp.minimum(number(tau, values.dtype) * jnp.mean(values) - penalty, 0)
             uniform = jax.random.uniform(jax.random.fold_in(pair_key, 1), (), values.dtype)
             swap = jnp.log(uniform) < log_probability
             replicas[i], replicas[i + 1] = _given(cold, warm, swap), _given(warm, cold, swap)

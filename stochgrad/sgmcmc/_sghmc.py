@@ -16,6 +16,7 @@ from stochgrad.core import (
     Target,
     as_schedule,
     noise_like,
+    number,
     tree_dot,
     tree_size,
 )
@@ -179,7 +180,7 @@ def sghmc(
             h = jnp.asarray(h, float)
         noise = frame.noise
         if variance is not None:
-            noise = jax.tree.map(lambda v: jnp.asarray(h, v.dtype) * v / 2, variance)
+            noise = jax.tree.map(lambda v: number(h, v.dtype) * v / 2, variance)
         cooled = jax.tree.map(
             lambda c, b: effective_temperature(heat_now, c, b), frame.friction, noise
         )
@@ -222,7 +223,7 @@ def sghmc(
             return value, frame.enter_dual(g)
 
         end = scheme.step(inside, frame.enter_dual(state.momentum), previous, score, draw, c)
-        h = jnp.asarray(c.step_size, float)
+        h = number(c.step_size)
         diffusion = jax.tree.map(lambda c: c * heat(count), frame.friction)
         info = SGHMCInfo(
             step_size=h,

@@ -15,6 +15,7 @@ from stochgrad.core import (
     Target,
     as_schedule,
     noise_like,
+    number,
 )
 from stochgrad.gradients import as_gradient
 from stochgrad.integrators import axpy
@@ -118,14 +119,14 @@ def sgld(
 
     def step(rng_key, state: SGLDState) -> tuple[SGLDState, SGLDInfo]:
         count = state.count.value
-        h = jnp.asarray(schedule(count), float)
+        h = number(schedule(count))
         score, gradient_state = gradient.next(
             gradient_key(rng_key), state.position, state.gradient_state
         )
         value, g = score(state.position)
         position = axpy(h, g, state.position)
         xi = draw_noise(rng_key, position)
-        hot = jnp.asarray(heat(count), float)
+        hot = number(heat(count))
         position = axpy(jnp.sqrt(2 * h * hot), xi, position)
         info = SGLDInfo(
             step_size=h,

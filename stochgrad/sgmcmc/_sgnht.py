@@ -18,6 +18,7 @@ from stochgrad.core import (
     check_flag,
     check_number,
     noise_like,
+    number,
     tree_dot,
     tree_size,
 )
@@ -141,15 +142,17 @@ def sgnht(
         masses = spread("mass", mass, position)
         momentum = scaled(jax.tree.map(lambda m: np.sqrt(m * first_heat), masses), xi)
         zeros = jax.tree.map(jnp.zeros_like, position)
-        friction = jnp.full((), diffusion, jnp.result_type(*jax.tree.leaves(position)))
+        friction = number(diffusion, jnp.result_type(*jax.tree.leaves(position)))
         if per_coordinate:
-            friction = jax.tree.map(lambda x: jnp.full_like(x, diffusion), position)
+            friction = jax.tree.map(
+                lambda x: jnp.broadcast_to(number(diffusion, x.dtype), x.shape), position
+            )
         gradient_state = gradient.init(key, position)
         return SGNHTState(position, momentum, friction, zeros, gradient_state, step_counter())
 
     def step(rng_key, state: SGNHTState) -> tuple[SGNHTState, SGNHTInfo]:
         count = state.count.value
-        h, hot = jnp.asarray(schedule(count), float), jnp.asarray(heat(count), float)
+        h, hot = number(schedule(count)), number(heat(count))
         masses = spread("mass", mass, state.position)
         size = tree_size(state.position)
 
@@ -158,7 +161,7 @@ def sgnht(
 
         def warm(zeta, p):
             """Half a step of the thermostat."""
-            pace = h / (2 * thermal_mass)
+            pace = h / number(2 * thermal_mass)
             if not per_coordinate:
                 excess = (kinetic(p) - hot.astype(zeta.dtype)).astype(zeta.dtype)
                 return zeta + pace.astype(zeta.dtype) * excess
@@ -182,7 +185,7 @@ def sgnht(
         )
         value, g = score(q)
         p = axpy(h, g, p)
-        injected = jax.tree.map(lambda m: 2 * diffusion * m * h * hot, masses)
+        injected = jax.tree.map(lambda m: number(2 * diffusion * m) * h * hot, masses)
         p = jax.tree.map(
             lambda p, s, xi: p + jnp.sqrt(s).astype(p.dtype) * xi,
             p,
@@ -192,7 +195,7 @@ def sgnht(
         p = damp(zeta, p)
         zeta = warm(zeta, p)
         q = axpy(h / 2, velocity(masses, p), q)
-        spreads = jax.tree.map(lambda m: diffusion * m * hot, masses)
+        spreads = jax.tree.map(lambda m: number(diffusion * m) * hot, masses)
         thermostats = jnp.concatenate([z.ravel() for z in jax.tree.leaves(zeta)])
         info = SGNHTInfo(
             step_size=h,

@@ -79,11 +79,11 @@ def test_thinning_keeps_every_nth_state(key):
 
 
 def test_chains_in_turn_equal_chains_at_once(key, monkeypatch):
-    from stochgrad.core import _chunk
+    from stochgrad.core import _program
 
     runs = []
     for in_turn in (False, True):
-        monkeypatch.setattr(_chunk, "best_in_turn", lambda *_, t=in_turn: t)
+        monkeypatch.setattr(_program, "best_in_turn", lambda *_, t=in_turn: t)
         for share in (False, True):
             draws = stochgrad.sample(
                 key,

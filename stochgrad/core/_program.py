@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from stochgrad.core._chains import best_in_turn, over_chains
 from stochgrad.core._checks import describe, first_line, is_ours
-from stochgrad.core._hosts import place
+from stochgrad.core._jit import hoisted_jit, remember
 from stochgrad.core._protocols import Online
 from stochgrad.core._stream import Stream
 from stochgrad.core._trees import (
@@ -113,10 +113,16 @@ class Traced(NamedTuple):
     constants: list
 
 
-@lru_cache(maxsize=16)
 def trace(
     init: Callable, step: Callable, example: tuple[Any, tuple, Any], stream: Stream | None = None
 ) -> Traced:
+    """A kernel's trace, which the kernel remembers; see ``Traced``."""
+    return remember(
+        step, ("trace", init, example, stream), lambda: _trace(init, step, example, stream)
+    )
+
+
+def _trace(init: Callable, step: Callable, example: tuple[Any, tuple, Any], stream) -> Traced:
     """Trace a kernel at a position given by its structure and its leaves' (shape, dtype) pairs.
 
     The third entry of ``example`` is the type of the keys, of whichever generator.
@@ -160,8 +166,12 @@ def trace(
     return Traced(start, replay, state, info, largest, closed.jaxpr, closed.consts)
 
 
-@lru_cache(maxsize=16)
-def build(
+def build(init: Callable, step: Callable, *options: Any) -> Program:
+    """A kernel's program for some number of chains, which the kernel remembers; see ``_build``."""
+    return remember(step, ("build", init, *options), lambda: _build(init, step, *options))
+
+
+def _build(
     init: Callable,
     step: Callable,
     collect: Callable | Online,
@@ -174,7 +184,7 @@ def build(
     stream: Stream | None = None,
     density: tuple[Callable, Callable, Callable] | None = None,
 ) -> Program:
-    """Compile a kernel for some number of chains. Cached: a second run compiles nothing."""
+    """Compile a kernel for some number of chains."""
     traced = trace(init, step, example, stream)
     axes = shared_axes(traced.state, share) if num_chains > 1 else None
     several = num_chains > 1
@@ -286,7 +296,7 @@ def build(
     done = None
     if online.done is not None:
         enough = jax.vmap(online.done) if several else online.done
-        done = jax.jit(lambda summary: jnp.all(enough(summary)))
+        done = hoisted_jit(lambda summary: jnp.all(enough(summary)))
 
     start_density = None
     if density is not None:
@@ -298,13 +308,13 @@ def build(
             return log_density(position, batch)
 
         start_density = jax.vmap(at_start, in_axes=(0, 0, None)) if several else at_start
-        start_density = compiled(start_density, mesh)
+        start_density = hoisted_jit(start_density, mesh)
 
     return Program(
         start,
-        compiled(start, mesh),
-        compiled(chunk, mesh, donate=True),
-        compiled(part, mesh, donate=True),
+        hoisted_jit(start, mesh),
+        hoisted_jit(chunk, mesh, donate=True),
+        hoisted_jit(part, mesh, donate=True),
         capacity,
         traced,
         shapes,
@@ -369,43 +379,6 @@ def chain_sharding(carry: PyTree, share: bool, mesh: Mesh) -> PyTree:
 def chain_axis(mesh: Mesh) -> PartitionSpec:
     """How a leading chain axis is spread: over the mesh's axis of that name, if it has one."""
     return PartitionSpec("chain") if "chain" in mesh.axis_names else PartitionSpec()
-
-
-class compiled:
-    """``jax.jit``, with the arrays that a function closes over passed as arguments.
-
-    Closed-over arrays become constants of the program: a data set of 100 MB is then printed into
-    it, held twice and folded over. As arguments they cost nothing.
-    """
-
-    def __init__(self, function: Callable, mesh: Mesh | None = None, donate: bool = False):
-        self._function = function
-        self._mesh = mesh
-        self._donate = donate
-        self._compiled: Callable | None = None
-        self._constants: Any = None
-
-    def __call__(self, *args):
-        if self._compiled is None:
-            closed, out = jax.make_jaxpr(self._function, return_shape=True)(*args)
-            structure = jax.tree.structure(out)
-
-            def program(constants, *args):
-                flat = eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(args))
-                return jax.tree.unflatten(structure, flat)
-
-            self._constants = closed.consts
-            if self._mesh is not None:
-                replicated = NamedSharding(self._mesh, PartitionSpec())
-                self._constants = [
-                    c if _lies_on(c, self._mesh) else place(c, replicated) for c in closed.consts
-                ]
-            self._compiled = jax.jit(program, donate_argnums=(1,) if self._donate else ())
-        return self._compiled(self._constants, *args)
-
-
-def _lies_on(array: Any, mesh: Mesh) -> bool:
-    return getattr(getattr(array, "sharding", None), "mesh", None) == mesh
 
 
 def _draw_keys(key: Key[Array, ""], *, index: Array, thin: int) -> Key[Array, " thin"]:

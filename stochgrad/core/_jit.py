@@ -1,0 +1,214 @@
+"""``jax.jit`` whose programs are told by what they compute, and hold no data.
+
+Arrays that a function closes over become arguments of its program, and so do the numbers that it
+marks by ``number``. What is left is a trace: primitives, shapes and literals. Two functions of one
+trace share an executable, so that another step size, another data set of the same shapes or the
+same recipe once more compiles nothing; and as an executable holds no arrays, keeping it keeps no
+data.
+"""
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer, eval_jaxpr
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from stochgrad.core._checks import describe
+from stochgrad.core._hosts import place
+
+T = TypeVar("T")
+
+_MOST_EXECUTABLES = 128
+_MOST_CONSTANT_BYTES = 2**12
+_executables: OrderedDict[Hashable, Any] = OrderedDict()
+
+_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+"""Primitives that carry rules for a differentiation that has been done by now."""
+
+
+def number(value: Any, dtype: Any = float) -> Array:
+    """A number or an array of some type; a plain number is an argument of the program it is in.
+
+    The value itself is rounded here, once, from the double precision of the host.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if isinstance(value, jax.Array) or np.ndim(value) > 0:
+        return jnp.asarray(value, dtype)
+    # jax writes scalars into a program, and hands in what has an axis
+    return lax.squeeze(np.asarray(value).astype(dtype)[None], (0,))
+
+
+def remember(owner: Any, key: Hashable, make: Callable[[], T], most: int = 16) -> T:
+    """``make()``, or what it made before for this owner and key; it is forgotten with the owner.
+
+    Args:
+        owner: A function; where it has no room for attributes nothing is remembered.
+        key: What tells one result from another.
+        make: Makes it. It must not hold on to the owner.
+        most: How many results an owner remembers; the oldest go.
+    """
+    memory = getattr(owner, "__dict__", {}).get("_stochgrad_memory")
+    if memory is None:
+        memory = OrderedDict()
+        try:
+            owner._stochgrad_memory = memory
+        except (AttributeError, TypeError):
+            return make()
+    if key not in memory:
+        memory[key] = make()
+        while len(memory) > most:
+            memory.popitem(last=False)
+    memory.move_to_end(key)
+    return memory[key]
+
+
+class hoisted_jit:
+    """``jax.jit``, with the arrays that a function closes over passed as arguments.
+
+    Closed-over arrays would be constants of the program: a data set of 100 MB is then printed into
+    it, held twice and folded over. As arguments they cost nothing.
+
+    Args:
+        function: A pure function of trees of arrays.
+        mesh: The devices that arguments are spread over, if there are several.
+        donate: Whether the first argument's memory may be used for the results.
+    """
+
+    def __init__(self, function: Callable, mesh: Mesh | None = None, donate: bool = False):
+        self._function = function
+        self._mesh = mesh
+        self._donate = donate
+        self._programs: dict[Hashable, tuple[list, Callable, Any]] = {}
+
+    def __call__(self, *args):
+        leaves, structure = jax.tree.flatten(args)
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return self._function(*args)
+        form = structure, tuple(map(_form, leaves))
+        if form not in self._programs:
+            closed, out = jax.make_jaxpr(self._function, return_shape=True)(*args)
+            if any(isinstance(c, Tracer) for c in closed.consts):
+                return self._function(*args)
+            self._programs[form] = self._compile(closed, args, jax.tree.structure(out))
+        constants, run, out = self._programs[form]
+        first = jax.tree.leaves(args[:1])
+        return jax.tree.unflatten(out, run(constants, first, leaves[len(first) :]))
+
+    def _compile(self, closed, args, out) -> tuple[list, Callable, Any]:
+        def program(constants, first, rest):
+            return eval_jaxpr(closed.jaxpr, constants, *first, *rest)
+
+        jitted = jax.jit(program, donate_argnums=(1,) if self._donate else ())
+        if self._mesh is not None:
+            replicated = NamedSharding(self._mesh, PartitionSpec())
+            lies = lambda c: getattr(getattr(c, "sharding", None), "mesh", None) == self._mesh
+            return [c if lies(c) else place(c, replicated) for c in closed.consts], jitted, out
+        constants = [jnp.asarray(c) for c in closed.consts]
+        inputs = constants, jax.tree.leaves(args[:1]), jax.tree.leaves(args[1:])
+        traced = jitted.trace(*inputs)
+        key = _content(traced.jaxpr)
+        if key is None:
+            return constants, traced.lower().compile(), out
+        key = key, tuple(map(_place, jax.tree.leaves(inputs))), self._donate, len(inputs[1])
+        if key not in _executables:
+            _executables[key] = traced.lower().compile()
+            while len(_executables) > _MOST_EXECUTABLES:
+                _executables.popitem(last=False)
+        _executables.move_to_end(key)
+        return constants, _executables[key], out
+
+
+def _form(leaf: Any) -> Hashable:
+    return (leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else type(leaf)
+
+
+def _place(leaf: Any) -> Hashable:
+    """Where an argument lies, unless it goes where the others are."""
+    committed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
+    return leaf.sharding if committed else str(jax.config.jax_default_device)
+
+
+class _Private(Exception):
+    """A trace holds something that cannot be told by its value: a closure, or much data."""
+
+
+def _content(jaxpr: Any) -> Hashable | None:
+    """What a trace computes, as a value that equals that of any other such trace; None if it holds
+    what cannot be compared, such as a callback.
+    """
+    try:
+        return _of_jaxpr(jaxpr)
+    except _Private:
+        return None
+
+
+def _of_jaxpr(jaxpr: Any) -> Hashable:
+    numbers: dict[Any, int] = {}
+
+    def define(variables):
+        for variable in variables:
+            numbers[variable] = len(numbers)
+        return tuple(variable.aval for variable in variables)
+
+    def read(atom):
+        if hasattr(atom, "val"):
+            return _of_value(np.asarray(atom.val)), atom.aval
+        return numbers[atom]
+
+    consts = tuple(_of_value(x) for x in getattr(jaxpr, "consts", ()))
+    inside = jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+    inputs = define(inside.constvars), define(inside.invars)
+    equations = []
+    for equation in inside.eqns:
+        read_in = tuple(read(atom) for atom in equation.invars)
+        params = equation.params
+        if equation.primitive.name in _RULES:
+            params = {name: params[name] for name in ("call_jaxpr", "fun_jaxpr") if name in params}
+        equations.append(
+            (
+                equation.primitive.name,
+                read_in,
+                define(equation.outvars),
+                tuple((name, _of_value(params[name])) for name in sorted(params)),
+                equation.ctx.compute_type,
+                equation.ctx.threefry_partitionable,
+                str(equation.ctx.xla_metadata),
+            )
+        )
+    return consts, inputs, tuple(equations), tuple(read(atom) for atom in inside.outvars)
+
+
+def _of_value(value: Any) -> Hashable:
+    """A parameter of a primitive by its value."""
+    if hasattr(value, "eqns"):
+        return _of_jaxpr(value)
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_of_value, value))
+    if isinstance(value, dict):
+        return tuple((name, _of_value(x)) for name, x in value.items())
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        array = np.asarray(value)
+        if array.nbytes > _MOST_CONSTANT_BYTES or array.dtype.hasobject:
+            raise _Private(describe(value))
+        return array.shape, array.dtype, array.tobytes()
+    interned = value is None or isinstance(value, Mesh)
+    if not interned and type(value).__hash__ in (None, object.__hash__):
+        # told by identity: fit to be compared if there is one of it, as of a function in a module
+        name = getattr(value, "__qualname__", None)
+        module = sys.modules.get(getattr(value, "__module__", None) or "")
+        empty = name is None and not getattr(value, "__dict__", None) and not _slots(value)
+        if not empty and getattr(module, name or "", None) is not value:
+            raise _Private(describe(value))
+        return type(value) if empty else value
+    return type(value), value
+
+
+def _slots(value: Any) -> bool:
+    return any(getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
