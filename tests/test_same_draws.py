@@ -199,9 +199,7 @@ RUNS = {
     "control variate": run(SGLD, lambda t: stochgrad.control_variate(t, CENTER)),
     "svrg": run(SGLD, partial(stochgrad.svrg, period=7)),
     "saga": run(SGLD, stochgrad.saga),
-    **{
-        f"order {order}": run(SGLD, data={"order": order}) for order in ("iid", "symmetric")
-    },
+    **{f"order {order}": run(SGLD, data={"order": order}) for order in ("iid", "symmetric")},
     "order full": run(SGLD, data={"order": "full", "batch_size": None}),
     "layout rows": run(SGLD, data={"layout": "rows"}),
     "one chain": run(SGLD, num_chains=1, thin=1),
@@ -247,9 +245,11 @@ def summary(result):
     """A digest of all arrays, and the last numbers of each."""
     if isinstance(result, tuple) and any(isinstance(x, stochgrad.Draws) for x in result):
         result = tuple(x.positions if isinstance(x, stochgrad.Draws) else x for x in result)
-    tree = (result.positions, result.stats.get("log_density")) if isinstance(
-        result, stochgrad.Draws
-    ) else result
+    tree = (
+        (result.positions, result.stats.get("log_density"))
+        if isinstance(result, stochgrad.Draws)
+        else result
+    )
     arrays = [np.asarray(x) for x in jax.tree.leaves(tree)]
     digest = hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()[:16]
     return digest, [float(f"{float(v):.6g}") for x in arrays for v in x.ravel()[-3:]]
