@@ -1,7 +1,7 @@
 """Draws stay what they were: to the bit where they were recorded, to rounding elsewhere.
 
-``tests/same_draws.json`` holds, for each run, a digest and a few numbers. Digests are compared where
-they were made: on the same versions of jax and the same processor. Elsewhere compilers round
+``tests/same_draws.json`` holds, for each run, a digest and a few numbers. Digests are compared
+where they were made: on the same versions of jax and the same processor. Elsewhere compilers round
 differently, and the numbers are compared instead. ``python -m tests.test_same_draws`` records anew;
 do so only where a change of draws is meant, and say so in CHANGELOG.md.
 """

@@ -132,7 +132,8 @@ def _form(leaf: Any) -> Hashable:
 def _place(leaf: Any) -> Hashable:
     """Where an argument lies, unless it goes where the others are."""
     committed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
-    return leaf.sharding if committed else str(jax.config.jax_default_device)
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return leaf.sharding if committed else str(default)
 
 
 class _Private(Exception):

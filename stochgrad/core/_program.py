@@ -1,6 +1,6 @@
 """The compiled part of the loop: scan over draws, scan over thinning, vmap over chains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -357,8 +357,9 @@ def _try_online(online: Online, position: PyTree) -> None:
 def scalars(info: Any, shape: tuple[int, ...]) -> dict[str, Array]:
     """The fields of a step's info, and of infos within it, that are one number per chain."""
     found: dict[str, Array] = {}
-    for name, value in (info._asdict() if hasattr(info, "_asdict") else {}).items():
-        if hasattr(value, "_asdict"):
+    fields = info._asdict() if hasattr(info, "_asdict") else info
+    for name, value in fields.items() if isinstance(fields, Mapping) else ():
+        if hasattr(value, "_asdict") or isinstance(value, Mapping):
             found |= scalars(value, shape)
         elif getattr(value, "shape", None) == shape:
             found[name] = value

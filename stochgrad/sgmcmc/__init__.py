@@ -1,28 +1,34 @@
 """Samplers driven by stochastic gradients."""
 
+from stochgrad._deprecations import renamed as _renamed
 from stochgrad.sgmcmc._center import Center as Center
 from stochgrad.sgmcmc._center import find_center as find_center
 from stochgrad.sgmcmc._curvature import find_mass as find_mass
-from stochgrad.sgmcmc._cyclical import CyclicalInfo as CyclicalInfo
 from stochgrad.sgmcmc._cyclical import CyclicalState as CyclicalState
 from stochgrad.sgmcmc._cyclical import cyclical as cyclical
+from stochgrad.sgmcmc._kernel import StepInfo as StepInfo
 from stochgrad.sgmcmc._online import SWAG as SWAG
 from stochgrad.sgmcmc._online import Moments as Moments
 from stochgrad.sgmcmc._online import moments as moments
 from stochgrad.sgmcmc._online import swag as swag
 from stochgrad.sgmcmc._psgld import PSGLDState as PSGLDState
 from stochgrad.sgmcmc._psgld import psgld as psgld
-from stochgrad.sgmcmc._replica_exchange import ReplicaInfo as ReplicaInfo
 from stochgrad.sgmcmc._replica_exchange import ReplicaState as ReplicaState
 from stochgrad.sgmcmc._replica_exchange import replica_exchange as replica_exchange
-from stochgrad.sgmcmc._sghmc import SGHMCInfo as SGHMCInfo
 from stochgrad.sgmcmc._sghmc import SGHMCState as SGHMCState
 from stochgrad.sgmcmc._sghmc import sghmc as sghmc
-from stochgrad.sgmcmc._sgld import SGLDInfo as SGLDInfo
 from stochgrad.sgmcmc._sgld import SGLDState as SGLDState
 from stochgrad.sgmcmc._sgld import sgld as sgld
-from stochgrad.sgmcmc._sgnht import SGNHTInfo as SGNHTInfo
 from stochgrad.sgmcmc._sgnht import SGNHTState as SGNHTState
 from stochgrad.sgmcmc._sgnht import sgnht as sgnht
 from stochgrad.sgmcmc._step_size import StepSizeReport as StepSizeReport
 from stochgrad.sgmcmc._step_size import find_step_size as find_step_size
+
+__getattr__ = _renamed(
+    __name__,
+    SGLDInfo="StepInfo",
+    SGHMCInfo="StepInfo",
+    SGNHTInfo="StepInfo",
+    CyclicalInfo="StepInfo",
+    ReplicaInfo="StepInfo",
+)

@@ -1,4 +1,4 @@
-"""What the SG-MCMC kernels share."""
+"""Checks of what SG-MCMC kernels and the searches before them are given."""
 
 from inspect import signature
 from typing import Any
@@ -6,15 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from stochgrad.core import (
     Kernel,
     Position,
-    Posterior,
-    PRNGKey,
-    Shared,
-    StepSize,
     Target,
     check_callable,
     check_number,
@@ -22,52 +18,8 @@ from stochgrad.core import (
     describe,
     first_line,
     is_function,
-    tree_dot,
-    tree_size,
 )
 from stochgrad.gradients import check_center
-from stochgrad.integrators import over
-
-_LAST_STEP = np.int32(2**31 - 1)
-
-
-def step_counter() -> Shared:
-    """A step count of zero, common to all chains."""
-    return Shared(jnp.zeros((), jnp.int32))
-
-
-def successor(count: Shared) -> Shared:
-    """One step more, or the same at the largest number there is."""
-    return Shared(jnp.where(count.value < _LAST_STEP, count.value + 1, count.value))
-
-
-def gradient_key(rng_key: PRNGKey) -> PRNGKey:
-    """A key for the gradient, apart from the counters that the noise uses of the same key."""
-    return jax.random.fold_in(rng_key, np.uint32(2**32 - 1))
-
-
-def gradient_norm(gradient: Position) -> Float[Array, ""]:
-    """Euclidean norm."""
-    return jnp.sqrt(tree_dot(gradient, gradient))
-
-
-def noise_ratio(gradient, previous, count, step_size, diffusion) -> Float[Array, ""]:
-    r"""Diffusion by gradient noise over the diffusion injected, $hV/2D$, averaged over coordinates.
-
-    Two successive estimates are taken at nearly one position from different minibatches, so half
-    their squared difference estimates V. NaN at the first step, which has no precursor.
-
-    Args:
-        gradient: The estimate of this step.
-        previous: The estimate of the step before.
-        count: Number of this step.
-        step_size: h.
-        diffusion: D, a number or an array for each leaf.
-    """
-    difference = jax.tree.map(jnp.subtract, gradient, previous)
-    weighted = jax.tree.map(over, difference, diffusion)
-    variance = tree_dot(difference, weighted) / (2 * tree_size(gradient))
-    return jnp.where(count > 0, step_size.astype(variance.dtype) * variance / 2, jnp.nan)
 
 
 def check_positive(name: str, value: PyTree, *, zero: bool = False) -> None:
@@ -112,20 +64,3 @@ def as_position(name: str, position: Any) -> Position:
         raise TypeError(f"{name} must be a position, got {describe(position)}.")
     check_position(position, name)
     return jax.tree.map(jnp.asarray, position)
-
-
-def setting(value: StepSize) -> Any:
-    """A number or a schedule as a result's attributes show it."""
-    return value if callable(value) else float(value)
-
-
-def batch_settings(posterior: Posterior | None) -> tuple[tuple[str, int | str], ...]:
-    """Size and order of the minibatches, for a result's attributes."""
-    if posterior is None:
-        return ()
-    batches = posterior.batches
-    return (
-        ("batch_size", batches.batch_size),
-        ("data_size", batches.size),
-        ("order", batches.order),
-    )

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from stochgrad.core import (
     Kernel,
@@ -17,7 +16,8 @@ from stochgrad.core import (
     check_number,
     number,
 )
-from stochgrad.sgmcmc._common import make_kernel, step_counter, successor
+from stochgrad.sgmcmc._common import make_kernel
+from stochgrad.sgmcmc._kernel import StepInfo, step_counter, successor
 
 
 class CyclicalState(NamedTuple):
@@ -32,26 +32,6 @@ class CyclicalState(NamedTuple):
     position: Position
     inner: Any
     count: Shared
-
-
-class CyclicalInfo(NamedTuple):
-    """What a step reports.
-
-    Attributes:
-        step_size: h.
-        log_density: Minibatch estimate of the log density where the gradient was taken.
-        gradient_norm: Euclidean norm of the gradient estimate.
-        noise_ratio: Gradient noise over injected noise; infinite or NaN while exploring at T = 0.
-        cycle: Number of the cycle.
-        sampling: Whether the step belongs to the sampling stage: the snapshots to keep.
-    """
-
-    step_size: Float[Array, ""]
-    log_density: Scalar
-    gradient_norm: Float[Array, ""]
-    noise_ratio: Float[Array, ""]
-    cycle: Int[Array, ""]
-    sampling: Bool[Array, ""]
 
 
 def cyclical(
@@ -128,17 +108,11 @@ def cyclical(
     def init(position: Position, rng_key) -> CyclicalState:
         return CyclicalState(position, inner.init(position, rng_key), step_counter())
 
-    def step(rng_key, state: CyclicalState) -> tuple[CyclicalState, CyclicalInfo]:
+    def step(rng_key, state: CyclicalState) -> tuple[CyclicalState, StepInfo]:
         count = state.count.value
         following, info = inner.step(rng_key, state.inner)
-        info = CyclicalInfo(
-            info.step_size,
-            info.log_density,
-            info.gradient_norm,
-            info.noise_ratio,
-            count // length,
-            sampling(count),
-        )
+        own = {"cycle": count // length, "sampling": sampling(count)}
+        info = StepInfo(info.step_size, info.log_density, info.gradient_norm, info.noise_ratio, own)
         return CyclicalState(following.position, following, successor(state.count)), info
 
     settings = (
@@ -148,4 +122,6 @@ def cyclical(
         *inner.settings,
     )
     settings = tuple({**dict(settings), "step_size": largest, "temperature": temperature}.items())
-    return Kernel(init, step, f"cyclical {inner.method}", settings, inner.posterior, inner.initial)
+    return inner._replace(
+        init=init, step=step, method=f"cyclical {inner.method}", settings=settings
+    )

@@ -13,7 +13,6 @@ from stochgrad.core import (
     Shared,
     StepSize,
     Target,
-    as_schedule,
     check_count,
     check_flag,
     check_number,
@@ -21,16 +20,7 @@ from stochgrad.core import (
     number,
 )
 from stochgrad.gradients import as_gradient
-from stochgrad.sgmcmc._common import (
-    batch_settings,
-    gradient_key,
-    gradient_norm,
-    noise_ratio,
-    setting,
-    step_counter,
-    successor,
-)
-from stochgrad.sgmcmc._sgld import SGLDInfo
+from stochgrad.sgmcmc._kernel import Move, Step, langevin_kernel
 
 
 class PSGLDState(NamedTuple):
@@ -103,8 +93,6 @@ def psgld(
         'pSGLD'
     """
     gradient = as_gradient(target)
-    schedule, _ = as_schedule(step_size)
-    heat, _ = as_schedule(temperature, "temperature", zero=True)
     decay = check_number("decay", decay, zero=True)
     if decay >= 1:
         raise ValueError(f"decay must be below 1, got {decay:g}.")
@@ -112,40 +100,33 @@ def psgld(
     correction = check_flag("correction", correction)
     if adapt_steps is not None:
         adapt_steps = check_count("adapt_steps", adapt_steps)
-    draw_noise = noise_like(noise)
     rows = max(gradient.posterior.batches.size, 1) if gradient.posterior is not None else 1
 
-    def init(position: Position, rng_key) -> PSGLDState:
-        zeros = lambda: jax.tree.map(jnp.zeros_like, position)
-        state = gradient.init(rng_key, position)
-        return PSGLDState(position, zeros(), state, step_counter(), zeros())
+    def start(position: Position, key):
+        return {"square": jax.tree.map(jnp.zeros_like, position)}, key
 
-    def step(rng_key, state: PSGLDState) -> tuple[PSGLDState, SGLDInfo]:
-        count = state.count.value
-        h, hot = number(schedule(count)), number(heat(count))
-        adapting = True if adapt_steps is None else count < adapt_steps
-        score, gradient_state = gradient.next(
-            gradient_key(rng_key), state.position, state.gradient_state
-        )
+    def move(step: Step, state: PSGLDState) -> Move:
+        h, T = number(step.h), number(step.T)
+        adapting = True if adapt_steps is None else step.count < adapt_steps
 
         def with_curvature(position):
-            signs = _signs(rng_key, position)
-            (value, g), (_, bent) = jax.jvp(score, (position,), (signs,))
+            signs = _signs(step.key, position)
+            (value, g), (_, bent) = jax.jvp(step.score, (position,), (signs,))
             return value, g, jax.tree.map(jnp.multiply, signs, bent)
 
         def without(position):
-            value, g = score(position)
+            value, g = step.score(position)
             return value, g, jax.tree.map(jnp.zeros_like, g)
 
         if correction and adapt_steps is not None:
-            found = lax.cond(adapting, with_curvature, without, state.position)
+            estimates = lax.cond(adapting, with_curvature, without, state.position)
         else:
-            found = (with_curvature if correction else without)(state.position)
-        value, g, curvature = found
+            estimates = (with_curvature if correction else without)(state.position)
+        value, g, curvature = estimates
 
         def follow(v, g):
             # the first gradient stands for all before it, else early steps would be huge
-            a = jnp.where(count > 0, number(decay, v.dtype), 0)
+            a = jnp.where(step.count > 0, number(decay, v.dtype), 0)
             return jnp.where(adapting, a * v + (1 - a) * (g / rows) ** 2, v)
 
         square = jax.tree.map(follow, state.square, g)
@@ -156,42 +137,34 @@ def psgld(
                 return metric * g
             root = jnp.maximum(jnp.sqrt(v), jnp.finfo(v.dtype).tiny)
             gamma = number(-(1 - decay), g.dtype) * metric**2 * (g / rows) * (c / rows) / root
-            return metric * g + hot.astype(g.dtype) * gamma
+            return metric * g + T.astype(g.dtype) * gamma
 
-        def move(x, drift, metric, xi):
-            scale = jnp.sqrt(2 * (h * hot).astype(x.dtype) * metric)
+        def advance(x, drift, metric, xi):
+            scale = jnp.sqrt(2 * (h * T).astype(x.dtype) * metric)
             return x + h.astype(x.dtype) * drift + scale * xi
 
         drifts = jax.tree.map(drift, g, metric, square, curvature)
-        xi = draw_noise(rng_key, state.position)
-        position = jax.tree.map(move, state.position, drifts, metric, xi)
+        xi = step.noise(state.position)
+        position = jax.tree.map(advance, state.position, drifts, metric, xi)
         # in the metric's own coordinates: gradient noise G V h / 2 over injected noise T
-        injected = jax.tree.map(lambda m: hot.astype(m.dtype) / m, metric)
-        info = SGLDInfo(
-            step_size=h,
-            log_density=value,
-            gradient_norm=gradient_norm(g),
-            noise_ratio=noise_ratio(g, state.gradient, count, h, injected),
-        )
-        following = PSGLDState(position, g, gradient_state, successor(state.count), square)
-        return following, info
+        diffusion = jax.tree.map(lambda m: T.astype(m.dtype) / m, metric)
+        return Move({"position": position, "square": square}, value, g, diffusion)
 
-    settings = (
-        ("step_size", setting(step_size)),
-        ("decay", decay),
-        ("regularizer", regularizer),
-        ("correction", str(correction)),
-        ("adapt_steps", str(adapt_steps)),
-        ("temperature", setting(temperature)),
-        ("noise", noise),
-    )
-    return Kernel(
-        init,
-        step,
+    return langevin_kernel(
         "pSGLD",
-        settings + batch_settings(gradient.posterior),
-        gradient.posterior,
-        gradient.initial,
+        gradient,
+        PSGLDState,
+        move,
+        start=start,
+        step_size=step_size,
+        temperature=temperature,
+        noise=noise,
+        settings=(
+            ("decay", decay),
+            ("regularizer", regularizer),
+            ("correction", str(correction)),
+            ("adapt_steps", str(adapt_steps)),
+        ),
     )
 
 

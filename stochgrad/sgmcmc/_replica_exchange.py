@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float
 
 from stochgrad.core import (
     Kernel,
@@ -21,7 +21,8 @@ from stochgrad.core import (
     number,
 )
 from stochgrad.gradients import as_gradient
-from stochgrad.sgmcmc._common import make_kernel, step_counter, successor
+from stochgrad.sgmcmc._common import make_kernel
+from stochgrad.sgmcmc._kernel import StepInfo, step_counter, successor
 
 
 class ReplicaState(NamedTuple):
@@ -40,24 +41,6 @@ class ReplicaState(NamedTuple):
     energy_state: Any
     swap_probability: Float[Array, ""]
     count: Shared
-
-
-class ReplicaInfo(NamedTuple):
-    """What a step reports of the coldest replica.
-
-    Attributes:
-        step_size: h.
-        log_density: Minibatch estimate of the log density where the gradient was taken.
-        gradient_norm: Euclidean norm of the gradient estimate.
-        noise_ratio: Gradient noise over injected noise.
-        swap_probability: Mean probability of the swaps tried last.
-    """
-
-    step_size: Float[Array, ""]
-    log_density: Scalar
-    gradient_norm: Float[Array, ""]
-    noise_ratio: Float[Array, ""]
-    swap_probability: Float[Array, ""]
 
 
 def replica_exchange(
@@ -162,7 +145,7 @@ def replica_exchange(
             probabilities.append(jnp.exp(log_probability))
         return tuple(replicas), energy_state, jnp.mean(jnp.stack(probabilities)).astype(float)
 
-    def step(rng_key, state: ReplicaState) -> tuple[ReplicaState, ReplicaInfo]:
+    def step(rng_key, state: ReplicaState) -> tuple[ReplicaState, StepInfo]:
         count = state.count.value
         keys = [jax.random.fold_in(rng_key, i) for i in range(len(kernels) + 1)]
         moved = [
@@ -185,9 +168,8 @@ def replica_exchange(
             choice, branches, keys[0], replicas, state.energy_state
         )
         info = moved[0][1]
-        info = ReplicaInfo(
-            info.step_size, info.log_density, info.gradient_norm, info.noise_ratio, probability
-        )
+        own = {"swap_probability": probability}
+        info = StepInfo(info.step_size, info.log_density, info.gradient_norm, info.noise_ratio, own)
         following = ReplicaState(
             replicas[0].position, replicas, energy_state, probability, successor(state.count)
         )
@@ -200,8 +182,8 @@ def replica_exchange(
         ("swap_every", swap_every),
         ("energy_batches", n),
     )
-    return Kernel(
-        init, step, f"replica exchange {cold.method}", settings, cold.posterior, cold.initial
+    return cold._replace(
+        init=init, step=step, method=f"replica exchange {cold.method}", settings=settings
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import PyTree
 
 from stochgrad.core import (
     Kernel,
@@ -20,19 +20,10 @@ from stochgrad.core import (
     tree_dot,
     tree_size,
 )
-from stochgrad.gradients import as_gradient
 from stochgrad.integrators import Coefficients, Integrator, integrator_of, scaled
-from stochgrad.sgmcmc._common import (
-    batch_settings,
-    check_positive,
-    gradient_key,
-    gradient_norm,
-    noise_ratio,
-    setting,
-    step_counter,
-    successor,
-)
+from stochgrad.sgmcmc._common import check_positive
 from stochgrad.sgmcmc._frame import Frame, frames, is_number
+from stochgrad.sgmcmc._kernel import Move, Step, langevin_kernel
 from stochgrad.sgmcmc._noise_variance import effective_temperature, following_variance
 
 
@@ -55,24 +46,6 @@ class SGHMCState(NamedTuple):
     gradient_state: Any
     count: Shared
     noise_variance: Position | None = None
-
-
-class SGHMCInfo(NamedTuple):
-    r"""What a step reports.
-
-    Attributes:
-        step_size: h.
-        log_density: Minibatch estimate of the log density where the gradient was taken.
-        gradient_norm: Euclidean norm of the gradient estimate.
-        noise_ratio: Gradient noise over injected noise, $hV/2CT$, from two successive gradients.
-        kinetic_temperature: $p^\top M^{-1} p / d$, which averages to T in a faithful run.
-    """
-
-    step_size: Float[Array, ""]
-    log_density: Scalar
-    gradient_norm: Float[Array, ""]
-    noise_ratio: Float[Array, ""]
-    kinetic_temperature: Float[Array, ""]
 
 
 def sghmc(
@@ -151,9 +124,8 @@ def sghmc(
         >>> kernel.method, dict(kernel.settings)["friction"]
         ('SGHMC', 2.0)
     """
-    gradient = as_gradient(target)
-    schedule, first = as_schedule(step_size)
-    heat, first_heat = as_schedule(temperature, "temperature", zero=True)
+    _, first = as_schedule(step_size)
+    _, first_temperature = as_schedule(temperature, "temperature", zero=True)
     for name, value in (("friction", friction), ("mass", mass)):
         check_positive(name, value)
     online = isinstance(noise_estimate, str)
@@ -163,109 +135,84 @@ def sghmc(
         )
     known_noise = 0.0 if online else noise_estimate
     check_positive("noise_estimate", known_noise, zero=True)
-    draw_noise = noise_like(noise)
     scheme = integrator_of(integrator)
     frame_of = frames(mass, friction, known_noise)
-    fixed_heat = None if callable(temperature) else first_heat
+    fixed_temperature = None if callable(temperature) else first_temperature
 
     def check(mass, friction, noise):
-        _check_stable(scheme, first, fixed_heat, mass, friction, noise)
+        _check_stable(scheme, first, fixed_temperature, mass, friction, noise)
 
     if all(is_number(x) and np.ndim(x) < 2 for x in (mass, friction, known_noise)):
         check(mass, friction, known_noise)
 
-    def coefficients(count, frame: Frame, variance: Position | None) -> Coefficients:
-        h, heat_now = schedule(count), heat(count)
-        if callable(step_size):
-            h = jnp.asarray(h, float)
+    def coefficients(step: Step, frame: Frame, variance: Position | None) -> Coefficients:
         noise = frame.noise
         if variance is not None:
-            noise = jax.tree.map(lambda v: number(h, v.dtype) * v / 2, variance)
-        cooled = jax.tree.map(
-            lambda c, b: effective_temperature(heat_now, c, b), frame.friction, noise
+            noise = jax.tree.map(lambda v: number(step.h, v.dtype) * v / 2, variance)
+        temperatures = jax.tree.map(
+            lambda c, b: effective_temperature(step.T, c, b), frame.friction, noise
         )
-        return Coefficients(h, frame.mass, frame.friction, cooled)
+        return Coefficients(step.h, frame.mass, frame.friction, temperatures)
 
-    def init(position: Position, rng_key) -> SGHMCState:
-        momentum_key, key = jax.random.split(rng_key)
+    def start(position: Position, key):
+        momentum_key, key = jax.random.split(key)
         frame = frame_of(position)
         check(frame.mass, frame.friction, frame.noise)
         inside = frame.enter(position)
         xi = noise_like("normal")(momentum_key, inside)
-        roots = jax.tree.map(lambda m: np.sqrt(m * first_heat), frame.mass)
+        roots = jax.tree.map(lambda m: np.sqrt(m * first_temperature), frame.mass)
         momentum = frame.leave_dual(scaled(roots, xi))
-        g = jax.tree.map(jnp.zeros_like, position)
-        if scheme.keeps_gradient:
-            key, next_key = jax.random.split(key)
-            gradient_state = gradient.init(key, position)
-            score, gradient_state = gradient.next(next_key, position, gradient_state)
-            g = score(position)[1]
-        else:
-            gradient_state = gradient.init(key, position)
         variance = jax.tree.map(jnp.zeros_like, inside) if online else None
-        return SGHMCState(position, momentum, g, gradient_state, step_counter(), variance)
+        return {"momentum": momentum, "noise_variance": variance}, key
 
-    def step(rng_key, state: SGHMCState) -> tuple[SGHMCState, SGHMCInfo]:
-        count = state.count.value
+    def move(step: Step, state: SGHMCState) -> Move:
         frame = frame_of(state.position)
         inside, previous = frame.enter(state.position), frame.enter_dual(state.gradient)
-        c = coefficients(count, frame, state.noise_variance)
-
-        def draw(i):
-            return draw_noise(rng_key, inside, i)
-
-        estimate, gradient_state = gradient.next(
-            gradient_key(rng_key), state.position, state.gradient_state
-        )
+        c = coefficients(step, frame, state.noise_variance)
 
         def score(position):
-            value, g = estimate(frame.leave(position))
+            value, g = step.score(frame.leave(position))
             return value, frame.enter_dual(g)
 
+        draw = lambda i: step.noise(inside, i)
         end = scheme.step(inside, frame.enter_dual(state.momentum), previous, score, draw, c)
-        h = number(c.step_size)
-        diffusion = jax.tree.map(lambda c: c * heat(count), frame.friction)
-        info = SGHMCInfo(
-            step_size=h,
-            log_density=end.value,
-            gradient_norm=gradient_norm(end.gradient),
-            noise_ratio=noise_ratio(end.gradient, previous, count, h, diffusion),
-            kinetic_temperature=tree_dot(end.momentum, c.velocity(end.momentum))
-            / tree_size(inside),
-        )
         variance = state.noise_variance
         if variance is not None:
-            variance = following_variance(variance, end.gradient, previous, count)
-        state = SGHMCState(
-            frame.leave(end.position),
-            frame.leave_dual(end.momentum),
+            variance = following_variance(variance, end.gradient, previous, step.count)
+        kinetic = tree_dot(end.momentum, c.velocity(end.momentum)) / tree_size(inside)
+        return Move(
+            {
+                "position": frame.leave(end.position),
+                "momentum": frame.leave_dual(end.momentum),
+                "noise_variance": variance,
+            },
+            end.value,
             frame.leave_dual(end.gradient),
-            gradient_state,
-            successor(state.count),
-            variance,
+            diffusion=jax.tree.map(lambda c: c * step.T, frame.friction),
+            estimates=(end.gradient, previous),
+            own={"kinetic_temperature": kinetic},
         )
-        return state, info
 
-    settings = (
-        ("step_size", setting(step_size)),
-        ("friction", friction),
-        ("mass", mass),
-        ("noise_estimate", noise_estimate),
-        ("temperature", setting(temperature)),
-        ("integrator", integrator),
-        ("noise", noise),
-    )
-    return Kernel(
-        init,
-        step,
+    return langevin_kernel(
         "SGHMC",
-        settings + batch_settings(gradient.posterior),
-        gradient.posterior,
-        gradient.initial,
+        target,
+        SGHMCState,
+        move,
+        start=start,
+        begins_with_gradient=scheme.keeps_gradient,
+        step_size=step_size,
+        temperature=temperature,
+        noise=noise,
+        settings=(
+            ("friction", friction),
+            ("mass", mass),
+            ("noise_estimate", noise_estimate),
+            ("integrator", integrator),
+        ),
     )
 
 
-def _check_stable(scheme: Integrator, step_size, heat, mass, friction, noise) -> None:
+def _check_stable(scheme: Integrator, step_size, temperature, mass, friction, noise) -> None:
     """Raise unless friction and noise estimate leave the scheme stable, whatever the target."""
     leaves = [jax.tree.leaves(tree) for tree in (mass, friction, noise)]
     for m, c, b in zip(*leaves, strict=True):
@@ -277,9 +224,9 @@ def _check_stable(scheme: Integrator, step_size, heat, mass, friction, noise) ->
                 f"to be stable, got {damping:g} with step_size {step_size:g}; an integrator with "
                 "exact friction, such as 'BAOAB', has no such limit."
             )
-        if heat is not None and np.any(b > c * heat):
+        if temperature is not None and np.any(b > c * temperature):
             raise ValueError(
                 "noise_estimate must not exceed friction * temperature, got "
-                f"{np.max(b):g} > {np.min(c * heat):g}: gradient noise alone heats the chain more "
+                f"{np.max(b):g} > {np.min(c * temperature):g}: gradient noise alone heats the chain more "
                 "than that; take more friction or a smaller step_size."
             )

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
 
 from stochgrad.core import (
     Kernel,
@@ -13,21 +12,10 @@ from stochgrad.core import (
     Shared,
     StepSize,
     Target,
-    as_schedule,
-    noise_like,
     number,
 )
-from stochgrad.gradients import as_gradient
 from stochgrad.integrators import axpy
-from stochgrad.sgmcmc._common import (
-    batch_settings,
-    gradient_key,
-    gradient_norm,
-    noise_ratio,
-    setting,
-    step_counter,
-    successor,
-)
+from stochgrad.sgmcmc._kernel import Move, Step, langevin_kernel
 
 
 class SGLDState(NamedTuple):
@@ -44,22 +32,6 @@ class SGLDState(NamedTuple):
     gradient: Position
     gradient_state: Any
     count: Shared
-
-
-class SGLDInfo(NamedTuple):
-    """What a step reports.
-
-    Attributes:
-        step_size: h.
-        log_density: Minibatch estimate of the log density where the gradient was taken.
-        gradient_norm: Euclidean norm of the gradient estimate.
-        noise_ratio: Gradient noise over injected noise, $hV/2T$, from two successive gradients.
-    """
-
-    step_size: Float[Array, ""]
-    log_density: Scalar
-    gradient_norm: Float[Array, ""]
-    noise_ratio: Float[Array, ""]
 
 
 def sgld(
@@ -108,44 +80,20 @@ def sgld(
         >>> float(info.gradient_norm)
         10.0
     """
-    gradient = as_gradient(target)
-    schedule, _ = as_schedule(step_size)
-    heat, _ = as_schedule(temperature, "temperature", zero=True)
-    draw_noise = noise_like(noise)
 
-    def init(position: Position, rng_key) -> SGLDState:
-        zeros = jax.tree.map(jnp.zeros_like, position)
-        return SGLDState(position, zeros, gradient.init(rng_key, position), step_counter())
-
-    def step(rng_key, state: SGLDState) -> tuple[SGLDState, SGLDInfo]:
-        count = state.count.value
-        h = number(schedule(count))
-        score, gradient_state = gradient.next(
-            gradient_key(rng_key), state.position, state.gradient_state
-        )
-        value, g = score(state.position)
+    def move(step: Step, state: SGLDState) -> Move:
+        h, T = number(step.h), number(step.T)
+        value, g = step.score(state.position)
         position = axpy(h, g, state.position)
-        xi = draw_noise(rng_key, position)
-        hot = number(heat(count))
-        position = axpy(jnp.sqrt(2 * h * hot), xi, position)
-        info = SGLDInfo(
-            step_size=h,
-            log_density=value,
-            gradient_norm=gradient_norm(g),
-            noise_ratio=noise_ratio(g, state.gradient, count, h, jax.tree.map(lambda _: hot, g)),
-        )
-        return SGLDState(position, g, gradient_state, successor(state.count)), info
+        position = axpy(jnp.sqrt(2 * h * T), step.noise(position), position)
+        return Move({"position": position}, value, g, diffusion=jax.tree.map(lambda _: T, g))
 
-    settings = (
-        ("step_size", setting(step_size)),
-        ("temperature", setting(temperature)),
-        ("noise", noise),
-    )
-    return Kernel(
-        init,
-        step,
+    return langevin_kernel(
         "SGLD",
-        settings + batch_settings(gradient.posterior),
-        gradient.posterior,
-        gradient.initial,
+        target,
+        SGLDState,
+        move,
+        step_size=step_size,
+        temperature=temperature,
+        noise=noise,
     )

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import PyTree
 
 from stochgrad.core import (
     Kernel,
@@ -22,19 +22,10 @@ from stochgrad.core import (
     tree_dot,
     tree_size,
 )
-from stochgrad.gradients import as_gradient
 from stochgrad.integrators import axpy, scaled, velocity
-from stochgrad.sgmcmc._common import (
-    batch_settings,
-    check_positive,
-    gradient_key,
-    gradient_norm,
-    noise_ratio,
-    setting,
-    step_counter,
-    successor,
-)
+from stochgrad.sgmcmc._common import check_positive
 from stochgrad.sgmcmc._frame import spread
+from stochgrad.sgmcmc._kernel import Move, Step, langevin_kernel
 
 
 class SGNHTState(NamedTuple):
@@ -55,26 +46,6 @@ class SGNHTState(NamedTuple):
     gradient: Position
     gradient_state: Any
     count: Shared
-
-
-class SGNHTInfo(NamedTuple):
-    r"""What a step reports.
-
-    Attributes:
-        step_size: h.
-        log_density: Minibatch estimate of the log density where the gradient was taken.
-        gradient_norm: Euclidean norm of the gradient estimate.
-        noise_ratio: Gradient noise over injected noise, $hV/2AMT$, which the thermostat takes.
-        kinetic_temperature: $p^\top M^{-1} p / d$.
-        thermostat: Mean of the friction; it averages to $A + hV/2$ at unit mass.
-    """
-
-    step_size: Float[Array, ""]
-    log_density: Scalar
-    gradient_norm: Float[Array, ""]
-    noise_ratio: Float[Array, ""]
-    kinetic_temperature: Float[Array, ""]
-    thermostat: Float[Array, ""]
 
 
 def sgnht(
@@ -127,32 +98,26 @@ def sgnht(
         >>> kernel.method
         'SGNHT'
     """
-    gradient = as_gradient(target)
-    schedule, _ = as_schedule(step_size)
-    heat, first_heat = as_schedule(temperature, "temperature", zero=True)
+    _, first_temperature = as_schedule(temperature, "temperature", zero=True)
     diffusion = check_number("diffusion", diffusion)
     thermal_mass = check_number("thermal_mass", thermal_mass)
     check_positive("mass", mass)
     per_coordinate = check_flag("per_coordinate", per_coordinate)
-    draw_noise = noise_like(noise)
 
-    def init(position: Position, rng_key) -> SGNHTState:
-        momentum_key, key = jax.random.split(rng_key)
+    def start(position: Position, key):
+        momentum_key, key = jax.random.split(key)
         xi = noise_like("normal")(momentum_key, position)
         masses = spread("mass", mass, position)
-        momentum = scaled(jax.tree.map(lambda m: np.sqrt(m * first_heat), masses), xi)
-        zeros = jax.tree.map(jnp.zeros_like, position)
+        momentum = scaled(jax.tree.map(lambda m: np.sqrt(m * first_temperature), masses), xi)
         friction = number(diffusion, jnp.result_type(*jax.tree.leaves(position)))
         if per_coordinate:
             friction = jax.tree.map(
                 lambda x: jnp.broadcast_to(number(diffusion, x.dtype), x.shape), position
             )
-        gradient_state = gradient.init(key, position)
-        return SGNHTState(position, momentum, friction, zeros, gradient_state, step_counter())
+        return {"momentum": momentum, "friction": friction}, key
 
-    def step(rng_key, state: SGNHTState) -> tuple[SGNHTState, SGNHTInfo]:
-        count = state.count.value
-        h, hot = number(schedule(count)), number(heat(count))
+    def move(step: Step, state: SGNHTState) -> Move:
+        h, T = number(step.h), number(step.T)
         masses = spread("mass", mass, state.position)
         size = tree_size(state.position)
 
@@ -163,10 +128,10 @@ def sgnht(
             """Half a step of the thermostat."""
             pace = h / number(2 * thermal_mass)
             if not per_coordinate:
-                excess = (kinetic(p) - hot.astype(zeta.dtype)).astype(zeta.dtype)
+                excess = (kinetic(p) - T.astype(zeta.dtype)).astype(zeta.dtype)
                 return zeta + pace.astype(zeta.dtype) * excess
             return jax.tree.map(
-                lambda z, p, v: z + pace.astype(z.dtype) * (p * v - hot.astype(z.dtype)),
+                lambda z, p, v: z + pace.astype(z.dtype) * (p * v - T.astype(z.dtype)),
                 zeta,
                 p,
                 velocity(masses, p),
@@ -180,47 +145,37 @@ def sgnht(
         q = axpy(h / 2, velocity(masses, state.momentum), state.position)
         zeta = warm(state.friction, state.momentum)
         p = damp(zeta, state.momentum)
-        score, gradient_state = gradient.next(
-            gradient_key(rng_key), state.position, state.gradient_state
-        )
-        value, g = score(q)
+        value, g = step.score(q)
         p = axpy(h, g, p)
-        injected = jax.tree.map(lambda m: number(2 * diffusion * m) * h * hot, masses)
+        injected = jax.tree.map(lambda m: number(2 * diffusion * m) * h * T, masses)
         p = jax.tree.map(
-            lambda p, s, xi: p + jnp.sqrt(s).astype(p.dtype) * xi,
-            p,
-            injected,
-            draw_noise(rng_key, q),
+            lambda p, s, xi: p + jnp.sqrt(s).astype(p.dtype) * xi, p, injected, step.noise(q)
         )
         p = damp(zeta, p)
         zeta = warm(zeta, p)
         q = axpy(h / 2, velocity(masses, p), q)
-        spreads = jax.tree.map(lambda m: number(diffusion * m) * hot, masses)
         thermostats = jnp.concatenate([z.ravel() for z in jax.tree.leaves(zeta)])
-        info = SGNHTInfo(
-            step_size=h,
-            log_density=value,
-            gradient_norm=gradient_norm(g),
-            noise_ratio=noise_ratio(g, state.gradient, count, h, spreads),
-            kinetic_temperature=kinetic(p),
-            thermostat=jnp.mean(thermostats),
+        return Move(
+            {"position": q, "momentum": p, "friction": zeta},
+            value,
+            g,
+            diffusion=jax.tree.map(lambda m: number(diffusion * m) * T, masses),
+            own={"kinetic_temperature": kinetic(p), "thermostat": jnp.mean(thermostats)},
         )
-        return SGNHTState(q, p, zeta, g, gradient_state, successor(state.count)), info
 
-    settings = (
-        ("step_size", setting(step_size)),
-        ("diffusion", diffusion),
-        ("per_coordinate", str(per_coordinate)),
-        ("thermal_mass", thermal_mass),
-        ("mass", mass),
-        ("temperature", setting(temperature)),
-        ("noise", noise),
-    )
-    return Kernel(
-        init,
-        step,
+    return langevin_kernel(
         "SGNHT",
-        settings + batch_settings(gradient.posterior),
-        gradient.posterior,
-        gradient.initial,
+        target,
+        SGNHTState,
+        move,
+        start=start,
+        step_size=step_size,
+        temperature=temperature,
+        noise=noise,
+        settings=(
+            ("diffusion", diffusion),
+            ("per_coordinate", str(per_coordinate)),
+            ("thermal_mass", thermal_mass),
+            ("mass", mass),
+        ),
     )
