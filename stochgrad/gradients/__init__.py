@@ -19,6 +19,7 @@ from stochgrad.gradients._path import freeze as freeze
 from stochgrad.gradients._path import path_log_density as path_log_density
 from stochgrad.gradients._path import push_score as push_score
 from stochgrad.gradients._path import triangular as triangular
+from stochgrad.gradients._registry import GRADIENTS as GRADIENTS
 from stochgrad.gradients._saga import SAGAState as SAGAState
 from stochgrad.gradients._saga import saga as saga
 from stochgrad.gradients._score_function import Baseline as Baseline

@@ -13,6 +13,7 @@ from stochgrad.sgmcmc._online import moments as moments
 from stochgrad.sgmcmc._online import swag as swag
 from stochgrad.sgmcmc._psgld import PSGLDState as PSGLDState
 from stochgrad.sgmcmc._psgld import psgld as psgld
+from stochgrad.sgmcmc._registry import KERNELS as KERNELS
 from stochgrad.sgmcmc._replica_exchange import ReplicaState as ReplicaState
 from stochgrad.sgmcmc._replica_exchange import replica_exchange as replica_exchange
 from stochgrad.sgmcmc._sghmc import SGHMCState as SGHMCState

@@ -227,6 +227,6 @@ def _check_stable(scheme: Integrator, step_size, temperature, mass, friction, no
         if temperature is not None and np.any(b > c * temperature):
             raise ValueError(
                 "noise_estimate must not exceed friction * temperature, got "
-                f"{np.max(b):g} > {np.min(c * temperature):g}: gradient noise alone heats the chain more "
-                "than that; take more friction or a smaller step_size."
+                f"{np.max(b):g} > {np.min(c * temperature):g}: gradient noise alone heats the "
+                "chain more than that; take more friction or a smaller step_size."
             )
