@@ -11,9 +11,6 @@ from stochgrad.em._decode import Network as Network
 from stochgrad.em._decode import Prompts as Prompts
 from stochgrad.em._decode import decoder as decoder
 from stochgrad.em._decode import left_padded as left_padded
-from stochgrad.em._e_step import Memory as Memory
-from stochgrad.em._e_step import Stats as Stats
-from stochgrad.em._e_step import Visit as Visit
 from stochgrad.em._estimators import Estimator as Estimator
 from stochgrad.em._estimators import bnpo as bnpo
 from stochgrad.em._estimators import grpo as grpo
@@ -29,7 +26,11 @@ from stochgrad.em._evaluate import evaluate as evaluate
 from stochgrad.em._evaluate import json_lines as json_lines
 from stochgrad.em._mcmc_em import EMState as EMState
 from stochgrad.em._mcmc_em import mcmc_em as mcmc_em
-from stochgrad.em._mcmc_em import unsolved as unsolved
+from stochgrad.em._memory import Memory as Memory
+from stochgrad.em._memory import unsolved as unsolved
+from stochgrad.em._minibatch import Minibatch as Minibatch
+from stochgrad.em._minibatch import Stats as Stats
+from stochgrad.em._minibatch import Visit as Visit
 from stochgrad.em._model import Guide as Guide
 from stochgrad.em._model import LatentModel as LatentModel
 from stochgrad.em._model import Policy as Policy

@@ -22,7 +22,7 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.em._e_step import Stats
+from stochgrad.em._minibatch import Stats
 from stochgrad.em._model import (
     LatentModel,
     Questions,

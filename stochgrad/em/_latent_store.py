@@ -8,20 +8,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Int, PyTree, UInt32
 
 from stochgrad.core import PRNGKey
 from stochgrad.em._model import take
 
 
-class Shelf(NamedTuple):
-    """A store of one latent for each example, as pure functions of what the state holds of it.
+class LatentStore(NamedTuple):
+    """A store of one latent for each example, as functions of what the state holds of it.
 
     Attributes:
-        init: ``(key, one, count) -> kept``, from the shapes of one example's tokens and mask.
-        read: ``(kept, index) -> (tokens, mask)``.
-        write: ``(kept, index, (tokens, mask), changed) -> kept``; an index beyond the examples is
-            left out, a row that has not changed may be.
+        init: ``(key, one, count) -> content``, from the shapes of one example's tokens and mask.
+        read: ``(content, index) -> (tokens, mask)``.
+        write: ``(content, index, (tokens, mask), changed) -> content``; an index beyond the
+            examples is left out, a row that has not changed may be.
     """
 
     init: Callable[[PRNGKey, PyTree, int], tuple[Any, Any]]
@@ -29,19 +30,19 @@ class Shelf(NamedTuple):
     write: Callable[[tuple, Int[Array, " n"], tuple, Bool[Array, " n"]], tuple[Any, Any]]
 
 
-def on_device() -> Shelf:
+def device_store() -> LatentStore:
     """Arrays in the state."""
 
     def init(key, one, count):
         return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), one)
 
-    def write(kept, index, rows, changed):
-        return jax.tree.map(lambda all, rows: all.at[index].set(rows, mode="drop"), kept, rows)
+    def write(content, index, rows, changed):
+        return jax.tree.map(lambda all, rows: all.at[index].set(rows, mode="drop"), content, rows)
 
-    return Shelf(init, take, write)
+    return LatentStore(init, take, write)
 
 
-class OnDisk(NamedTuple):
+class LatentFile(NamedTuple):
     """What the state holds of latents in a file.
 
     Attributes:
@@ -55,12 +56,12 @@ class OnDisk(NamedTuple):
     count: Int[Array, ""]
 
 
-def on_disk(directory: str | Path, one: PyTree) -> Shelf:
+def file_store(directory: str | Path, one: PyTree) -> LatentStore:
     """A file that only grows.
 
-    A latent that changes is added at the end, and the state holds the place of each: a run that
-    goes on from an older state finds all its latents, and writes the later ones anew. Chains side
-    by side have a file each, named by their key.
+    A latent that changes is appended, and the state holds the place of each: a run resumed from an
+    older state finds all its latents, and writes the later ones anew. Chains side by side have a
+    file each, named by their key.
 
     Args:
         directory: Where files lie.
@@ -93,50 +94,54 @@ def on_disk(directory: str | Path, one: PyTree) -> Shelf:
             for part, (shape, dtype) in zip(parts, kinds, strict=True)
         ]
 
-    def save(number, count, changed, *rows):
-        chosen = np.flatnonzero(changed)
+    def append(number, count, changed, *rows):
+        index = np.flatnonzero(changed)
         parts = [
-            np.frombuffer(np.asarray(leaf)[chosen].tobytes(), np.uint8).reshape(-1, size)
+            np.frombuffer(np.asarray(leaf)[index].tobytes(), np.uint8).reshape(-1, size)
             for leaf, size in zip(rows, sizes, strict=True)
         ]
         directory.mkdir(parents=True, exist_ok=True)
         file = os.open(path(number), os.O_CREAT | os.O_WRONLY, 0o644)
         os.pwrite(file, np.concatenate(parts, axis=1).tobytes(), int(count) * width)
         os.close(file)
-        return np.int32(int(count) + len(chosen))
-
-    def call(function, shapes, *arguments):
-        return jax.pure_callback(function, shapes, *arguments, vmap_method="sequential")
+        return np.int32(int(count) + len(index))
 
     def init(key, one, count):
         number = jax.random.bits(key, (2,), jnp.uint32)
-        kept = OnDisk(number, jnp.zeros(count, jnp.int32), jnp.int32(0))
+        content = LatentFile(number, jnp.zeros(count, jnp.int32), jnp.int32(0))
         rows = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), one)
         # row 0, the empty latent, is the place of all
         return write(
-            (kept, jnp.zeros((0, 0), bool)), jnp.zeros(1, jnp.int32), rows, jnp.ones(1, bool)
+            (content, jnp.zeros((0, 0), bool)), jnp.zeros(1, jnp.int32), rows, jnp.ones(1, bool)
         )
 
-    def read(kept, index):
-        kept, _ = kept
+    def read(content, index):
+        file, _ = content
         shapes = [jax.ShapeDtypeStruct((*index.shape, *shape), dtype) for shape, dtype in kinds]
-        place = jnp.take(kept.place, index)
-        return structure.unflatten(call(load, shapes, kept.file, place, kept.count))
+        arguments = file.file, jnp.take(file.place, index), file.count
+        # pure: no row that a state refers to is written again
+        return structure.unflatten(
+            jax.pure_callback(load, shapes, *arguments, vmap_method="sequential")
+        )
 
-    def write(kept, index, rows, changed):
-        kept, nothing = kept
-        size = kept.place.shape[0]
+    def write(content, index, rows, changed):
+        file, mask = content
+        size = file.place.shape[0]
         changed &= index < size
-        place = kept.count + jnp.cumsum(changed.astype(jnp.int32)) - 1
+        place = file.count + jnp.cumsum(changed.astype(jnp.int32)) - 1
         into = jnp.where(changed, index, size)
-        count = call(
-            save,
+        # An effect is neither dropped nor repeated. Ordered ones are refused under vmap, and not
+        # needed: vmap calls once for each chain, whose file is its own, and the rows written at a
+        # step come before the next step's reads and writes, which take the count returned here.
+        count = io_callback(
+            append,
             jax.ShapeDtypeStruct((), jnp.int32),
-            kept.file,
-            kept.count,
+            file.file,
+            file.count,
             changed,
             *jax.tree.leaves(rows),
+            ordered=False,
         )
-        return OnDisk(kept.file, kept.place.at[into].set(place, mode="drop"), count), nothing
+        return LatentFile(file.file, file.place.at[into].set(place, mode="drop"), count), mask
 
-    return Shelf(init, read, write)
+    return LatentStore(init, read, write)
