@@ -1,4 +1,4 @@
-"""Latent-variable learning by Markov chain Monte Carlo expectation-maximisation."""
+"""Latent-variable learning by Markov chain Monte Carlo expectation-maximization."""
 
 from stochgrad.em._allocate import Allocator as Allocator
 from stochgrad.em._allocate import Tally as Tally
@@ -24,10 +24,13 @@ from stochgrad.em._evaluate import Evaluation as Evaluation
 from stochgrad.em._evaluate import Rate as Rate
 from stochgrad.em._evaluate import evaluate as evaluate
 from stochgrad.em._evaluate import json_lines as json_lines
+from stochgrad.em._host_verifier import HostVerifier as HostVerifier
+from stochgrad.em._host_verifier import host_verifier as host_verifier
+from stochgrad.em._host_verifier import on_host as on_host
+from stochgrad.em._latent_store import Memory as Memory
+from stochgrad.em._latent_store import unsolved as unsolved
 from stochgrad.em._mcmc_em import EMState as EMState
 from stochgrad.em._mcmc_em import mcmc_em as mcmc_em
-from stochgrad.em._memory import Memory as Memory
-from stochgrad.em._memory import unsolved as unsolved
 from stochgrad.em._minibatch import Minibatch as Minibatch
 from stochgrad.em._minibatch import Stats as Stats
 from stochgrad.em._minibatch import Visit as Visit
@@ -38,5 +41,3 @@ from stochgrad.em._model import Questions as Questions
 from stochgrad.em._model import Rationales as Rationales
 from stochgrad.em._model import VerifierWarning as VerifierWarning
 from stochgrad.em._model import verified as verified
-from stochgrad.em._on_host import HostVerifier as HostVerifier
-from stochgrad.em._on_host import on_host as on_host

@@ -45,11 +45,10 @@ class Allocator(NamedTuple):
         rounds: Rounds; the proposals of one are drawn together.
         counts: ``(key, round, past, tally, mask) -> (questions,)``: how many of the
             ``per_round * questions`` proposals of a round each gets. ``past`` is the tally of
-            earlier steps, ``tally`` that of earlier rounds; ``mask`` is 1 for questions, 0 for
-            padding.
-        enough: ``tally -> (questions,)`` of bool: which questions need no more rounds. What is
-            found in the round that ends a question is not used in averages: it is there because it
-            was a success. None where no round depends on the last one's rewards.
+            earlier steps, ``tally`` that of earlier rounds; ``mask`` is 0 for padding.
+        enough: ``tally -> (questions,)`` of bool: which questions need no more rounds. The round
+            that ends a question is left out of averages: its end depends on the rewards. None where
+            no round depends on rewards.
         directions: Directions along which gradients' norms are measured; zero for none.
         decay: Of the tally of earlier steps, each time that a question is visited.
     """
@@ -125,10 +124,9 @@ def gvm(
     that needs proposals most.
 
     The price is a bias, of every estimator: a pilot decides how many proposals it is averaged with,
-    so that those that ask for more, by large norms or few successes, weigh less; chains leave such
-    rationales more often. On two questions with 4 proposals each it was 1 to 4% of the gradient,
-    with 8 it was 1 to 2% (the page on estimators has the table). ``uniform`` and ``vade`` have none
-    of it. What ``raft`` is biased by, for fixed numbers, comes on top, and is larger.
+    so that those that ask for more, by large norms or few successes, weigh less. On two questions
+    with 4 proposals each it was 1 to 4% of the gradient (the page on estimators has the table).
+    ``uniform`` and ``vade`` have none of it; that of ``raft`` comes on top, and is larger.
 
     Args:
         per_question: Proposals for each question on average, pilot included; even.
@@ -178,11 +176,10 @@ def reinforce_ada(
 ) -> Allocator:
     r"""Rounds of proposals until enough right and enough wrong ones are found.
 
-    Which questions go on depends on what was found, so that an average over all of a question's
-    proposals is biased. The proposals *before* the round in which a question ended are
-    exchangeable, whatever that round was; an average over them, or over the first round where
-    that was enough, has the mean of a single pair of proposals. ``corrected`` leaves the last
-    round of such a question out of averages. Chains take its proposals either way.
+    Which questions go on depends on their rewards, so that an average over all of a question's
+    proposals is biased. Those *before* the round in which it ended are exchangeable: an average
+    over them, or over the first round where that was enough, has the mean of a single pair.
+    ``corrected`` leaves the last round of such a question out of averages, not of the chains.
 
     Args:
         per_round: Proposals for each question that goes on.

@@ -124,10 +124,9 @@ def decoder(
 ) -> Policy:
     r"""A policy that decodes token by token, batched and compiled.
 
-    The same network reads the prompts (``Prompts``, padded on the left), goes on token by token
-    with its cache, and scores whole rationales in one pass. Decoding ends when each sequence of the
-    batch has come to its end token, or at ``length``; a sequence that was cut off has no end token
-    (``verified(..., end=end)`` calls it wrong).
+    The network reads the prompts (``Prompts``, padded on the left), decodes with its cache, and
+    scores whole rationales in one pass. Decoding stops at the end token or at ``length``; a
+    truncated sequence has no end token (``verified(..., end=end)`` counts it as wrong).
 
     The policy is the distribution that is sampled: with a temperature T and a nucleus of mass
     ``top_p`` [Holtzman et al. 2020],
@@ -139,13 +138,12 @@ def decoder(
     Args:
         network: ``(params, inputs, cache, keep) -> (logits, cache)``: logits of the next token at
             the last ``keep`` of the ``Inputs``, shape (batch, keep, vocabulary), and the cache with
-            the inputs' keys and values at their slots. Params may be any pytree; frozen weights
-            belong in it, as what is closed over is compiled in.
+            their keys and values. Frozen weights belong in params: closures are compiled in.
         cache: ``(batch, slots) -> pytree``, an empty one.
         length: The most tokens of a rationale, end token included.
         end: The end token.
         temperature: T.
-        top_p: Mass of the nucleus, the fewest most probable tokens that have it.
+        top_p: Top-p: cumulative probability of the nucleus.
         context: The most tokens that the network can attend to, prompt and rationale together.
         pad: What stands after the end token.
 
@@ -203,17 +201,17 @@ def decoder(
 
     def run(params, prompts: Prompts, inputs: Inputs, held, keep: int):
         """The network, whose logits must be what a decoder can use."""
-        found = called("network", network, params, inputs, held, keep)
-        if not isinstance(found, tuple) or len(found) != 2 or not hasattr(found[0], "shape"):
-            raise TypeError(f"network must return (logits, cache), got {describe(found)}.")
-        shape, batch = found[0].shape, inputs.tokens.shape[0]
+        result = called("network", network, params, inputs, held, keep)
+        if not isinstance(result, tuple) or len(result) != 2 or not hasattr(result[0], "shape"):
+            raise TypeError(f"network must return (logits, cache), got {describe(result)}.")
+        shape, batch = result[0].shape, inputs.tokens.shape[0]
         if len(shape) != 3 or shape[:2] != (batch, keep):
             raise ValueError(
                 f"network must return logits of shape ({batch}, {keep}, vocabulary), for {batch} "
                 f"prompts and keep={keep}, got {shape}."
             )
-        if not jnp.issubdtype(found[0].dtype, jnp.floating):
-            raise TypeError(f"network must return floating logits, got dtype {found[0].dtype}.")
+        if not jnp.issubdtype(result[0].dtype, jnp.floating):
+            raise TypeError(f"network must return floating logits, got dtype {result[0].dtype}.")
         largest = [("end", end), ("pad", pad)]
         if not isinstance(prompts.tokens, Tracer):
             largest.append(("prompts", int(np.max(np.asarray(prompts.tokens)))))
@@ -222,10 +220,7 @@ def decoder(
                 raise ValueError(
                     f"{name} holds token {token} where the network has a vocabulary of {shape[2]}."
                 )
-        return found
-
-    def emptied(batch: int, slots: int):
-        return called("cache", cache, batch, slots)
+        return result
 
     def log_probs(logits):
         """Log probabilities of what is sampled."""
@@ -241,7 +236,7 @@ def decoder(
     def decode(params, prompts: Prompts, choose) -> Rationales:
         slots, (batch, before) = slots_of(prompts), prompts.tokens.shape
         inputs = inputs_of(prompts, prompts.tokens, slots, 0)
-        logits, held = run(params, prompts, inputs, emptied(batch, slots), 1)
+        logits, held = run(params, prompts, inputs, called("cache", cache, batch, slots), 1)
 
         def pick(number, logits, alive, tokens, mask, total):
             rows = log_probs(logits[:, 0])
@@ -285,8 +280,8 @@ def decoder(
         slots = prompts.tokens.shape[1] + tokens.shape[1] - 1
         fed = jnp.concatenate([prompts.tokens, tokens[:, :-1]], axis=1, dtype=jnp.int32)
         inputs = inputs_of(prompts, fed, slots, 0)
-        held = emptied(fed.shape[0], slots)
-        logits, _ = run(params, prompts, inputs, held, tokens.shape[1])
+        empty = called("cache", cache, fed.shape[0], slots)
+        logits, _ = run(params, prompts, inputs, empty, tokens.shape[1])
         each = jnp.take_along_axis(log_probs(logits), tokens[..., None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(mask, each, 0.0), axis=1)
 

@@ -14,26 +14,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stochgrad.core import PRNGKey
 from stochgrad.em._allocate import Allocator, Tally
-from stochgrad.em._memory import Memory
+from stochgrad.em._latent_store import Memory
 from stochgrad.em._minibatch import Minibatch, Stats
-from stochgrad.em._model import LatentModel, Questions, Rationales, VerifierWarning, take
-from stochgrad.em._proposal_kinds import ProposalKind
+from stochgrad.em._model import (
+    LatentModel,
+    ProposalKind,
+    Questions,
+    Rationales,
+    VerifierWarning,
+    take,
+)
 from stochgrad.gradients import directional_derivatives
 from stochgrad.kernels import acceptance
 
 
 class StepInputs(NamedTuple):
-    """What the stages of a step share.
-
-    Attributes:
-        model: The latent model.
-        kind: Of the proposals.
-        theta: The model's parameters.
-        phi: The guide's.
-        rows: The minibatch's questions.
-        mask: 1 for questions, 0 for padding.
-        previous: Their rows of the memory.
-    """
+    """What the stages of a step share; ``previous`` is the minibatch's rows of the memory."""
 
     model: LatentModel
     kind: ProposalKind
@@ -45,17 +41,7 @@ class StepInputs(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """What was drawn for a minibatch.
-
-    Attributes:
-        latents: The draws.
-        log_likelihood: Of the answers given them.
-        reward: The likelihood, or 0 for a reward that is invalid.
-        owner: The question that each is for.
-        mask: False for padding of the last round.
-        unbiased_mask: Which of them may be averaged over.
-        questions: The question of each.
-    """
+    """What was drawn for a minibatch, and for which question; ``mask`` is False for padding."""
 
     latents: Rationales
     log_likelihood: Float[Array, " proposals"]
@@ -66,31 +52,10 @@ class Proposals(NamedTuple):
     questions: Questions
 
 
-class Chains(NamedTuple):
-    """The chains of a minibatch after Metropolis-Hastings.
-
-    Attributes:
-        log_likelihood: At the latents before the step, under the parameters of today.
-        log_weight: Log weights of the latents before the step.
-        final_log_weight: Those of the latents after it.
-        proposal_index: The proposal that each chain stands at, -1 where it did not move.
-        accept: Probability with which each proposal was taken.
-    """
-
-    log_likelihood: Float[Array, " questions"]
-    log_weight: Float[Array, " questions"]
-    final_log_weight: Float[Array, " questions"]
-    proposal_index: Int[Array, " questions"]
-    accept: Float[Array, " proposals"]
-
-
 def propose(
     key: PRNGKey, inputs: StepInputs, allocator: Allocator, unbounded: bool = False
 ) -> Proposals:
-    """Draw in rounds, as many each time as the rounds before suggest.
-
-    ``unbounded`` is whether rewards may be other than likelihoods, which are from 0 to 1.
-    """
+    """Draw in rounds, as many each time as earlier ones suggest; rewards may be ``unbounded``."""
     model, kind, theta, phi, rows, mask, previous = inputs
     past = Tally.none(mask.shape[0])._replace(tries=previous.tries, successes=previous.successes)
     questions = mask.shape[0]
@@ -109,12 +74,9 @@ def propose(
         log_likelihood, reward = rewards_of(model, theta, its, latents, real, unbounded)
         norms = jnp.zeros(size)
         if allocator.directions:
-            along = slopes(
-                lambda p: model.policy.log_prob(p, its.prompts, latents.tokens, latents.mask),
-                theta,
-                direction_key,
-                allocator.directions,
-            )
+            arguments = its.prompts, latents.tokens, latents.mask
+            log_prob = lambda p: model.policy.log_prob(p, *arguments)
+            along = slopes(log_prob, theta, direction_key, allocator.directions)
             norms = jnp.sqrt(jnp.sum(along**2, axis=1))
         success = jnp.clip(reward, 0.0, 1.0)
         tally = allocator.record(tally, owner, real, success, norms, number)
@@ -128,75 +90,67 @@ def propose(
     else:
         tally, out = lax.scan(one_round, tally, (numbers, keys))
         out = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
-    *_, owner, real = out
+    latents, log_likelihood, reward, owner, real = out
     unbiased = real & allocator.usable(tally, owner, jnp.repeat(numbers, size))
-    return Proposals(*out, unbiased, take(rows, owner))
+    its = take(rows, owner)
+    return Proposals(latents, log_likelihood, reward, owner, real, unbiased, its)
 
 
-def accept(key: PRNGKey, inputs: StepInputs, proposals: Proposals) -> Chains:
-    """Move the chains by independence Metropolis-Hastings."""
+def accept(
+    key: PRNGKey, inputs: StepInputs, proposals: Proposals, slopes: Callable[[], Any]
+) -> tuple[Minibatch, Float[Array, " questions"]]:
+    """Move the chains; also the current log likelihoods at their latents before the step."""
     model, kind, theta, phi, rows, mask, previous = inputs
     tokens, token_mask, log_likelihood = previous[:3]
     if not model.fixed:
         again = model.log_likelihood(theta, rows.prompts, tokens, token_mask, rows.answers)
         log_likelihood = jnp.where(jnp.isfinite(log_likelihood), again, -jnp.inf)
-    chain = tokens, token_mask, log_likelihood, None
-    log_weight = kind.log_weight(theta, phi, rows, *chain)
-    latents = proposals.latents
+    log_weight = kind.log_weight(theta, phi, rows, tokens, token_mask, log_likelihood, None)
+    latents, owner = proposals.latents, proposals.owner
     proposal = latents.tokens, latents.mask, proposals.log_likelihood, latents.log_prob
     proposed = kind.log_weight(theta, phi, proposals.questions, *proposal)
-    real = proposals.mask & (mask > 0)[proposals.owner]
-    index, final, rates = mh_sweep(key, log_weight, proposed, proposals.owner, real)
-    return Chains(log_likelihood, log_weight, final, index, rates)
-
-
-def minibatch_of(
-    mask: Float[Array, " questions"],
-    proposals: Proposals,
-    chains: Chains,
-    slopes: Callable[[], tuple[Array, Array]],
-) -> Minibatch:
-    """What the estimator weighs."""
+    real = proposals.mask & (mask > 0)[owner]
+    index, final_log_weight, rates = mh_sweep(key, log_weight, proposed, owner, real)
     reward = jnp.where(proposals.mask, proposals.reward, 0.0)
-    real = lambda flags: flags.astype(reward.dtype)
-    return Minibatch(
-        owner=proposals.owner,
+    as_float = lambda flags: flags.astype(reward.dtype)
+    minibatch = Minibatch(
+        owner=owner,
         reward=reward,
-        accept=chains.accept,
-        unbiased_mask=real(proposals.unbiased_mask),
+        accept=rates,
+        unbiased_mask=as_float(proposals.unbiased_mask),
         mask=mask,
-        had_valid_latent=real(jnp.isfinite(chains.log_weight)) * mask,
-        has_valid_latent=real(jnp.isfinite(chains.final_log_weight)) * mask,
-        proposal_index=chains.proposal_index,
+        had_valid_latent=as_float(jnp.isfinite(log_weight)) * mask,
+        has_valid_latent=as_float(jnp.isfinite(final_log_weight)) * mask,
+        proposal_index=index,
         slopes=slopes,
     )
+    return minibatch, log_likelihood
 
 
 def update(
-    decay: float, previous: Memory, proposals: Proposals, chains: Chains, minibatch: Minibatch
-) -> tuple[Memory, Bool[Array, " questions"]]:
-    """The minibatch's rows of the memory after the step, and whose latents are new."""
-    new = chains.proposal_index >= 0
-    at = jnp.maximum(chains.proposal_index, 0)
-    latents = proposals.latents
-    tokens, mask, log_likelihood = jax.tree.map(
-        lambda proposal, old: jnp.where(
-            new.reshape(-1, *[1] * (old.ndim - 1)), jnp.take(proposal, at, axis=0), old
-        ),
-        (latents.tokens, latents.mask, proposals.log_likelihood),
-        (previous.tokens, previous.mask, chains.log_likelihood),
-    )
+    decay: float,
+    previous: Memory,
+    proposals: Proposals,
+    minibatch: Minibatch,
+    log_likelihood: Array,
+) -> Memory:
+    """The minibatch's rows of the memory after the step, by ``log_likelihood`` before it."""
+    index, latents = minibatch.proposal_index, proposals.latents
+
+    def at_chains(proposal, old):
+        new = (index >= 0).reshape(-1, *[1] * (old.ndim - 1))
+        return jnp.where(new, jnp.take(proposal, jnp.maximum(index, 0), axis=0), old)
+
     tries = minibatch.sums(proposals.mask.astype(minibatch.reward.dtype))
     successes = minibatch.sums(jnp.clip(minibatch.reward, 0.0, 1.0))
-    rows = Memory(
-        tokens=tokens,
-        mask=mask,
-        log_likelihood=log_likelihood,
+    return Memory(
+        tokens=jax.tree.map(at_chains, latents.tokens, previous.tokens),
+        mask=at_chains(latents.mask, previous.mask),
+        log_likelihood=at_chains(proposals.log_likelihood, log_likelihood),
         tries=decay * previous.tries + tries,
         successes=decay * previous.successes + successes,
-        age=jnp.where(new, 0, previous.age + 1),
+        age=jnp.where(index >= 0, 0, previous.age + 1),
     )
-    return rows, new
 
 
 def summarize(
@@ -251,11 +205,8 @@ def _replace_invalid(
 ) -> Float[Array, " n"]:
     """Rewards, zero for invalid ones, with a warning from the compiled step."""
     reward = jnp.where(valid | mask, reward, 0.0)
-    wanted = (
-        "a finite number"
-        if unbounded
-        else "from 0 to 1, a likelihood, which only reinforce, grpo and maxk do without"
-    )
+    bounded = "from 0 to 1, a likelihood, which only reinforce, grpo and maxk do without"
+    wanted = "a finite number" if unbounded else bounded
 
     def warn(reward, valid):
         reward, valid = np.asarray(reward), np.asarray(valid)

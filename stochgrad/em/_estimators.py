@@ -62,9 +62,8 @@ def trice(
     visit, 0 where it was not. A proposal that was taken by a chain that was right is both, with
     weight $1 - \beta_m$: as the model learns, $\beta_m\to 1$ and the variance goes to zero
     [Phan et al. 2023, section 3.2]. The first right proposal of a chain counts in full: that the
-    question takes part at all depends on it, so that its score is no control variate. (The paper
-    subtracts it there too, and a first visit of all questions, where every $\beta_m$ is 1, teaches
-    nothing.)
+    question takes part at all depends on it, so that its score is no control variate (the paper
+    subtracts it there too).
 
     ``"leave_one_out"`` is $\beta_m$ = share of the proposals that were taken, of the other
     questions whose chain was right before. With V the posterior variance and S the mean square of
@@ -219,13 +218,12 @@ def reinforce(
         size = mask
         if baseline == "optimal":
             size = mask * jnp.sum(batch.slopes()[0] ** 2, axis=1)
+        if baseline == "none":
+            return None, _mean_over_questions(reward, batch)
         over = batch.sums(reward * size)[batch.owner] - reward * size
         under = batch.sums(size)[batch.owner] - size
-        advantage = reward - (
-            0.0 if baseline == "none" else over / jnp.where(under > 0, under, 1.0)
-        )
-        if baseline != "none":
-            advantage = jnp.where(under > 0, advantage, 0.0)
+        advantage = reward - over / jnp.where(under > 0, under, 1.0)
+        advantage = jnp.where(under > 0, advantage, 0.0)
         return None, _mean_over_questions(advantage, batch)
 
     directions = directions if baseline == "optimal" else 0

@@ -22,17 +22,9 @@ from stochgrad.core import (
     describe,
     first_line,
 )
+from stochgrad.em._checks import check_draws, check_model, check_params, check_questions
 from stochgrad.em._minibatch import Stats
-from stochgrad.em._model import (
-    LatentModel,
-    Questions,
-    called,
-    check_draws,
-    check_model,
-    check_params,
-    check_questions,
-    take,
-)
+from stochgrad.em._model import LatentModel, Questions, called, take
 
 
 class Rate(NamedTuple):
@@ -93,11 +85,11 @@ class Evaluation(NamedTuple):
         """The rates as a flat dict, ends of intervals included."""
         rates = {"greedy": self.greedy, "majority": self.majority}
         rates |= {f"pass_at_{k}": rate for k, rate in self.pass_at.items()}
-        found = {}
+        metrics = {}
         for name, rate in rates.items():
             if rate is not None:
-                found |= {name: rate.mean, f"{name}_low": rate.low, f"{name}_high": rate.high}
-        return found
+                metrics |= {name: rate.mean, f"{name}_low": rate.low, f"{name}_high": rate.high}
+        return metrics
 
 
 def evaluate(
@@ -131,7 +123,7 @@ def evaluate(
 
     Raises:
         ValueError: there are no questions, or a number is not positive; a reward is not from 0 to
-            1, so that nobody knows what is right; ``vote`` returns something else than integers.
+            1; ``vote`` does not return integers.
         TypeError: the key is no PRNG key, the model none of ``verified``; the policy or the
             verifier fails on the parameters and the questions.
 
@@ -171,11 +163,11 @@ def evaluate(
     @jax.jit
     def judge(params, key, rows: Questions):
         def verdict(drawn):
-            given = params, rows.prompts, drawn.tokens, drawn.mask, rows.answers
+            arguments = params, rows.prompts, drawn.tokens, drawn.mask, rows.answers
             if model.reward is None:
-                rewards = jnp.exp(called("model.log_likelihood", model.log_likelihood, *given))
+                rewards = jnp.exp(called("model.log_likelihood", model.log_likelihood, *arguments))
             else:
-                rewards = model.reward(*given)
+                rewards = model.reward(*arguments)
             votes = jnp.zeros(at_once, jnp.int32)
             if vote is not None:
                 votes = called("vote", vote, drawn.tokens, drawn.mask)
@@ -198,15 +190,12 @@ def evaluate(
             first = best.tokens, best.mask, verdict(best)[0]
         return (rewards.T, votes.T), first
 
-    found = []
+    blocks = []
     for start in range(0, size, at_once):
-        index = (start + jnp.arange(at_once)) % size
-        rows = take(questions, index)
-        out = judge(params, jax.random.fold_in(key, start), rows)
-        kept = min(at_once, size - start)
-        found.append(jax.tree.map(lambda leaf, kept=kept: np.asarray(leaf)[:kept], out))
+        rows = take(questions, (start + jnp.arange(at_once)) % size)
+        blocks.append(judge(params, jax.random.fold_in(key, start), rows))
     (right, votes), (tokens, mask, shown) = jax.tree.map(
-        lambda *parts: np.concatenate(parts), *found
+        lambda *parts: np.concatenate(jax.device_get(parts))[:size], *blocks
     )
     right, shown = _as_right(right), _as_right(shown)
     counts = right.sum(axis=1)
@@ -225,8 +214,7 @@ def evaluate(
 def json_lines(path: str | Path, metrics: Mapping[str, Any] | Stats, step: int = 0) -> None:
     """Append metrics to a file, one JSON object a step, which any tracker reads.
 
-    JSON has no NaN and no infinity: both are written as ``null``, which ``json.loads`` reads as
-    None, and pandas as NaN.
+    NaN and infinity, which JSON lacks, are written as ``null``, which pandas reads as NaN.
 
     Args:
         path: The file.

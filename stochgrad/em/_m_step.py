@@ -13,8 +13,7 @@ from stochgrad.core import PRNGKey
 from stochgrad.em._e_step import Proposals, StepInputs, slopes
 from stochgrad.em._estimators import Estimator
 from stochgrad.em._minibatch import Minibatch
-from stochgrad.em._model import LatentModel, Questions, take
-from stochgrad.em._proposal_kinds import ProposalKind
+from stochgrad.em._model import LatentModel, ProposalKind, Questions, take
 from stochgrad.kernels import systematic
 
 
@@ -53,10 +52,7 @@ def weighted_items(
     inputs: StepInputs,
     proposals: Proposals,
 ) -> Items:
-    """The latents that an estimator weighs: chains where they were, then proposals.
-
-    The weight of a chain that has moved is added to that of the proposal where it stands.
-    """
+    """Chains where they were, then proposals; a moved chain's weight is added to its proposal's."""
     chains, weights = estimator.weights(minibatch)
     weights = jnp.zeros_like(minibatch.reward) if weights is None else weights
     index = minibatch.proposal_index

@@ -5,13 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import PyTree
 
 from stochgrad.core import (
+    as_data,
     check_callable,
     check_count,
     check_flag,
     check_instance,
     check_path,
+    data_rows,
     describe,
     first_line,
 )
@@ -19,13 +23,12 @@ from stochgrad.em._allocate import Allocator
 from stochgrad.em._estimators import Estimator
 from stochgrad.em._model import (
     Guide,
+    LatentModel,
+    Policy,
     Questions,
+    Rationales,
     called,
-    check_draws,
-    check_model,
-    check_numbers,
     check_policy,
-    check_questions,
     take,
 )
 
@@ -78,16 +81,9 @@ def check_parts(
             f"{estimator.name} needs at least {estimator.least} proposals a question, got {most}: "
             "set allocator=stochgrad.em.uniform(n)."
         )
+    if model.check is not None:
+        model.check(questions.answers)
     return questions, size
-
-
-def check_position(position: Any, learned: bool) -> None:
-    """Raise unless it is a pair, where a guide learns."""
-    if learned and not (isinstance(position, tuple) and len(position) == 2):
-        raise ValueError(
-            "position must be a pair of the model's parameters and the learned guide's, got "
-            f"{describe(position)}."
-        )
 
 
 def check_shapes(
@@ -111,17 +107,9 @@ def check_shapes(
                 f"{shapes[1]}."
             )
     some = take(questions, jnp.zeros(count, jnp.int32))
-    found = called(
-        "model.log_likelihood",
-        jax.eval_shape,
-        model.log_likelihood,
-        theta,
-        some.prompts,
-        drawn.tokens,
-        drawn.mask,
-        some.answers,
-    )
-    check_numbers("model.log_likelihood", found, count)
+    arguments = theta, some.prompts, drawn.tokens, drawn.mask, some.answers
+    value = called("model.log_likelihood", jax.eval_shape, model.log_likelihood, *arguments)
+    check_numbers("model.log_likelihood", value, count)
 
 
 def writable_directory(memory_path: str | Path) -> Path:
@@ -136,3 +124,77 @@ def writable_directory(memory_path: str | Path) -> Path:
             f"memory_path={str(memory_path)!r} cannot be written to: {first_line(error)}."
         ) from error
     return place
+
+
+def check_model(model: Any) -> None:
+    """Raise unless it is a latent model whose functions are functions."""
+    check_instance("model", model, LatentModel, "a LatentModel, as stochgrad.em.verified makes it")
+    check_policy("model.policy", model.policy)
+    check_callable("model.log_likelihood", model.log_likelihood)
+    for name in ("initial", "constrain", "check", "reward"):
+        if getattr(model, name) is not None:
+            check_callable(f"model.{name}", getattr(model, name), "a function, or None")
+
+
+def check_questions(questions: Any) -> tuple[Questions, int]:
+    """Questions as arrays, and how many they are."""
+    check_instance("questions", questions, Questions, "Questions of prompts and answers")
+    questions = as_data(questions, "questions")
+    data_rows(questions.prompts, name="questions.prompts")
+    return questions, data_rows(questions, name="questions")
+
+
+def check_draws(
+    name: str, policy: Policy, params: Any, prompts: PyTree, count: int, *, greedy: bool = False
+) -> Rationales:
+    """Shapes of some draws; raise where the policy fails on these parameters and prompts."""
+    some = take(prompts, jnp.zeros(count, jnp.int32))
+    kinds: dict[str, tuple] = {"sample": (params, jax.random.key(0), some)}
+    if greedy:
+        kinds["greedy"] = (params, some)
+    drawn = None
+    for kind, arguments in kinds.items():
+        where = f"{name}.{kind}"
+        drawn = called(where, jax.eval_shape, getattr(policy, kind), *arguments)
+        if not isinstance(drawn, Rationales):
+            raise TypeError(f"{where} must return Rationales, got {describe(drawn)}.")
+        rows = {
+            "tokens": [leaf.shape[:1] for leaf in jax.tree.leaves(drawn.tokens)],
+            "log_prob": [drawn.log_prob.shape],
+            "mask": [drawn.mask.shape[:1]],
+        }
+        for part, shapes in rows.items():
+            if not shapes or any(shape != (count,) for shape in shapes):
+                raise ValueError(
+                    f"{where} must return one row of {part} for each prompt, got shapes {shapes} "
+                    f"for {count} prompts."
+                )
+        if drawn.mask.dtype != jnp.bool_ or len(drawn.mask.shape) != 2:
+            raise ValueError(
+                f"{where} must return a mask of bools of shape (prompts, length), got dtype "
+                f"{drawn.mask.dtype} and shape {drawn.mask.shape}."
+            )
+        arguments = params, some, drawn.tokens, drawn.mask
+        value = called(f"{name}.log_prob", jax.eval_shape, policy.log_prob, *arguments)
+        check_numbers(f"{name}.log_prob", value, count)
+    assert drawn is not None
+    return drawn
+
+
+def check_numbers(name: str, value: Any, count: int) -> None:
+    """Raise unless a function's result is one floating-point number for each row."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is None or shape != (count,) or not jnp.issubdtype(dtype, jnp.floating):
+        got = describe(value) if dtype is None else f"dtype {dtype} and shape {shape}"
+        raise ValueError(
+            f"{name} must return one floating-point number for each of {count} rows, got {got}."
+        )
+
+
+def check_params(params: Any) -> None:
+    """Raise where parameters hold NaN or infinity."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        known = hasattr(leaf, "dtype") and not isinstance(leaf, Tracer)
+        if known and jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.all(jnp.isfinite(leaf)):
+            where = "params" + jax.tree_util.keystr(path)
+            raise ValueError(f"{where} must be finite, but holds NaN or infinity.")
