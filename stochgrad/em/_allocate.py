@@ -157,10 +157,10 @@ def gvm(
 
 def gvm_share(tally: Tally, alpha: float, beta: float) -> Float[Array, " questions"]:
     """The shares of all proposals that minimize the variance, by a tally."""
-    successes, found = tally.successes, jnp.maximum(tally.successes, 1.0)
+    successes, count = tally.successes, jnp.maximum(tally.successes, 1.0)
     p = (successes + 0.5) / (tally.tries + 1.0)
     mean = jnp.sum(tally.norms) / jnp.maximum(jnp.sum(successes), 1.0)
-    norm = jnp.where(successes > 0, tally.norms / found, jnp.where(mean > 0, mean, 1.0))
+    norm = jnp.where(successes > 0, tally.norms / count, jnp.where(mean > 0, mean, 1.0))
     share = jnp.where(tally.tries > 0, norm / jnp.sqrt(p + alpha / p ** (beta - 1.0)), 0.0)
     total = jnp.sum(share)
     return share / jnp.where(total > 0, total, 1.0)

@@ -27,8 +27,8 @@ from stochgrad.em._model import (
     Policy,
     Questions,
     Rationales,
-    called,
     check_policy,
+    invoke,
     take,
 )
 
@@ -90,7 +90,7 @@ def check_shapes(
     model, questions: Questions, theta, phi, proposal, start, greedy: bool, count: int
 ) -> None:
     """Raise where the policy, a guide or the likelihood does not do what it should: by shapes."""
-    drawn = check_draws(
+    draws = check_draws(
         "model.policy", model.policy, theta, questions.prompts, count, greedy=greedy
     )
     for name, guide, params in (("proposal", proposal, phi), ("start", start, theta)):
@@ -99,7 +99,7 @@ def check_shapes(
         its = check_draws(f"{name}.policy", guide.policy, params, questions.hints, count)
         shapes = [
             jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), (of.tokens, of.mask))
-            for of in (drawn, its)
+            for of in (draws, its)
         ]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -107,8 +107,8 @@ def check_shapes(
                 f"{shapes[1]}."
             )
     some = take(questions, jnp.zeros(count, jnp.int32))
-    arguments = theta, some.prompts, drawn.tokens, drawn.mask, some.answers
-    value = called("model.log_likelihood", jax.eval_shape, model.log_likelihood, *arguments)
+    arguments = theta, some.prompts, draws.tokens, draws.mask, some.answers
+    value = invoke("model.log_likelihood", jax.eval_shape, model.log_likelihood, *arguments)
     check_numbers("model.log_likelihood", value, count)
 
 
@@ -152,16 +152,16 @@ def check_draws(
     kinds: dict[str, tuple] = {"sample": (params, jax.random.key(0), some)}
     if greedy:
         kinds["greedy"] = (params, some)
-    drawn = None
+    draws = None
     for kind, arguments in kinds.items():
         where = f"{name}.{kind}"
-        drawn = called(where, jax.eval_shape, getattr(policy, kind), *arguments)
-        if not isinstance(drawn, Rationales):
-            raise TypeError(f"{where} must return Rationales, got {describe(drawn)}.")
+        draws = invoke(where, jax.eval_shape, getattr(policy, kind), *arguments)
+        if not isinstance(draws, Rationales):
+            raise TypeError(f"{where} must return Rationales, got {describe(draws)}.")
         rows = {
-            "tokens": [leaf.shape[:1] for leaf in jax.tree.leaves(drawn.tokens)],
-            "log_prob": [drawn.log_prob.shape],
-            "mask": [drawn.mask.shape[:1]],
+            "tokens": [leaf.shape[:1] for leaf in jax.tree.leaves(draws.tokens)],
+            "log_prob": [draws.log_prob.shape],
+            "mask": [draws.mask.shape[:1]],
         }
         for part, shapes in rows.items():
             if not shapes or any(shape != (count,) for shape in shapes):
@@ -169,16 +169,16 @@ def check_draws(
                     f"{where} must return one row of {part} for each prompt, got shapes {shapes} "
                     f"for {count} prompts."
                 )
-        if drawn.mask.dtype != jnp.bool_ or len(drawn.mask.shape) != 2:
+        if draws.mask.dtype != jnp.bool_ or len(draws.mask.shape) != 2:
             raise ValueError(
                 f"{where} must return a mask of bools of shape (prompts, length), got dtype "
-                f"{drawn.mask.dtype} and shape {drawn.mask.shape}."
+                f"{draws.mask.dtype} and shape {draws.mask.shape}."
             )
-        arguments = params, some, drawn.tokens, drawn.mask
-        value = called(f"{name}.log_prob", jax.eval_shape, policy.log_prob, *arguments)
+        arguments = params, some, draws.tokens, draws.mask
+        value = invoke(f"{name}.log_prob", jax.eval_shape, policy.log_prob, *arguments)
         check_numbers(f"{name}.log_prob", value, count)
-    assert drawn is not None
-    return drawn
+    assert draws is not None
+    return draws
 
 
 def check_numbers(name: str, value: Any, count: int) -> None:
@@ -194,7 +194,7 @@ def check_numbers(name: str, value: Any, count: int) -> None:
 def check_params(params: Any) -> None:
     """Raise where parameters hold NaN or infinity."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        known = hasattr(leaf, "dtype") and not isinstance(leaf, Tracer)
-        if known and jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.all(jnp.isfinite(leaf)):
+        array = hasattr(leaf, "dtype") and not isinstance(leaf, Tracer)
+        if array and jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.all(jnp.isfinite(leaf)):
             where = "params" + jax.tree_util.keystr(path)
             raise ValueError(f"{where} must be finite, but holds NaN or infinity.")

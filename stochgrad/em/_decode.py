@@ -20,7 +20,7 @@ from stochgrad.core import (
     check_number,
     describe,
 )
-from stochgrad.em._model import Policy, Rationales, called
+from stochgrad.em._model import Policy, Rationales, invoke
 
 
 class Prompts(NamedTuple):
@@ -188,20 +188,20 @@ def decoder(
         """Tokens at ``offset``, seeing the prompt and what was decoded up to themselves."""
         batch, size = tokens.shape
         before = prompts.tokens.shape[1]
-        seen = jnp.concatenate(
+        visible = jnp.concatenate(
             [prompts.mask, jnp.ones((batch, slots - before), bool)], axis=1, dtype=bool
         )
         at = offset + jnp.arange(size)
         slot = jnp.arange(slots)
-        mask = seen[:, None, :] & (slot[None, :] <= at[:, None])[None]
+        mask = visible[:, None, :] & (slot[None, :] <= at[:, None])[None]
         mask |= (slot[None, :] == at[:, None])[None]  # padding sees itself: no empty softmax
-        places = jnp.cumsum(seen.astype(jnp.int32), axis=1) - 1
+        places = jnp.cumsum(visible.astype(jnp.int32), axis=1) - 1
         positions = lax.dynamic_slice_in_dim(jnp.maximum(places, 0), offset, size, axis=1)
         return Inputs(tokens, positions, mask, jnp.asarray(offset, jnp.int32))
 
-    def run(params, prompts: Prompts, inputs: Inputs, held, keep: int):
+    def run(params, prompts: Prompts, inputs: Inputs, kv, keep: int):
         """The network, whose logits must be what a decoder can use."""
-        result = called("network", network, params, inputs, held, keep)
+        result = invoke("network", network, params, inputs, kv, keep)
         if not isinstance(result, tuple) or len(result) != 2 or not hasattr(result[0], "shape"):
             raise TypeError(f"network must return (logits, cache), got {describe(result)}.")
         shape, batch = result[0].shape, inputs.tokens.shape[0]
@@ -236,33 +236,31 @@ def decoder(
     def decode(params, prompts: Prompts, choose) -> Rationales:
         slots, (batch, before) = slots_of(prompts), prompts.tokens.shape
         inputs = inputs_of(prompts, prompts.tokens, slots, 0)
-        logits, held = run(params, prompts, inputs, called("cache", cache, batch, slots), 1)
+        logits, kv = run(params, prompts, inputs, invoke("cache", cache, batch, slots), 1)
 
         def pick(number, logits, alive, tokens, mask, total):
             rows = log_probs(logits[:, 0])
             token = choose(number, rows).astype(jnp.int32)
-            chosen = jnp.take_along_axis(rows, token[:, None], axis=-1)[:, 0]
+            log_prob = jnp.take_along_axis(rows, token[:, None], axis=-1)[:, 0]
             token = jnp.where(alive, token, pad)
             tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], number, axis=1)
             mask = lax.dynamic_update_slice_in_dim(mask, alive[:, None], number, axis=1)
-            total = total + jnp.where(alive, chosen, 0.0)
+            total = total + jnp.where(alive, log_prob, 0.0)
             return alive & (token != end), tokens, mask, total
 
         def turn(carry):
-            number, held, alive, tokens, mask, total = carry
+            number, kv, alive, tokens, mask, total = carry
             last = lax.dynamic_slice_in_dim(tokens, number - 1, 1, axis=1)
             inputs = inputs_of(prompts, last, slots, before + number - 1)
-            logits, held = run(params, prompts, inputs, held, 1)
-            return number + 1, held, *pick(number, logits, alive, tokens, mask, total)
+            logits, kv = run(params, prompts, inputs, kv, 1)
+            return number + 1, kv, *pick(number, logits, alive, tokens, mask, total)
 
         tokens = jnp.full((batch, length), pad, jnp.int32)
         total = jnp.zeros(batch, at_least_float32(logits.dtype))
         nothing = jnp.zeros((batch, length), bool)
         start = pick(0, logits, jnp.ones(batch, bool), tokens, nothing, total)
         *_, tokens, mask, total = lax.while_loop(
-            lambda carry: (carry[0] < length) & jnp.any(carry[2]),
-            turn,
-            (jnp.int32(1), held, *start),
+            lambda carry: (carry[0] < length) & jnp.any(carry[2]), turn, (jnp.int32(1), kv, *start)
         )
         return Rationales(tokens, total, mask)
 
@@ -280,7 +278,7 @@ def decoder(
         slots = prompts.tokens.shape[1] + tokens.shape[1] - 1
         fed = jnp.concatenate([prompts.tokens, tokens[:, :-1]], axis=1, dtype=jnp.int32)
         inputs = inputs_of(prompts, fed, slots, 0)
-        empty = called("cache", cache, fed.shape[0], slots)
+        empty = invoke("cache", cache, fed.shape[0], slots)
         logits, _ = run(params, prompts, inputs, empty, tokens.shape[1])
         each = jnp.take_along_axis(log_probs(logits), tokens[..., None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(mask, each, 0.0), axis=1)

@@ -24,7 +24,7 @@ from stochgrad.core import (
 )
 from stochgrad.em._checks import check_draws, check_model, check_params, check_questions
 from stochgrad.em._minibatch import Stats
-from stochgrad.em._model import LatentModel, Questions, called, take
+from stochgrad.em._model import LatentModel, Questions, invoke, take
 
 
 class Rate(NamedTuple):
@@ -59,7 +59,7 @@ class Rate(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What ``evaluate`` found.
+    """Results of ``evaluate``.
 
     Attributes:
         greedy: Share of questions that the most probable rationale answers, None where the policy
@@ -162,15 +162,15 @@ def evaluate(
 
     @jax.jit
     def judge(params, key, rows: Questions):
-        def verdict(drawn):
-            arguments = params, rows.prompts, drawn.tokens, drawn.mask, rows.answers
+        def verdict(latents):
+            arguments = params, rows.prompts, latents.tokens, latents.mask, rows.answers
             if model.reward is None:
-                rewards = jnp.exp(called("model.log_likelihood", model.log_likelihood, *arguments))
+                rewards = jnp.exp(invoke("model.log_likelihood", model.log_likelihood, *arguments))
             else:
                 rewards = model.reward(*arguments)
             votes = jnp.zeros(at_once, jnp.int32)
             if vote is not None:
-                votes = called("vote", vote, drawn.tokens, drawn.mask)
+                votes = invoke("vote", vote, latents.tokens, latents.mask)
                 dtype, shape = getattr(votes, "dtype", None), jnp.shape(votes)
                 if dtype is None or shape != (at_once,) or not jnp.issubdtype(dtype, jnp.integer):
                     raise ValueError(
@@ -180,8 +180,8 @@ def evaluate(
             return rewards, votes
 
         def one(key):
-            drawn = model.policy.sample(params, key, rows.prompts)
-            return *verdict(drawn), drawn.tokens, drawn.mask
+            latents = model.policy.sample(params, key, rows.prompts)
+            return *verdict(latents), latents.tokens, latents.mask
 
         rewards, votes, tokens, mask = jax.lax.map(one, jax.random.split(key, samples))
         first = (*jax.tree.map(lambda leaf: leaf[0], (tokens, mask)), rewards[0])
@@ -194,20 +194,20 @@ def evaluate(
     for start in range(0, size, at_once):
         rows = take(questions, (start + jnp.arange(at_once)) % size)
         blocks.append(judge(params, jax.random.fold_in(key, start), rows))
-    (right, votes), (tokens, mask, shown) = jax.tree.map(
+    (right, votes), (tokens, mask, first_right) = jax.tree.map(
         lambda *parts: np.concatenate(jax.device_get(parts))[:size], *blocks
     )
-    right, shown = _as_right(right), _as_right(shown)
+    right, first_right = _as_right(right), _as_right(first_right)
     counts = right.sum(axis=1)
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return Evaluation(
-        None if model.policy.greedy is None else Rate.of(shown),
+        None if model.policy.greedy is None else Rate.of(first_right),
         None if vote is None else Rate.of(_majority(votes, right)),
         {k: Rate.of(_pass_at(counts, samples, k)) for k in ks},
         right.mean(axis=1),
         tokens,
         mask,
-        shown,
+        first_right,
     )
 
 

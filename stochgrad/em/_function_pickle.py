@@ -156,5 +156,5 @@ class _Pickler(pickle.Pickler):
             "attributes": obj.__dict__,
         }
         code = marshal.dumps(obj.__code__)
-        made = (code, obj.__name__, obj.__module__, len(obj.__closure__ or ()))
-        return make_function, made, state, None, None, fill_function
+        arguments = (code, obj.__name__, obj.__module__, len(obj.__closure__ or ()))
+        return make_function, arguments, state, None, None, fill_function

@@ -168,8 +168,8 @@ class HostVerifier:
 
     def _late(self, beyond: float) -> Verdict:
         """Noticed well beyond the deadline, as nothing here could run, or at it."""
-        held = self._function is None and beyond > _NOTICE_SECONDS + 0.1 * self._timeout
-        return Verdict("timed out", self._timeout + beyond if held else None)
+        locked = self._function is None and beyond > _NOTICE_SECONDS + 0.1 * self._timeout
+        return Verdict("timed out", self._timeout + beyond if locked else None)
 
     def _refuse(self, verdict: Verdict, workers: list[Worker]) -> None:
         """Raise where the verifier cannot run here; where no process starts, go on in threads."""

@@ -20,7 +20,7 @@ from stochgrad.em._model import Guide, LatentModel, Questions, position_function
 
 
 class EMState(NamedTuple):
-    """State of the gradient: chains and what was last seen.
+    """State of the gradient: the chains and the last E-step's stats.
 
     Attributes:
         batches: State of the stream of minibatches.

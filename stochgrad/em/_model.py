@@ -140,7 +140,7 @@ def verified(
 
     def reward(params, prompts, tokens, mask, answers):
         examples = mask.shape[0]
-        right = called("verify", verify, tokens, mask, answers)
+        right = invoke("verify", verify, tokens, mask, answers)
         dtype, kinds = getattr(right, "dtype", None), (jnp.bool_, jnp.floating)
         real = dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds)
         if not real or jnp.shape(right) != (examples,):
@@ -165,7 +165,7 @@ def verified(
     return LatentModel(policy, log_likelihood, fixed=True, check=check, reward=reward)
 
 
-def called(name: str, function: Callable, *arguments: Any) -> Any:
+def invoke(name: str, function: Callable, *arguments: Any) -> Any:
     """What a user's function returns; where it fails, the sentence names it."""
     try:
         return function(*arguments)
@@ -255,7 +255,7 @@ def position_functions(
     starts = [model.initial] if guide is None or not learned else [model.initial, guide.initial]
     for start in starts:
         if start is not None:
-            called("model.initial", jax.eval_shape, start, jax.random.key(0), one)
+            invoke("model.initial", jax.eval_shape, start, jax.random.key(0), one)
 
     def initial(key: PRNGKey):
         keys = jax.random.split(key, len(starts))
