@@ -47,7 +47,7 @@ def smollm2():
     encode = lambda text: model.tokenizer.encode(text).ids
     questions = task.questions_of(task.sums(32, 0), encode)
     policy = model.policy(length=40, end=task.newline(model), remat=True)
-    verify = em.on_host(task.right, lambda tokens: model.tokenizer.decode(tokens.tolist()))
+    verify = em.host_verifier(task.right, lambda tokens: model.tokenizer.decode(tokens.tolist()))
     return em.verified(policy, verify, end=task.newline(model)), model.params, questions, 8
 
 

@@ -188,7 +188,7 @@ def main():
         questions_of(sums(size, seed), encode)
         for size, seed in ((options.questions, 0), (options.held_out, 1))
     )
-    verify = em.on_host(right, lambda tokens: model.tokenizer.decode(tokens.tolist()))
+    verify = em.host_verifier(right, lambda tokens: model.tokenizer.decode(tokens.tolist()))
     judge = partial(
         em.evaluate, questions=fresh, key=jax.random.key(0), samples=options.samples,
         batch_size=32, vote=partial(given, model.tokenizer),

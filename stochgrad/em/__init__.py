@@ -1,4 +1,4 @@
-"""Latent-variable learning by Markov chain Monte Carlo expectation-maximisation."""
+"""Latent-variable learning by Markov chain Monte Carlo expectation-maximization."""
 
 from stochgrad.em._allocate import Allocator as Allocator
 from stochgrad.em._allocate import Tally as Tally
@@ -11,9 +11,6 @@ from stochgrad.em._decode import Network as Network
 from stochgrad.em._decode import Prompts as Prompts
 from stochgrad.em._decode import decoder as decoder
 from stochgrad.em._decode import left_padded as left_padded
-from stochgrad.em._e_step import Memory as Memory
-from stochgrad.em._e_step import Stats as Stats
-from stochgrad.em._e_step import Visit as Visit
 from stochgrad.em._estimators import Estimator as Estimator
 from stochgrad.em._estimators import bnpo as bnpo
 from stochgrad.em._estimators import grpo as grpo
@@ -27,9 +24,16 @@ from stochgrad.em._evaluate import Evaluation as Evaluation
 from stochgrad.em._evaluate import Rate as Rate
 from stochgrad.em._evaluate import evaluate as evaluate
 from stochgrad.em._evaluate import json_lines as json_lines
+from stochgrad.em._host_verifier import HostVerifier as HostVerifier
+from stochgrad.em._host_verifier import host_verifier as host_verifier
+from stochgrad.em._host_verifier import on_host as on_host
+from stochgrad.em._latent_store import Memory as Memory
+from stochgrad.em._latent_store import unsolved as unsolved
 from stochgrad.em._mcmc_em import EMState as EMState
 from stochgrad.em._mcmc_em import mcmc_em as mcmc_em
-from stochgrad.em._mcmc_em import unsolved as unsolved
+from stochgrad.em._minibatch import Minibatch as Minibatch
+from stochgrad.em._minibatch import Stats as Stats
+from stochgrad.em._minibatch import Visit as Visit
 from stochgrad.em._model import Guide as Guide
 from stochgrad.em._model import LatentModel as LatentModel
 from stochgrad.em._model import Policy as Policy
@@ -37,5 +41,3 @@ from stochgrad.em._model import Questions as Questions
 from stochgrad.em._model import Rationales as Rationales
 from stochgrad.em._model import VerifierWarning as VerifierWarning
 from stochgrad.em._model import verified as verified
-from stochgrad.em._on_host import HostVerifier as HostVerifier
-from stochgrad.em._on_host import on_host as on_host

@@ -43,13 +43,12 @@ class Allocator(NamedTuple):
     Attributes:
         per_round: Proposals drawn in a round, on average over the questions.
         rounds: Rounds; the proposals of one are drawn together.
-        counts: ``(key, round, past, tally, present) -> (questions,)``: how many of the
+        counts: ``(key, round, past, tally, mask) -> (questions,)``: how many of the
             ``per_round * questions`` proposals of a round each gets. ``past`` is the tally of
-            earlier steps, ``tally`` that of earlier rounds; ``present`` is 1 for questions, 0 for
-            what fills up a last minibatch.
-        enough: ``tally -> (questions,)`` of bool: which questions need no more rounds. What is
-            found in the round that ends a question is not used in averages: it is there because it
-            was a success. None where no round depends on the last one's rewards.
+            earlier steps, ``tally`` that of earlier rounds; ``mask`` is 0 for padding.
+        enough: ``tally -> (questions,)`` of bool: which questions need no more rounds. The round
+            that ends a question is left out of averages: its end depends on the rewards. None where
+            no round depends on rewards.
         directions: Directions along which gradients' norms are measured; zero for none.
         decay: Of the tally of earlier steps, each time that a question is visited.
     """
@@ -70,7 +69,7 @@ class Allocator(NamedTuple):
         self,
         tally: Tally,
         owner: Int[Array, " p"],
-        asked: Bool[Array, " p"],
+        mask: Bool[Array, " p"],
         reward: Float[Array, " p"],
         norms: Float[Array, " p"],
         number: Int[Array, ""],
@@ -78,7 +77,7 @@ class Allocator(NamedTuple):
         """The tally with one more round."""
 
         def sums(values):
-            return segment_sum(jnp.where(asked, values, 0.0), owner, tally.tries.shape[0])
+            return segment_sum(jnp.where(mask, values, 0.0), owner, tally.tries.shape[0])
 
         tally = tally._replace(
             tries=tally.tries + sums(jnp.ones_like(reward)),
@@ -99,8 +98,8 @@ def uniform(per_question: int = 1) -> Allocator:
     """
     number = check_count("per_question", per_question)
 
-    def counts(key, round, past, tally, present):
-        return whole(present, number * jnp.sum(present))
+    def counts(key, round, past, tally, mask):
+        return whole(mask, number * jnp.sum(mask))
 
     return Allocator(number, 1, counts)
 
@@ -113,7 +112,7 @@ def gvm(
     floor: float = 0.0,
     directions: int = 4,
 ) -> Allocator:
-    r"""Numbers that minimise the variance of a gradient from accepted proposals.
+    r"""Numbers that minimize the variance of a gradient from accepted proposals.
 
     $$n_i \propto \frac{G_i}{\sqrt{p_i + \alpha / p_i^{\beta - 1}}},$$
 
@@ -125,10 +124,9 @@ def gvm(
     that needs proposals most.
 
     The price is a bias, of every estimator: a pilot decides how many proposals it is averaged with,
-    so that those that ask for more, by large norms or few successes, weigh less; chains leave such
-    rationales more often. On two questions with 4 proposals each it was 1 to 4% of the gradient,
-    with 8 it was 1 to 2% (the page on estimators has the table). ``uniform`` and ``vade`` have none
-    of it. What ``raft`` is biased by, for fixed numbers, comes on top, and is larger.
+    so that those that ask for more, by large norms or few successes, weigh less. On two questions
+    with 4 proposals each it was 1 to 4% of the gradient (the page on estimators has the table).
+    ``uniform`` and ``vade`` have none of it; that of ``raft`` comes on top, and is larger.
 
     Args:
         per_question: Proposals for each question on average, pilot included; even.
@@ -145,24 +143,24 @@ def gvm(
     directions = check_count("directions", directions)
     pilot = number // 2
 
-    def counts(key, round, past, tally, present):
-        target = gvm_share(tally, alpha, beta) * number * jnp.sum(present)
+    def counts(key, round, past, tally, mask):
+        target = gvm_share(tally, alpha, beta) * number * jnp.sum(mask)
         missing = jnp.maximum(target - pilot, 0.0)
         total = jnp.sum(missing)
-        evenly = present / jnp.sum(present)
+        evenly = mask / jnp.sum(mask)
         share = missing / jnp.where(total > 0, total, 1.0)
         share = jnp.where(total > 0, (1 - floor) * share + floor * evenly, evenly)
-        return whole(jnp.where(round == 0, present, share), pilot * jnp.sum(present))
+        return whole(jnp.where(round == 0, mask, share), pilot * jnp.sum(mask))
 
     return Allocator(pilot, 2, counts, directions=directions)
 
 
 def gvm_share(tally: Tally, alpha: float, beta: float) -> Float[Array, " questions"]:
-    """The shares of all proposals that minimise the variance, by a tally."""
-    successes, found = tally.successes, jnp.maximum(tally.successes, 1.0)
+    """The shares of all proposals that minimize the variance, by a tally."""
+    successes, count = tally.successes, jnp.maximum(tally.successes, 1.0)
     p = (successes + 0.5) / (tally.tries + 1.0)
     mean = jnp.sum(tally.norms) / jnp.maximum(jnp.sum(successes), 1.0)
-    norm = jnp.where(successes > 0, tally.norms / found, jnp.where(mean > 0, mean, 1.0))
+    norm = jnp.where(successes > 0, tally.norms / count, jnp.where(mean > 0, mean, 1.0))
     share = jnp.where(tally.tries > 0, norm / jnp.sqrt(p + alpha / p ** (beta - 1.0)), 0.0)
     total = jnp.sum(share)
     return share / jnp.where(total > 0, total, 1.0)
@@ -178,11 +176,10 @@ def reinforce_ada(
 ) -> Allocator:
     r"""Rounds of proposals until enough right and enough wrong ones are found.
 
-    Which questions go on depends on what was found, so that an average over all of a question's
-    proposals is biased. The proposals *before* the round in which a question ended are
-    exchangeable, whatever that round was; an average over them, or over the first round where
-    that was enough, has the mean of a single pair of proposals. ``corrected`` leaves the last
-    round of such a question out of averages. Chains take its proposals either way.
+    Which questions go on depends on their rewards, so that an average over all of a question's
+    proposals is biased. Those *before* the round in which it ended are exchangeable: an average
+    over them, or over the first round where that was enough, has the mean of a single pair.
+    ``corrected`` leaves the last round of such a question out of averages, not of the chains.
 
     Args:
         per_round: Proposals for each question that goes on.
@@ -205,8 +202,8 @@ def reinforce_ada(
     def enough(tally):
         return (tally.successes >= positive) & (tally.tries - tally.successes >= negative)
 
-    def counts(key, round, past, tally, present):
-        return jnp.where((present > 0) & ~enough(tally), each, 0)
+    def counts(key, round, past, tally, mask):
+        return jnp.where((mask > 0) & ~enough(tally), each, 0)
 
     return Allocator(each, rounds, counts, enough if corrected else None)
 
@@ -228,13 +225,13 @@ def vade(per_question: int = 4, *, decay: float = 0.9, floor: float = 0.25) -> A
     decay = check_number("decay", decay, zero=True, most=1.0)
     floor = check_number("floor", floor, zero=True, most=1.0)
 
-    def counts(key, round, past, tally, present):
+    def counts(key, round, past, tally, mask):
         failures = jnp.maximum(past.tries - past.successes, 0.0)
         p = jax.random.beta(key, 1.0 + past.successes, 1.0 + failures)
-        worth = present * p * (1.0 - p)
+        worth = mask * p * (1.0 - p)
         share = worth / jnp.maximum(jnp.sum(worth), 1e-12)
-        share = (1 - floor) * share + floor * present / jnp.sum(present)
-        return whole(share, number * jnp.sum(present))
+        share = (1 - floor) * share + floor * mask / jnp.sum(mask)
+        return whole(share, number * jnp.sum(mask))
 
     return Allocator(number, 1, counts, decay=decay)
 

@@ -20,7 +20,7 @@ from stochgrad.core import (
     check_number,
     describe,
 )
-from stochgrad.em._model import Policy, Rationales, called
+from stochgrad.em._model import Policy, Rationales, invoke
 
 
 class Prompts(NamedTuple):
@@ -124,10 +124,9 @@ def decoder(
 ) -> Policy:
     r"""A policy that decodes token by token, batched and compiled.
 
-    The same network reads the prompts (``Prompts``, padded on the left), goes on token by token
-    with its cache, and scores whole rationales in one pass. Decoding ends when each sequence of the
-    batch has come to its end token, or at ``length``; a sequence that was cut off has no end token
-    (``verified(..., end=end)`` calls it wrong).
+    The network reads the prompts (``Prompts``, padded on the left), decodes with its cache, and
+    scores whole rationales in one pass. Decoding stops at the end token or at ``length``; a
+    truncated sequence has no end token (``verified(..., end=end)`` counts it as wrong).
 
     The policy is the distribution that is sampled: with a temperature T and a nucleus of mass
     ``top_p`` [Holtzman et al. 2020],
@@ -139,13 +138,12 @@ def decoder(
     Args:
         network: ``(params, inputs, cache, keep) -> (logits, cache)``: logits of the next token at
             the last ``keep`` of the ``Inputs``, shape (batch, keep, vocabulary), and the cache with
-            the inputs' keys and values at their slots. Params may be any pytree; frozen weights
-            belong in it, as what is closed over is compiled in.
+            their keys and values. Frozen weights belong in params: closures are compiled in.
         cache: ``(batch, slots) -> pytree``, an empty one.
         length: The most tokens of a rationale, end token included.
         end: The end token.
         temperature: T.
-        top_p: Mass of the nucleus, the fewest most probable tokens that have it.
+        top_p: Top-p: cumulative probability of the nucleus.
         context: The most tokens that the network can attend to, prompt and rationale together.
         pad: What stands after the end token.
 
@@ -190,30 +188,30 @@ def decoder(
         """Tokens at ``offset``, seeing the prompt and what was decoded up to themselves."""
         batch, size = tokens.shape
         before = prompts.tokens.shape[1]
-        seen = jnp.concatenate(
+        visible = jnp.concatenate(
             [prompts.mask, jnp.ones((batch, slots - before), bool)], axis=1, dtype=bool
         )
         at = offset + jnp.arange(size)
         slot = jnp.arange(slots)
-        mask = seen[:, None, :] & (slot[None, :] <= at[:, None])[None]
+        mask = visible[:, None, :] & (slot[None, :] <= at[:, None])[None]
         mask |= (slot[None, :] == at[:, None])[None]  # padding sees itself: no empty softmax
-        places = jnp.cumsum(seen.astype(jnp.int32), axis=1) - 1
+        places = jnp.cumsum(visible.astype(jnp.int32), axis=1) - 1
         positions = lax.dynamic_slice_in_dim(jnp.maximum(places, 0), offset, size, axis=1)
         return Inputs(tokens, positions, mask, jnp.asarray(offset, jnp.int32))
 
-    def run(params, prompts: Prompts, inputs: Inputs, held, keep: int):
+    def run(params, prompts: Prompts, inputs: Inputs, kv, keep: int):
         """The network, whose logits must be what a decoder can use."""
-        found = called("network", network, params, inputs, held, keep)
-        if not isinstance(found, tuple) or len(found) != 2 or not hasattr(found[0], "shape"):
-            raise TypeError(f"network must return (logits, cache), got {describe(found)}.")
-        shape, batch = found[0].shape, inputs.tokens.shape[0]
+        result = invoke("network", network, params, inputs, kv, keep)
+        if not isinstance(result, tuple) or len(result) != 2 or not hasattr(result[0], "shape"):
+            raise TypeError(f"network must return (logits, cache), got {describe(result)}.")
+        shape, batch = result[0].shape, inputs.tokens.shape[0]
         if len(shape) != 3 or shape[:2] != (batch, keep):
             raise ValueError(
                 f"network must return logits of shape ({batch}, {keep}, vocabulary), for {batch} "
                 f"prompts and keep={keep}, got {shape}."
             )
-        if not jnp.issubdtype(found[0].dtype, jnp.floating):
-            raise TypeError(f"network must return floating logits, got dtype {found[0].dtype}.")
+        if not jnp.issubdtype(result[0].dtype, jnp.floating):
+            raise TypeError(f"network must return floating logits, got dtype {result[0].dtype}.")
         largest = [("end", end), ("pad", pad)]
         if not isinstance(prompts.tokens, Tracer):
             largest.append(("prompts", int(np.max(np.asarray(prompts.tokens)))))
@@ -222,10 +220,7 @@ def decoder(
                 raise ValueError(
                     f"{name} holds token {token} where the network has a vocabulary of {shape[2]}."
                 )
-        return found
-
-    def emptied(batch: int, slots: int):
-        return called("cache", cache, batch, slots)
+        return result
 
     def log_probs(logits):
         """Log probabilities of what is sampled."""
@@ -241,33 +236,31 @@ def decoder(
     def decode(params, prompts: Prompts, choose) -> Rationales:
         slots, (batch, before) = slots_of(prompts), prompts.tokens.shape
         inputs = inputs_of(prompts, prompts.tokens, slots, 0)
-        logits, held = run(params, prompts, inputs, emptied(batch, slots), 1)
+        logits, kv = run(params, prompts, inputs, invoke("cache", cache, batch, slots), 1)
 
         def pick(number, logits, alive, tokens, mask, total):
             rows = log_probs(logits[:, 0])
             token = choose(number, rows).astype(jnp.int32)
-            chosen = jnp.take_along_axis(rows, token[:, None], axis=-1)[:, 0]
+            log_prob = jnp.take_along_axis(rows, token[:, None], axis=-1)[:, 0]
             token = jnp.where(alive, token, pad)
             tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], number, axis=1)
             mask = lax.dynamic_update_slice_in_dim(mask, alive[:, None], number, axis=1)
-            total = total + jnp.where(alive, chosen, 0.0)
+            total = total + jnp.where(alive, log_prob, 0.0)
             return alive & (token != end), tokens, mask, total
 
         def turn(carry):
-            number, held, alive, tokens, mask, total = carry
+            number, kv, alive, tokens, mask, total = carry
             last = lax.dynamic_slice_in_dim(tokens, number - 1, 1, axis=1)
             inputs = inputs_of(prompts, last, slots, before + number - 1)
-            logits, held = run(params, prompts, inputs, held, 1)
-            return number + 1, held, *pick(number, logits, alive, tokens, mask, total)
+            logits, kv = run(params, prompts, inputs, kv, 1)
+            return number + 1, kv, *pick(number, logits, alive, tokens, mask, total)
 
         tokens = jnp.full((batch, length), pad, jnp.int32)
         total = jnp.zeros(batch, at_least_float32(logits.dtype))
         nothing = jnp.zeros((batch, length), bool)
         start = pick(0, logits, jnp.ones(batch, bool), tokens, nothing, total)
         *_, tokens, mask, total = lax.while_loop(
-            lambda carry: (carry[0] < length) & jnp.any(carry[2]),
-            turn,
-            (jnp.int32(1), held, *start),
+            lambda carry: (carry[0] < length) & jnp.any(carry[2]), turn, (jnp.int32(1), kv, *start)
         )
         return Rationales(tokens, total, mask)
 
@@ -285,8 +278,8 @@ def decoder(
         slots = prompts.tokens.shape[1] + tokens.shape[1] - 1
         fed = jnp.concatenate([prompts.tokens, tokens[:, :-1]], axis=1, dtype=jnp.int32)
         inputs = inputs_of(prompts, fed, slots, 0)
-        held = emptied(fed.shape[0], slots)
-        logits, _ = run(params, prompts, inputs, held, tokens.shape[1])
+        empty = invoke("cache", cache, fed.shape[0], slots)
+        logits, _ = run(params, prompts, inputs, empty, tokens.shape[1])
         each = jnp.take_along_axis(log_probs(logits), tokens[..., None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(mask, each, 0.0), axis=1)
 

@@ -14,7 +14,7 @@ from jax.scipy.special import betaln, gammaln
 from jaxtyping import Array, Float
 
 from stochgrad.core import check_choice, check_count, check_flag, check_number
-from stochgrad.em._e_step import Visit
+from stochgrad.em._minibatch import Minibatch
 
 Weights = tuple[Float[Array, " questions"] | None, Float[Array, " proposals"] | None]
 
@@ -23,7 +23,7 @@ class Estimator(NamedTuple):
     """A rule for the weights.
 
     Attributes:
-        weights: ``visit -> (chains, proposals)``; None where a kind has no weight.
+        weights: ``minibatch -> (chains, proposals)``; None where a kind has no weight.
         name: Its name.
         chains: Whether it weighs chains.
         control: Whether it takes the policy's own proposals for a control variate.
@@ -35,7 +35,7 @@ class Estimator(NamedTuple):
         unbounded: Whether rewards may be any finite numbers, instead of likelihoods from 0 to 1.
     """
 
-    weights: Callable[[Visit], Weights]
+    weights: Callable[[Minibatch], Weights]
     name: str
     chains: bool = False
     control: bool = False
@@ -62,9 +62,8 @@ def trice(
     visit, 0 where it was not. A proposal that was taken by a chain that was right is both, with
     weight $1 - \beta_m$: as the model learns, $\beta_m\to 1$ and the variance goes to zero
     [Phan et al. 2023, section 3.2]. The first right proposal of a chain counts in full: that the
-    question takes part at all depends on it, so that its score is no control variate. (The paper
-    subtracts it there too, and a first visit of all questions, where every $\beta_m$ is 1, teaches
-    nothing.)
+    question takes part at all depends on it, so that its score is no control variate (the paper
+    subtracts it there too).
 
     ``"leave_one_out"`` is $\beta_m$ = share of the proposals that were taken, of the other
     questions whose chain was right before. With V the posterior variance and S the mean square of
@@ -100,32 +99,32 @@ def trice(
         subsample = check_count("subsample", subsample)
     directions = _checked(directions)
 
-    def coefficients(visit: Visit):
+    def coefficients(batch: Minibatch):
         """Of chains that were right before the visit, from the others of them."""
-        before = visit.before
+        before = batch.had_valid_latent
         if control_variate == "leave_one_out":
-            taken = before * visit.sums(visit.accept) / jnp.maximum(visit.counts(), 1.0)
+            rate = before * batch.sums(batch.accept) / jnp.maximum(batch.counts(), 1.0)
             others = jnp.sum(before) - before
-            return before * (jnp.sum(taken) - taken) / jnp.maximum(others, 1.0)
+            return before * (jnp.sum(rate) - rate) / jnp.maximum(others, 1.0)
         if control_variate == "optimal":
-            proposals, chains = visit.slopes()
-            mean = visit.sums(proposals * visit.shares()[:, None])
-            moved = before * (visit.chosen >= 0).astype(before.dtype)
-            apart = chains - proposals[jnp.maximum(visit.chosen, 0)]
-            each = jnp.maximum(visit.counts(), 1.0)
-            covariance = 0.5 * moved * jnp.sum(apart**2, axis=1) / each
+            proposals, chains = batch.slopes()
+            mean = batch.sums(proposals * batch.shares()[:, None])
+            moves = before * (batch.proposal_index >= 0).astype(before.dtype)
+            apart = chains - proposals[jnp.maximum(batch.proposal_index, 0)]
+            each = jnp.maximum(batch.counts(), 1.0)
+            covariance = 0.5 * moves * jnp.sum(apart**2, axis=1) / each
             square = before * jnp.sum(mean**2, axis=1)
             over, under = (jnp.sum(x) - x for x in (covariance, square))
             return before * jnp.clip(over / jnp.where(under > 0, under, 1.0), 0.0, 1.0)
         return before * float(control_variate)
 
-    def weights(visit: Visit):
-        right = visit.right
-        each = right / jnp.maximum(jnp.sum(right), 1.0)
+    def weights(batch: Minibatch):
+        valid = batch.has_valid_latent
+        each = valid / jnp.maximum(jnp.sum(valid), 1.0)
         if control_variate == "none":
             return each, None
-        beta = lax.stop_gradient(coefficients(visit))
-        return each, -(each * beta)[visit.owner] * visit.shares()
+        beta = lax.stop_gradient(coefficients(batch))
+        return each, -(each * beta)[batch.owner] * batch.shares()
 
     directions = directions if control_variate == "optimal" else 0
     control = control_variate != "none"
@@ -146,9 +145,9 @@ def star(greedy: bool = False) -> Estimator:
     """
     check_flag("greedy", greedy)
 
-    def weights(visit: Visit):
-        right = visit.reward * visit.used
-        return None, right / jnp.maximum(jnp.sum(right), 1e-12)
+    def weights(batch: Minibatch):
+        valid = batch.reward * batch.unbiased_mask
+        return None, valid / jnp.maximum(jnp.sum(valid), 1e-12)
 
     return Estimator(weights, "star", greedy=greedy)
 
@@ -167,13 +166,13 @@ def raft(kept: Literal["one", "all"] = "one") -> Estimator:
     """
     check_choice("kept", kept, ("one", "all"))
 
-    def weights(visit: Visit):
-        right = _right(visit)
+    def weights(batch: Minibatch):
+        valid = _valid(batch)
         if kept == "one":
-            right = jnp.where(_rank(right, visit) <= 1, right, 0.0)
-        accepted = visit.sums(right)
-        solved = jnp.maximum(jnp.sum(jnp.minimum(accepted, 1.0)), 1.0)
-        return None, right / jnp.maximum(accepted, 1.0)[visit.owner] / solved
+            valid = jnp.where(_rank(valid, batch) <= 1, valid, 0.0)
+        count = batch.sums(valid)
+        solved = jnp.maximum(jnp.sum(jnp.minimum(count, 1.0)), 1.0)
+        return None, valid / jnp.maximum(count, 1.0)[batch.owner] / solved
 
     return Estimator(weights, "raft")
 
@@ -186,10 +185,10 @@ def rest_em(most: int = 10) -> Estimator:
     """
     most = check_count("most", most)
 
-    def weights(visit: Visit):
-        right = _right(visit)
-        right = jnp.where(_rank(right, visit) <= most, right, 0.0)
-        return None, right / jnp.maximum(jnp.sum(right), 1.0)
+    def weights(batch: Minibatch):
+        valid = _valid(batch)
+        valid = jnp.where(_rank(valid, batch) <= most, valid, 0.0)
+        return None, valid / jnp.maximum(jnp.sum(valid), 1.0)
 
     return Estimator(weights, "rest_em")
 
@@ -214,19 +213,18 @@ def reinforce(
     check_choice("baseline", baseline, ("leave_one_out", "optimal", "none"))
     directions = _checked(directions)
 
-    def weights(visit: Visit):
-        reward, used = visit.reward, visit.used
-        size = used
+    def weights(batch: Minibatch):
+        reward, mask = batch.reward, batch.unbiased_mask
+        size = mask
         if baseline == "optimal":
-            size = used * jnp.sum(visit.slopes()[0] ** 2, axis=1)
-        over = visit.sums(reward * size)[visit.owner] - reward * size
-        under = visit.sums(size)[visit.owner] - size
-        advantage = reward - (
-            0.0 if baseline == "none" else over / jnp.where(under > 0, under, 1.0)
-        )
-        if baseline != "none":
-            advantage = jnp.where(under > 0, advantage, 0.0)
-        return None, _averaged(advantage, visit)
+            size = mask * jnp.sum(batch.slopes()[0] ** 2, axis=1)
+        if baseline == "none":
+            return None, _mean_over_questions(reward, batch)
+        over = batch.sums(reward * size)[batch.owner] - reward * size
+        under = batch.sums(size)[batch.owner] - size
+        advantage = reward - over / jnp.where(under > 0, under, 1.0)
+        advantage = jnp.where(under > 0, advantage, 0.0)
+        return None, _mean_over_questions(advantage, batch)
 
     directions = directions if baseline == "optimal" else 0
     least = 1 + (baseline != "none")
@@ -234,7 +232,7 @@ def reinforce(
 
 
 def grpo(epsilon: float = 1e-4) -> Estimator:
-    r"""Rewards standardised within a question, on policy [GRPO, Shao et al. 2024].
+    r"""Rewards standardized within a question, on policy [GRPO, Shao et al. 2024].
 
     $$A_{mk} = \frac{r_{mk} - \bar r_m}{\sigma_m + \epsilon}.$$
 
@@ -246,18 +244,18 @@ def grpo(epsilon: float = 1e-4) -> Estimator:
     """
     epsilon = check_number("epsilon", epsilon)
 
-    def weights(visit: Visit):
+    def weights(batch: Minibatch):
         # from the least of a question's rewards, and by the largest: equal ones give zero, large
         # ones do not overflow
-        used, owner, questions = visit.used > 0, visit.owner, visit.present.shape[0]
-        low = segment_min(jnp.where(used, visit.reward, jnp.inf), owner, questions)
-        above = jnp.where(used, visit.reward - low[owner], 0.0)
+        mask, owner, questions = batch.unbiased_mask > 0, batch.owner, batch.mask.shape[0]
+        low = segment_min(jnp.where(mask, batch.reward, jnp.inf), owner, questions)
+        above = jnp.where(mask, batch.reward - low[owner], 0.0)
         high = segment_max(above, owner, questions)
         scale = jnp.where((high > 0) & jnp.isfinite(high), high, 1.0)
-        visit = visit._replace(reward=above / scale[owner])
-        mean, variance = _moments(visit)
+        batch = batch._replace(reward=above / scale[owner])
+        mean, variance = _moments(batch)
         deviation = jnp.sqrt(variance) + epsilon / scale
-        return None, _averaged((visit.reward - mean[owner]) / deviation[owner], visit)
+        return None, _mean_over_questions((batch.reward - mean[owner]) / deviation[owner], batch)
 
     return Estimator(weights, "grpo", least=2, unbounded=True)
 
@@ -275,12 +273,12 @@ def bnpo() -> Estimator:
     a Beta density is.
     """
 
-    def weights(visit: Visit):
-        mean, _ = _moments(visit)
-        present = visit.present * jnp.minimum(visit.counts(), 1.0)
-        count = jnp.maximum(jnp.sum(present), 1.0)
-        m = jnp.sum(mean * present) / count
-        v = jnp.sum((mean - m) ** 2 * present) / jnp.maximum(count - 1.0, 1.0)
+    def weights(batch: Minibatch):
+        mean, _ = _moments(batch)
+        mask = batch.mask * jnp.minimum(batch.counts(), 1.0)
+        count = jnp.maximum(jnp.sum(mask), 1.0)
+        m = jnp.sum(mean * mask) / count
+        v = jnp.sum((mean - m) ** 2 * mask) / jnp.maximum(count - 1.0, 1.0)
         odds = jnp.maximum(m * (1 - m) / jnp.where(v > 0, v, 1.0) - 1.0, 0.0)
         odds = jnp.where(v > 0, odds, 0.0)
         alpha = jnp.maximum(1.0, 1.0 + odds * m / 3.0)
@@ -290,7 +288,9 @@ def bnpo() -> Estimator:
             (alpha - 1) * jnp.log(inside) + (beta - 1) * jnp.log1p(-inside) - betaln(alpha, beta)
         )
         scale = jnp.minimum(jnp.exp(-log_density), 1e6)
-        return None, _averaged((visit.reward - mean[visit.owner]) * scale[visit.owner], visit)
+        return None, _mean_over_questions(
+            (batch.reward - mean[batch.owner]) * scale[batch.owner], batch
+        )
 
     return Estimator(weights, "bnpo", least=2)
 
@@ -310,27 +310,27 @@ def maxk(k: int) -> Estimator:
     """
     k = check_count("k", k)
 
-    def weights(visit: Visit):
-        reward, used = visit.reward, visit.used
-        count = visit.counts()[visit.owner]
-        key = jnp.where(used > 0, reward, -jnp.inf)
-        order = jnp.lexsort((key, visit.owner))
-        sorted_owner = visit.owner[order]
-        unused = visit.sums(1.0 - used)[sorted_owner]
-        first = jnp.searchsorted(sorted_owner, jnp.arange(visit.present.shape[0]))
-        place = (jnp.arange(order.shape[0]) - first[sorted_owner] + 1).astype(unused.dtype)
-        place = place - unused
+    def weights(batch: Minibatch):
+        reward, mask = batch.reward, batch.unbiased_mask
+        count = batch.counts()[batch.owner]
+        key = jnp.where(mask > 0, reward, -jnp.inf)
+        order = jnp.lexsort((key, batch.owner))
+        sorted_owner = batch.owner[order]
+        invalid = batch.sums(1.0 - mask)[sorted_owner]
+        first = jnp.searchsorted(sorted_owner, jnp.arange(batch.mask.shape[0]))
+        place = (jnp.arange(order.shape[0]) - first[sorted_owner] + 1).astype(invalid.dtype)
+        place = place - invalid
         r = jnp.where(place >= 1, reward[order], 0.0)
         n = count[order]
         own = r * _choose_ratio(place - 1, k - 1, n, k)
         later = r * _choose_ratio(place - 2, k - 2, n, k) if k > 1 else jnp.zeros_like(r)
-        total = visit.sums(later[jnp.argsort(order)])[sorted_owner]
+        total = batch.sums(later[jnp.argsort(order)])[sorted_owner]
         running = jnp.cumsum(later)
         before = running - later
         start = before[jnp.minimum(first, order.shape[0] - 1)][sorted_owner]
         after = total - (running - start)
         s = jnp.where(place >= 1, own + after, 0.0)[jnp.argsort(order)]
-        return None, used * s / jnp.maximum(jnp.sum(visit.present), 1.0)
+        return None, mask * s / jnp.maximum(jnp.sum(batch.mask), 1.0)
 
     return Estimator(weights, "maxk", least=k, unbounded=True)
 
@@ -339,27 +339,27 @@ def _checked(directions: int | None) -> int | None:
     return None if directions is None else check_count("directions", directions)
 
 
-def _right(visit: Visit):
-    return visit.used * (visit.reward > 0).astype(visit.used.dtype)
+def _valid(batch: Minibatch):
+    return batch.unbiased_mask * (batch.reward > 0).astype(batch.unbiased_mask.dtype)
 
 
-def _rank(chosen, visit: Visit):
-    """The how-manieth of its question's chosen proposals each is, in the order of drawing."""
-    same = visit.owner[:, None] == visit.owner[None, :]
-    earlier = jnp.tril(same).astype(chosen.dtype)
-    return earlier @ chosen
+def _rank(valid, batch: Minibatch):
+    """Rank of each proposal among its question's valid ones, in the order of drawing."""
+    same = batch.owner[:, None] == batch.owner[None, :]
+    earlier = jnp.tril(same).astype(valid.dtype)
+    return earlier @ valid
 
 
-def _moments(visit: Visit):
+def _moments(batch: Minibatch):
     """Mean and variance of each question's rewards."""
-    shares = visit.shares()
-    mean = visit.sums(visit.reward * shares)
-    return mean, visit.sums((visit.reward - mean[visit.owner]) ** 2 * shares)
+    shares = batch.shares()
+    mean = batch.sums(batch.reward * shares)
+    return mean, batch.sums((batch.reward - mean[batch.owner]) ** 2 * shares)
 
 
-def _averaged(advantage, visit: Visit):
+def _mean_over_questions(advantage, batch: Minibatch):
     """Advantages over the number of a question's proposals, and over that of questions."""
-    return advantage * visit.shares() / jnp.maximum(jnp.sum(visit.present), 1.0)
+    return advantage * batch.shares() / jnp.maximum(jnp.sum(batch.mask), 1.0)
 
 
 def _choose_ratio(a, b: int, n, k: int):

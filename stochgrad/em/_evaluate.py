@@ -22,17 +22,9 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.em._e_step import Stats
-from stochgrad.em._model import (
-    LatentModel,
-    Questions,
-    called,
-    check_draws,
-    check_model,
-    check_params,
-    check_questions,
-    take,
-)
+from stochgrad.em._checks import check_draws, check_model, check_params, check_questions
+from stochgrad.em._minibatch import Stats
+from stochgrad.em._model import LatentModel, Questions, invoke, take
 
 
 class Rate(NamedTuple):
@@ -67,7 +59,7 @@ class Rate(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What ``evaluate`` found.
+    """Results of ``evaluate``.
 
     Attributes:
         greedy: Share of questions that the most probable rationale answers, None where the policy
@@ -93,11 +85,11 @@ class Evaluation(NamedTuple):
         """The rates as a flat dict, ends of intervals included."""
         rates = {"greedy": self.greedy, "majority": self.majority}
         rates |= {f"pass_at_{k}": rate for k, rate in self.pass_at.items()}
-        found = {}
+        metrics = {}
         for name, rate in rates.items():
             if rate is not None:
-                found |= {name: rate.mean, f"{name}_low": rate.low, f"{name}_high": rate.high}
-        return found
+                metrics |= {name: rate.mean, f"{name}_low": rate.low, f"{name}_high": rate.high}
+        return metrics
 
 
 def evaluate(
@@ -131,7 +123,7 @@ def evaluate(
 
     Raises:
         ValueError: there are no questions, or a number is not positive; a reward is not from 0 to
-            1, so that nobody knows what is right; ``vote`` returns something else than integers.
+            1; ``vote`` does not return integers.
         TypeError: the key is no PRNG key, the model none of ``verified``; the policy or the
             verifier fails on the parameters and the questions.
 
@@ -170,15 +162,15 @@ def evaluate(
 
     @jax.jit
     def judge(params, key, rows: Questions):
-        def verdict(drawn):
-            given = params, rows.prompts, drawn.tokens, drawn.mask, rows.answers
+        def verdict(latents):
+            arguments = params, rows.prompts, latents.tokens, latents.mask, rows.answers
             if model.reward is None:
-                rewards = jnp.exp(called("model.log_likelihood", model.log_likelihood, *given))
+                rewards = jnp.exp(invoke("model.log_likelihood", model.log_likelihood, *arguments))
             else:
-                rewards = model.reward(*given)
+                rewards = model.reward(*arguments)
             votes = jnp.zeros(at_once, jnp.int32)
             if vote is not None:
-                votes = called("vote", vote, drawn.tokens, drawn.mask)
+                votes = invoke("vote", vote, latents.tokens, latents.mask)
                 dtype, shape = getattr(votes, "dtype", None), jnp.shape(votes)
                 if dtype is None or shape != (at_once,) or not jnp.issubdtype(dtype, jnp.integer):
                     raise ValueError(
@@ -188,8 +180,8 @@ def evaluate(
             return rewards, votes
 
         def one(key):
-            drawn = model.policy.sample(params, key, rows.prompts)
-            return *verdict(drawn), drawn.tokens, drawn.mask
+            latents = model.policy.sample(params, key, rows.prompts)
+            return *verdict(latents), latents.tokens, latents.mask
 
         rewards, votes, tokens, mask = jax.lax.map(one, jax.random.split(key, samples))
         first = (*jax.tree.map(lambda leaf: leaf[0], (tokens, mask)), rewards[0])
@@ -198,35 +190,31 @@ def evaluate(
             first = best.tokens, best.mask, verdict(best)[0]
         return (rewards.T, votes.T), first
 
-    found = []
+    blocks = []
     for start in range(0, size, at_once):
-        index = (start + jnp.arange(at_once)) % size
-        rows = take(questions, index)
-        out = judge(params, jax.random.fold_in(key, start), rows)
-        kept = min(at_once, size - start)
-        found.append(jax.tree.map(lambda leaf, kept=kept: np.asarray(leaf)[:kept], out))
-    (right, votes), (tokens, mask, shown) = jax.tree.map(
-        lambda *parts: np.concatenate(parts), *found
+        rows = take(questions, (start + jnp.arange(at_once)) % size)
+        blocks.append(judge(params, jax.random.fold_in(key, start), rows))
+    (right, votes), (tokens, mask, first_right) = jax.tree.map(
+        lambda *parts: np.concatenate(jax.device_get(parts))[:size], *blocks
     )
-    right, shown = _as_right(right), _as_right(shown)
+    right, first_right = _as_right(right), _as_right(first_right)
     counts = right.sum(axis=1)
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return Evaluation(
-        None if model.policy.greedy is None else Rate.of(shown),
+        None if model.policy.greedy is None else Rate.of(first_right),
         None if vote is None else Rate.of(_majority(votes, right)),
         {k: Rate.of(_pass_at(counts, samples, k)) for k in ks},
         right.mean(axis=1),
         tokens,
         mask,
-        shown,
+        first_right,
     )
 
 
 def json_lines(path: str | Path, metrics: Mapping[str, Any] | Stats, step: int = 0) -> None:
     """Append metrics to a file, one JSON object a step, which any tracker reads.
 
-    JSON has no NaN and no infinity: both are written as ``null``, which ``json.loads`` reads as
-    None, and pandas as NaN.
+    NaN and infinity, which JSON lacks, are written as ``null``, which pandas reads as NaN.
 
     Args:
         path: The file.

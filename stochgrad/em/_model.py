@@ -6,17 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from stochgrad.core import (
     Position,
     PRNGKey,
-    as_data,
     check_callable,
     check_count,
     check_instance,
-    data_rows,
     describe,
     first_line,
 )
@@ -44,8 +41,7 @@ class Rationales(NamedTuple):
 class Policy(NamedTuple):
     r"""A conditional distribution $p_\theta(z\mid x)$ over latents, with the means to draw from it.
 
-    A model in flax, equinox or plain JAX takes part by these functions; parameters are any pytree,
-    so that sharding and low-rank adapters are the business of whoever made them.
+    A model in flax, equinox or plain JAX has these functions; parameters are any pytree.
 
     Attributes:
         sample: ``(params, key, prompts) -> Rationales``, exact draws of the distribution whose
@@ -81,14 +77,13 @@ class LatentModel(NamedTuple):
         policy: The first factor.
         log_likelihood: ``(params, prompts, tokens, mask, answers) -> (examples,)``, the log of the
             second; for a verifier 0 or minus infinity.
-        fixed: Whether the likelihood is free of the parameters, as a verifier's is. It is then
-            asked once a rationale.
+        fixed: Whether the likelihood is free of the parameters, as a verifier's is.
         initial: ``(key, questions) -> params``, where to start, if the model knows.
         constrain: ``(params, questions) -> anything``, what parameters stand for.
         check: Called with the answers before anything compiles; raises where they do not fit.
         reward: ``(params, prompts, tokens, mask, answers) -> (examples,)`` of bool, or of real
-            numbers: what ``reinforce``, ``grpo`` and ``maxk`` climb, of any size and sign; for
-            other estimators it is the likelihood. None where the likelihood serves for it.
+            numbers: any for ``reinforce``, ``grpo`` and ``maxk``, the likelihood for other
+            estimators. None for the likelihood.
     """
 
     policy: Policy
@@ -129,10 +124,9 @@ def verified(
     Args:
         policy: Where rationales are from.
         verify: ``(tokens, mask, answers) -> (examples,)`` of bool, jittable; what
-            ``stochgrad.em.on_host`` makes of a Python function of text. Numbers from 0 to 1 are a
-            soft verifier, a likelihood. Other finite numbers are rewards, for ``reinforce``,
-            ``grpo`` and ``maxk`` alone: elsewhere they count as wrong, with a ``VerifierWarning``,
-            and so does NaN everywhere.
+            ``stochgrad.em.host_verifier`` makes of a Python function of text. Numbers from 0 to 1
+            are a likelihood. Other finite numbers are rewards, for ``reinforce``, ``grpo`` and
+            ``maxk`` alone: elsewhere they count as wrong, with a ``VerifierWarning``; so does NaN.
         end: The end token, if a rationale without it is wrong, of reward 0: it was cut off.
 
     Raises:
@@ -146,14 +140,10 @@ def verified(
 
     def reward(params, prompts, tokens, mask, answers):
         examples = mask.shape[0]
-        right = called("verify", verify, tokens, mask, answers)
-        kinds = (jnp.bool_, jnp.floating)
-        dtype = getattr(right, "dtype", None)
-        if (
-            dtype is None
-            or jnp.shape(right) != (examples,)
-            or not any(jnp.issubdtype(dtype, kind) for kind in kinds)
-        ):
+        right = invoke("verify", verify, tokens, mask, answers)
+        dtype, kinds = getattr(right, "dtype", None), (jnp.bool_, jnp.floating)
+        real = dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds)
+        if not real or jnp.shape(right) != (examples,):
             got = describe(right) if dtype is None else f"dtype {dtype}, shape {jnp.shape(right)}"
             raise ValueError(
                 f"verify must return {examples} bools (or numbers from 0 to 1), one for each "
@@ -175,7 +165,7 @@ def verified(
     return LatentModel(policy, log_likelihood, fixed=True, check=check, reward=reward)
 
 
-def called(name: str, function: Callable, *arguments: Any) -> Any:
+def invoke(name: str, function: Callable, *arguments: Any) -> Any:
     """What a user's function returns; where it fails, the sentence names it."""
     try:
         return function(*arguments)
@@ -198,94 +188,94 @@ def check_policy(name: str, policy: Any, *, greedy: bool = False) -> None:
         raise ValueError(f"{name}.greedy is None where the most probable rationale is wanted.")
 
 
-def check_model(model: Any) -> None:
-    """Raise unless it is a latent model whose functions are functions."""
-    check_instance("model", model, LatentModel, "a LatentModel, as stochgrad.em.verified makes it")
-    check_policy("model.policy", model.policy)
-    check_callable("model.log_likelihood", model.log_likelihood)
-    for name in ("initial", "constrain", "check", "reward"):
-        if getattr(model, name) is not None:
-            check_callable(f"model.{name}", getattr(model, name), "a function, or None")
+class ProposalKind(NamedTuple):
+    r"""A distribution q of proposals, and their weight $w(z) = p_\theta(z, y\mid x)/q(z)$.
 
+    Attributes:
+        sample: ``(theta, phi, key, questions) -> Rationales``.
+        log_weight: ``(theta, phi, questions, tokens, mask, log_likelihood, log_q) -> log w``, where
+            a ``log_q`` of None is evaluated.
+        log_prob: ``(phi, questions, tokens, mask) -> log q``, if q learns; None otherwise.
+    """
 
-def check_questions(questions: Any) -> tuple[Questions, int]:
-    """Questions as arrays, and how many they are."""
-    check_instance("questions", questions, Questions, "Questions of prompts and answers")
-    questions = as_data(questions, "questions")
-    data_rows(questions.prompts, name="questions.prompts")
-    return questions, data_rows(questions, name="questions")
+    sample: Callable[[Any, Any, PRNGKey, Questions], Rationales]
+    log_weight: Callable[..., Float[Array, " n"]]
+    log_prob: Callable[[Any, Questions, Any, Array], Float[Array, " n"]] | None = None
 
-
-def check_draws(
-    name: str, policy: Policy, params: Any, prompts: PyTree, count: int, *, greedy: bool = False
-) -> Rationales:
-    """Shapes of some draws; raise where the policy fails on these parameters and prompts."""
-    some = take(prompts, jnp.zeros(count, jnp.int32))
-    kinds: dict[str, tuple] = {"sample": (params, jax.random.key(0), some)}
-    if greedy:
-        kinds["greedy"] = (params, some)
-    drawn = None
-    for kind, arguments in kinds.items():
-        where = f"{name}.{kind}"
-        drawn = called(where, jax.eval_shape, getattr(policy, kind), *arguments)
-        if not isinstance(drawn, Rationales):
-            raise TypeError(f"{where} must return Rationales, got {describe(drawn)}.")
-        rows = {
-            "tokens": [leaf.shape[:1] for leaf in jax.tree.leaves(drawn.tokens)],
-            "log_prob": [drawn.log_prob.shape],
-            "mask": [drawn.mask.shape[:1]],
-        }
-        for part, shapes in rows.items():
-            if not shapes or any(shape != (count,) for shape in shapes):
-                raise ValueError(
-                    f"{where} must return one row of {part} for each prompt, got shapes {shapes} "
-                    f"for {count} prompts."
-                )
-        if drawn.mask.dtype != jnp.bool_ or len(drawn.mask.shape) != 2:
+    def split(self, position: Any) -> tuple[Any, Any]:
+        """The model's parameters, and those that a guide is called with."""
+        if self.log_prob is None:
+            return position, position
+        if not (isinstance(position, tuple) and len(position) == 2):
             raise ValueError(
-                f"{where} must return a mask of bools of shape (prompts, length), got dtype "
-                f"{drawn.mask.dtype} and shape {drawn.mask.shape}."
+                "position must be a pair of the model's parameters and the learned guide's, got "
+                f"{describe(position)}."
             )
-        found = called(
-            f"{name}.log_prob",
-            jax.eval_shape,
-            policy.log_prob,
-            params,
-            some,
-            drawn.tokens,
-            drawn.mask,
-        )
-        check_numbers(f"{name}.log_prob", found, count)
-    assert drawn is not None
-    return drawn
+        return position
 
 
-def check_numbers(name: str, found: Any, count: int) -> None:
-    """Raise unless a function's result is one floating-point number for each row."""
-    dtype, shape = getattr(found, "dtype", None), getattr(found, "shape", None)
-    if dtype is None or shape != (count,) or not jnp.issubdtype(dtype, jnp.floating):
-        got = describe(found) if dtype is None else f"dtype {dtype} and shape {shape}"
-        raise ValueError(
-            f"{name} must return one floating-point number for each of {count} rows, got {got}."
-        )
+def proposal_kind(model: LatentModel, guide: Guide | None, greedy: bool) -> ProposalKind:
+    """Proposals of a guide; without one of the policy, or of its most probable rationales."""
+    if guide is not None:
+        return _of_guide(model, guide)
+    policy = model.policy
+
+    def sample(theta, phi, key, rows):
+        if greedy and policy.greedy is not None:
+            return policy.greedy(theta, rows.prompts)
+        return policy.sample(theta, key, rows.prompts)
+
+    def log_weight(theta, phi, rows, tokens, mask, log_likelihood, log_q):
+        return log_likelihood  # the policy is the prior, which cancels
+
+    return ProposalKind(sample, log_weight)
 
 
-def check_params(params: Any) -> None:
-    """Raise where parameters hold NaN or infinity."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        known = hasattr(leaf, "dtype") and not isinstance(leaf, Tracer)
-        if known and jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.all(jnp.isfinite(leaf)):
-            where = "params" + jax.tree_util.keystr(path)
-            raise ValueError(f"{where} must be finite, but holds NaN or infinity.")
+def _of_guide(model: LatentModel, guide: Guide) -> ProposalKind:
+    def sample(theta, phi, key, rows):
+        return guide.policy.sample(phi, key, rows.hints)
+
+    def log_prob(phi, rows, tokens, mask):
+        return guide.policy.log_prob(phi, rows.hints, tokens, mask)
+
+    def log_weight(theta, phi, rows, tokens, mask, log_likelihood, log_q):
+        if log_q is None:
+            log_q = log_prob(phi, rows, tokens, mask)
+        return model.policy.log_prob(theta, rows.prompts, tokens, mask) + log_likelihood - log_q
+
+    return ProposalKind(sample, log_weight, log_prob if guide.learned else None)
+
+
+def position_functions(
+    model: LatentModel, guide: Guide | None, questions: Questions
+) -> tuple[Callable[[PRNGKey], Any] | None, Callable[[Any], Any]]:
+    """Where a position starts, if the model knows, and what it stands for."""
+    one = take(questions, jnp.zeros(1, jnp.int32))
+    learned = guide is not None and guide.learned
+    starts = [model.initial] if guide is None or not learned else [model.initial, guide.initial]
+    for start in starts:
+        if start is not None:
+            invoke("model.initial", jax.eval_shape, start, jax.random.key(0), one)
+
+    def initial(key: PRNGKey):
+        keys = jax.random.split(key, len(starts))
+        positions = tuple(start(key, one) for start, key in zip(starts, keys, strict=True))  # type: ignore
+        return positions if learned else positions[0]
+
+    def constrain(position: Any):
+        theta = position[0] if learned else position
+        value = theta if model.constrain is None else model.constrain(theta, one)
+        return (value, position[1]) if learned else value
+
+    return None if None in starts else initial, constrain
 
 
 def _is_ours(error: BaseException) -> bool:
     """Whether a raise statement of the library made it: it then says enough."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    assert trace is not None
+    while trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None:
-        return False
     module = trace.tb_frame.f_globals.get("__name__", "")
     operation = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
     return module.split(".")[0] == "stochgrad" and operation == "RAISE_VARARGS"

@@ -33,6 +33,7 @@ def text_of(tokens):
     return ""
 
 
+THREADS = em.host_verifier(verify, text_of, threads=1)
 COUNT = (0, -1, 1.5, True, "3", None, np.array([1, 2]), jnp.nan, int)
 OPTIONAL_COUNT = tuple(bad for bad in COUNT if bad is not None)
 NUMBER = (-1.0, jnp.nan, jnp.inf, "1", None, True, [1.0, 2.0], 1j, float)
@@ -123,8 +124,8 @@ GOOD_AND_WRONG = {  # what to call, what it is called with, and what is wrong fo
             "end": (-1, 1.5, "end", True, [5]),
         },
     ),
-    "on_host": (
-        em.on_host,
+    "host_verifier": (
+        em.host_verifier,
         {"verify": verify, "decode": text_of},
         {
             "verify": FUNCTION,
@@ -146,7 +147,7 @@ GOOD_AND_WRONG = {  # what to call, what it is called with, and what is wrong fo
         },
     ),
     "HostVerifier of arrays": (
-        em.on_host(verify, text_of, threads=1),
+        THREADS,
         {
             "tokens": jnp.zeros((2, 3), jnp.int32),
             "mask": jnp.ones((2, 3), bool),
@@ -359,17 +360,17 @@ USES = {
         lambda: em.mcmc_em(MODEL, QUESTIONS, batch_size=2, estimator=em.maxk(2)), "allocator",
     ),
     "check without rows": (
-        lambda: em.on_host(verify, text_of, threads=1).check(jnp.zeros((0,))), "answers",
+        lambda: THREADS.check(jnp.zeros((0,))), "answers",
     ),
-    "check of scalars": (lambda: em.on_host(verify, text_of, threads=1).check(4), "answers"),
+    "check of scalars": (lambda: THREADS.check(4), "answers"),
     "check of nothing": (
-        lambda: em.on_host(lambda t, a: None, text_of, threads=1).check(jnp.zeros(2)), "verify",
+        lambda: em.host_verifier(lambda t, a: None, text_of).check(jnp.zeros(2)), "verify",
     ),
     "not to be sent": (
-        lambda: em.on_host(lambda t, a: LOCK.locked(), text_of, processes=1), "verify",
+        lambda: em.host_verifier(lambda t, a: LOCK.locked(), text_of, processes=1), "verify",
     ),
     "threads and processes": (
-        lambda: em.on_host(verify, text_of, threads=1, processes=1), "threads",
+        lambda: em.host_verifier(verify, text_of, threads=1, processes=1), "threads",
     ),
     "full batch": (lambda: em.mcmc_em(MODEL, QUESTIONS, batch_size=2, order="full"), "batch_size"),
     "prompts": (lambda: decoded(network, prompts=jnp.zeros((2, 2), jnp.int32)), "prompts"),
@@ -402,7 +403,7 @@ def test_what_people_hold_is_taken():
     em.gvm(np.int32(4), alpha=0, floor=np.float32(0.5), beta=2)
     em.left_padded([np.array([1, 2]), jnp.array([3]), (4,)], length=np.int64(3))
     em.decoder(network, cache, length=np.int64(2), end=5, temperature=1, top_p=1)
-    em.on_host(verify, text_of, timeout=1, threads=np.int64(1))
+    em.host_verifier(verify, text_of, timeout=1, threads=np.int64(1))
     questions = em.Questions([0, 1, 2], [0, 1, 2])
     em.mcmc_em(MODEL, questions, batch_size=np.int64(2), pieces=np.int64(1)).init(KEY, THETA)
     assert em.Rate.of([True, False]).mean == 0.5

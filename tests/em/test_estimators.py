@@ -197,8 +197,8 @@ def weights_of(estimator, rewards):
     ones, one = jnp.ones(count), jnp.ones(1)
     owner = jnp.zeros(count, jnp.int32)
     rewards = jnp.asarray(rewards, jnp.float32)
-    visit = em.Visit(owner, rewards, rewards, ones, one, one, one, owner[:1], lambda: None)
-    return np.asarray(estimator.weights(visit)[1])
+    minibatch = em.Minibatch(owner, rewards, rewards, ones, one, one, one, owner[:1], lambda: None)
+    return np.asarray(estimator.weights(minibatch)[1])
 
 
 def test_equal_rewards_standardised_are_zero_and_large_ones_do_not_overflow():
@@ -270,8 +270,8 @@ def test_maxk_weights_with_ties_and_real_rewards():
         jnp.array([0, 0, 0, 0, 1, 1, 1]),
     )
     ones, two = jnp.ones(7), jnp.ones(2)
-    visit = em.Visit(owner, rewards, rewards, ones, two, two, two, owner[:2], lambda: None)
-    _, weights = em.maxk(2).weights(visit)
+    minibatch = em.Minibatch(owner, rewards, rewards, ones, two, two, two, owner[:2], lambda: None)
+    _, weights = em.maxk(2).weights(minibatch)
     expected = np.zeros(7)
     for question in (0, 1):
         mine = np.flatnonzero(np.asarray(owner) == question)
@@ -284,6 +284,13 @@ def test_maxk_weights_with_ties_and_real_rewards():
         assert float(weights[jnp.array(tied)].sum()) == pytest.approx(
             expected[tied].sum(), rel=1e-5
         )
+
+
+def test_estimators_written_for_version_0_1_find_their_names():
+    assert em.Visit is em.Minibatch
+    batch = em.Minibatch(*"abcdefghi")
+    old = (batch.used, batch.present, batch.before, batch.right, batch.chosen)
+    assert old == ("d", "e", "f", "g", "h")
 
 
 ALL = [

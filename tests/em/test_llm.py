@@ -313,7 +313,7 @@ def test_smollm2_learns_sums_for_a_few_steps(smollm2):
         em.left_padded([asked(pair, lambda s: f" (It is {s}.)") for pair in terms]),
     )
     policy = smollm2.policy(length=10, end=end, remat=True)
-    verify = em.on_host(
+    verify = em.host_verifier(
         lambda text, answer: text.strip() == f"The answer is {answer}.",
         lambda tokens: smollm2.tokenizer.decode(tokens.tolist()),
         timeout=60.0,

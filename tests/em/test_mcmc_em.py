@@ -1,5 +1,9 @@
 """The whole of MCMC-EM: chains, learning, resuming, bad input."""
 
+import os
+from collections import Counter
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 import stochgrad
 from stochgrad import em
 from tests.conftest import Z
-from tests.em.toys import small
+from tests.em.toys import large, small
 
 
 def gradient(toy, batch_size=3, **settings):
@@ -233,3 +237,69 @@ def test_a_memory_on_disk_is_the_memory(tmp_path):
         file.unlink()
     with pytest.raises((ValueError, RuntimeError), match="no longer all in"):
         jax.block_until_ready(steps(first, keys))
+
+
+def test_each_step_appends_to_a_chains_file_once(tmp_path, monkeypatch):
+    """Under the loop's vmap, scan and donation; every draw's places lead to its latents."""
+    toy, appends, os_open = large(9, 6, 2), Counter(), os.open
+
+    def count(path, flags, *rest, **settings):
+        if flags & os.O_WRONLY and Path(path).name.startswith("latents-"):
+            appends[Path(path).name] += 1
+        return os_open(path, flags, *rest, **settings)
+
+    def run(path):
+        target = em.mcmc_em(toy.model(), toy.questions(), batch_size=4, memory_path=path)
+        with jax.numpy_dtype_promotion("standard"):  # optax
+            return stochgrad.sample(
+                jax.random.key(0),
+                stochgrad.ascend(target, optax.sgd(0.1)),
+                init=jnp.zeros(2),
+                num_samples=15,
+                num_chains=3,
+                thin=2,
+                collect=lambda state: (state.position, state.gradient_state.memory),
+                progress=False,
+            ).positions
+
+    position, device = run(None)
+    monkeypatch.setattr(os, "open", count)
+    same, disk = run(tmp_path)
+    np.testing.assert_array_equal(np.asarray(same), np.asarray(position))
+    file, place, rows = (np.asarray(leaf) for leaf in disk.tokens)
+    names = ["latents-" + "".join(f"{part:08x}" for part in number) for number in file[:, 0]]
+    assert appends == dict.fromkeys(names, 1 + 15 * 2)
+    for chain, name in enumerate(names):
+        record = np.dtype([("tokens", np.int32, (1,)), ("mask", bool, (1,))])
+        table = np.fromfile(tmp_path / name, record)
+        assert len(table) == rows[chain, -1] > 9
+        for draw, places in enumerate(place[chain]):
+            filled = places > 0
+            latents = np.asarray(device.tokens)[chain, draw]
+            np.testing.assert_array_equal(table["tokens"][places[filled]], latents[filled])
+
+
+def test_a_step_whose_memory_nobody_reads_is_appended_too(tmp_path):
+    toy, sizes = small(), []
+    target = em.mcmc_em(
+        toy.model(),
+        toy.questions(jnp.arange(3, dtype=jnp.int32)),
+        batch_size=3,
+        memory_path=tmp_path,
+        start=em.Guide(toy.policy()),
+        order="full",
+    )
+
+    def slope(key):
+        state = target.init(key, jnp.zeros(2))
+        return target.next(key, jnp.zeros(2), state)[0](jnp.zeros(2))[1]
+
+    keys = jax.random.split(jax.random.key(1), 4)
+    jax.block_until_ready(jax.jit(jax.vmap(slope))(keys))
+    jax.effects_barrier()
+    appended = sorted(file.stat().st_size for file in tmp_path.iterdir())
+    for key in keys:
+        memory = target.next(key, jnp.zeros(2), target.init(key, jnp.zeros(2)))[1].memory
+        sizes.append(int(memory.tokens.count) * 5)  # bytes of a token and its mask
+    assert appended == sorted(sizes)
+    assert max(sizes) > (1 + 3) * 5

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from stochgrad import em
+from stochgrad.em import _host_verifier
 from tests.em.toys import small
 
 
@@ -30,7 +31,7 @@ def test_what_fails_costs_one_rationale():
             return 1.0
         return text == str(answer)
 
-    verify = em.on_host(verify, text_of, timeout=0.3, threads=2)
+    verify = em.host_verifier(verify, text_of, timeout=0.3, threads=2)
     tokens = jnp.arange(6, dtype=jnp.int32)[:, None]
     answers = jnp.array([0, 1, 2, 3, 4, 9])
     start = time.monotonic()
@@ -56,7 +57,7 @@ def backtracks(text, answer):
 
 def test_a_deadline_comes_also_where_pythons_lock_is_held():
     """A regular expression that would take centuries, with no setting; then the run goes on."""
-    verify = em.on_host(backtracks, text_of, timeout=0.3)
+    verify = em.host_verifier(backtracks, text_of, timeout=0.3)
     assert verify.processes
     start = time.monotonic()
     with pytest.warns(em.VerifierWarning, match=r"more than 0\.3 seconds"):
@@ -72,7 +73,7 @@ def test_a_thread_that_came_too_late_is_wrong_and_says_why():
     def verify(text, answer):
         return not re.match(r"(a+)+$", "a" * 23 + "b")
 
-    verify = em.on_host(verify, text_of, timeout=0.01, threads=1)
+    verify = em.host_verifier(verify, text_of, timeout=0.01, threads=1)
     with pytest.warns(em.VerifierWarning, match="Python's lock.*processes=4"):
         assert verify(*TWO).tolist() == [False, False]
     assert verify.failures == {"timed out": 2}
@@ -88,7 +89,7 @@ def alarmed(text, answer):
 
 
 def test_a_verifier_with_alarms_runs_where_they_work():
-    assert em.on_host(alarmed, text_of)(*TWO).tolist() == [True, True]
+    assert em.host_verifier(alarmed, text_of)(*TWO).tolist() == [True, True]
 
 
 def test_a_verifier_with_alarms_is_refused_in_threads():
@@ -104,7 +105,7 @@ def test_a_verifier_with_alarms_is_refused_in_threads():
         return swallows(text, answer) if text else False
 
     for verify in (alarmed, swallows, later):
-        threads = em.on_host(verify, text_of, threads=2)
+        threads = em.host_verifier(verify, text_of, threads=2)
         if verify is later:
             threads.check(TWO[2])
         with pytest.raises(TypeError, match=r"verify calls signal.*main thread.*processes=4"):
@@ -130,21 +131,21 @@ def test_what_is_seen_outside_a_verifier_keeps_it_in_threads():
 
     number = 0
     for verify in (collects, counts, prints):
-        assert em.on_host(verify, text_of).processes == 0
-    verifier = em.on_host(counts, text_of)
+        assert em.host_verifier(verify, text_of).processes == 0
+    verifier = em.host_verifier(counts, text_of)
     assert verifier(*TWO).tolist() == [True, True]
     assert number == 2
     table = {"1 2": True}
-    copied = em.on_host(lambda text, answer: table.get(text, False), text_of, processes=1)
+    copied = em.host_verifier(lambda text, answer: table.get(text, False), text_of, processes=1)
     assert copied(*TWO).tolist() == [True, False]
 
 
 def test_what_cannot_be_sent_to_processes_is_refused():
     lock = threading.Lock()
     with pytest.raises(TypeError, match=r"verify cannot be sent to processes: .*lock"):
-        em.on_host(lambda text, answer: lock.locked(), text_of, processes=1)
+        em.host_verifier(lambda text, answer: lock.locked(), text_of, processes=1)
     with pytest.raises(ValueError, match="threads and processes"):
-        em.on_host(backtracks, text_of, processes=1, threads=1)
+        em.host_verifier(backtracks, text_of, processes=1, threads=1)
 
 
 def test_a_process_that_ends_costs_one_rationale():
@@ -153,7 +154,7 @@ def test_a_process_that_ends_costs_one_rationale():
             os._exit(3)
         return True
 
-    verify = em.on_host(verify, text_of, processes=1)
+    verify = em.host_verifier(verify, text_of, processes=1)
     with pytest.warns(em.VerifierWarning, match=r"ended its process \(code 3\)"):
         assert verify(*TWO).tolist() == [False, True]
     assert verify.failures == {"ended its process": 1}
@@ -166,14 +167,14 @@ def test_rationales_are_verified_side_by_side():
         together.wait()
         return True
 
-    verify = em.on_host(verify, text_of, threads=4)
+    verify = em.host_verifier(verify, text_of, threads=4)
     tokens = jnp.zeros((8, 2), jnp.int32)
     assert verify(tokens, jnp.ones((8, 2), bool), jnp.zeros(8)).all()
 
 
 def test_masked_tokens_and_restarts_side_by_side():
     """A verifier under ``vmap`` sees one rationale at a time."""
-    verify = em.on_host(lambda text, answer: text == f"{answer[0]} {answer[1]}", text_of)
+    verify = em.host_verifier(lambda text, answer: text == f"{answer[0]} {answer[1]}", text_of)
     tokens = jnp.array([[[1, 2, 7], [3, 4, 7]], [[5, 6, 7], [8, 9, 7]]], jnp.int32)
     mask = tokens != 7
     answers = jnp.array([[[1, 2], [0, 4]], [[5, 6], [8, 9]]])
@@ -183,7 +184,7 @@ def test_masked_tokens_and_restarts_side_by_side():
 
 def test_learning_with_a_verifier_on_the_host_is_learning_with_one_on_the_device():
     toy = small()
-    host = em.on_host(
+    host = em.host_verifier(
         lambda text, answer: bool(toy.right[int(answer), int(text)]) if text else False, text_of
     )
     theta, found = jnp.array([0.4, -0.3]), []
@@ -207,15 +208,15 @@ def test_learning_with_a_verifier_on_the_host_is_learning_with_one_on_the_device
 def test_a_verifier_that_returns_no_bool_is_refused():
     toy = small()
     for verdict in (1.0, None, "yes"):
-        model = em.verified(toy.policy(), em.on_host(lambda text, answer: verdict, text_of))
+        model = em.verified(toy.policy(), em.host_verifier(lambda text, answer: verdict, text_of))
         with pytest.raises(TypeError, match="verify must return a bool, got"):
             em.mcmc_em(model, toy.questions(), batch_size=1)
         with pytest.raises(TypeError, match="verify must return a bool, got"):
             em.evaluate(model, jnp.zeros(2), toy.questions(), jax.random.key(0))
     with pytest.raises(TypeError, match="decode must be a function"):
-        em.on_host(lambda text, answer: True, None)
+        em.host_verifier(lambda text, answer: True, None)
     with pytest.raises(ValueError, match="timeout"):
-        em.on_host(lambda text, answer: True, text_of, timeout=0.0)
+        em.host_verifier(lambda text, answer: True, text_of, timeout=0.0)
 
 
 def test_a_rationale_that_was_cut_off_is_wrong():
@@ -224,3 +225,11 @@ def test_a_rationale_that_was_cut_off_is_wrong():
     tokens, mask = jnp.array([[1, 9], [1, 2], [1, 9]]), jnp.array([[1, 1], [1, 1], [1, 0]], bool)
     found = model.log_likelihood(jnp.zeros(2), None, tokens, mask, jnp.zeros(3))
     assert jnp.exp(found).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_the_old_name_warns_once():
+    _host_verifier._warn_of_on_host.cache_clear()
+    with pytest.warns(DeprecationWarning, match="em.host_verifier") as seen:
+        verifiers = [em.on_host(lambda t, answer: t == "1 2", text_of, threads=n) for n in (1, 2)]
+    assert [warning.filename for warning in seen] == [__file__]
+    assert verifiers[0](*TWO).tolist() == [True, False]

@@ -24,7 +24,7 @@ _HERE = ("logging", "warnings", "threading", "__main__")  # modules that are abo
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type(...), re.Pattern)
 
 
-def packed(function: Any) -> bytes:
+def pickle_function(function: Any) -> bytes:
     """A function as bytes: functions of a script or of a user's module by their code.
 
     Raises:
@@ -38,21 +38,18 @@ def packed(function: Any) -> bytes:
     return buffer.getvalue()
 
 
-def is_pure(value: Any) -> bool:
+def is_pure(value: Any, seen: set[int] | None = None) -> bool:
     """Whether a copy of a function in another process does all that the function does here.
 
     That is so where it keeps no state, prints and logs nothing, and refers to constants, functions
-    of the kind, and installed packages. False where one cannot tell.
+    of the kind, and installed packages. False where one cannot tell. ``seen`` holds ids.
     """
-    return _is_pure(value, set())
-
-
-def _is_pure(value: Any, seen: set[int]) -> bool:
+    seen = set() if seen is None else seen
     if id(value) in seen or type(value) in _CONSTANTS:
         return True
     seen.add(id(value))
     if type(value) in (tuple, frozenset):
-        return all(_is_pure(part, seen) for part in value)
+        return all(is_pure(part, seen) for part in value)
     if isinstance(value, types.ModuleType):
         return _in_library(value.__name__) and value.__name__ not in _HERE
     if isinstance(value, types.BuiltinFunctionType):
@@ -61,15 +58,17 @@ def _is_pure(value: Any, seen: set[int]) -> bool:
     if isinstance(value, type):
         return _in_library(value.__module__)
     if type(value) is functools.partial:
-        return _is_pure((value.func, *value.args, *value.keywords.values()), seen)
+        return is_pure((value.func, *value.args, *value.keywords.values()), seen)
     if not isinstance(value, types.FunctionType):
         return False
     if _by_name(value):
         return True
     if value.__dict__ or any(_keeps_state(code) for code in _codes(value.__code__)):
         return False
-    held = (*_globals_of(value).values(), *(cell for cells in _closure_of(value) for cell in cells))
-    return all(_is_pure(part, seen) for part in (*held, *_defaults_of(value)))
+    cells = (cell for cells in _closure_of(value) for cell in cells)
+    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    parts = (*_globals_of(value).values(), *cells, *defaults)
+    return all(is_pure(part, seen) for part in parts)
 
 
 def _keeps_state(code: types.CodeType) -> bool:
@@ -99,17 +98,13 @@ def _globals_of(function: types.FunctionType) -> dict[str, Any]:
 
 def _closure_of(function: types.FunctionType) -> list[tuple]:
     """Contents of each cell: a tuple of one, or of none where it is empty."""
-    found = []
+    contents = []
     for cell in function.__closure__ or ():
         try:
-            found.append((cell.cell_contents,))
+            contents.append((cell.cell_contents,))
         except ValueError:
-            found.append(())
-    return found
-
-
-def _defaults_of(function: types.FunctionType) -> tuple:
-    return (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+            contents.append(())
+    return contents
 
 
 def _in_library(name: str | None) -> bool:
@@ -129,10 +124,10 @@ def _by_name(function: types.FunctionType) -> bool:
     """Whether a function is an installed module's, and found there."""
     if not _in_library(function.__module__):
         return False
-    found: Any = sys.modules.get(function.__module__)
+    value: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is function
+        value = getattr(value, name, None)
+    return value is function
 
 
 class _Pickler(pickle.Pickler):
@@ -161,5 +156,5 @@ class _Pickler(pickle.Pickler):
             "attributes": obj.__dict__,
         }
         code = marshal.dumps(obj.__code__)
-        made = (code, obj.__name__, obj.__module__, len(obj.__closure__ or ()))
-        return make_function, made, state, None, None, fill_function
+        arguments = (code, obj.__name__, obj.__module__, len(obj.__closure__ or ()))
+        return make_function, arguments, state, None, None, fill_function

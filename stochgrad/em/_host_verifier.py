@@ -1,18 +1,14 @@
 """Verifiers in Python: run on the host, side by side, each with a deadline."""
 
-import contextlib
-import importlib
+import functools
 import queue
-import subprocess
 import sys
-import threading
 import time
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from os import environ
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,162 +25,17 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.em import _process
+from stochgrad.em._function_pickle import is_pure, pickle_function
 from stochgrad.em._model import VerifierWarning
-from stochgrad.em._sending import is_pure, packed
+from stochgrad.em._verifier_workers import InProcess, InThread, Job, Verdict, Worker, stop_all
 
-_START = 120.0  # seconds in which a process must have started
-_NOTICED = 0.1  # seconds after a deadline in which it is noticed, if Python's lock is free
-_SIDE_BY_SIDE = 4
-_SIGNALS = importlib.import_module("_signal")
-_MAIN_ONLY = [  # functions of the C module that only the main thread may call, or hears from
-    getattr(_SIGNALS, name)
-    for name in ("signal", "alarm", "setitimer", "set_wakeup_fd")
-    if hasattr(_SIGNALS, name)
-]
-
-
-class _Verdict(NamedTuple):
-    """What came of a rationale: ``"bool"`` and its value, or a reason and what to say of it."""
-
-    kind: str
-    value: Any
-
-
-class _Job(NamedTuple):
-    number: int
-    tokens: np.ndarray
-    answer: Any
-    watch: bool
-    results: queue.SimpleQueue
-
-
-class _Started(NamedTuple):
-    """A worker has begun with its job, at a time."""
-
-    time: float
-
-
-class _InThread:
-    """Verifies in the thread that calls it."""
-
-    def __init__(self, verify, decode):
-        self._verify, self._decode = verify, decode
-
-    def start(self) -> None:
-        pass
-
-    def judge(self, job: _Job) -> _Verdict:
-        def verify(tokens, truth):
-            return self._verify(self._decode(tokens), truth)
-
-        if not job.watch:
-            return _Verdict(*_process.answer(verify, job.tokens, job.answer))
-        used: list[str] = []
-
-        def watch(frame, event, called):
-            if event == "c_call" and any(called is function for function in _MAIN_ONLY):
-                used.append(called.__name__)
-
-        before = sys.getprofile()
-        sys.setprofile(watch)  # of this thread alone
-        try:
-            verdict = _Verdict(*_process.answer(verify, job.tokens, job.answer))
-        finally:
-            sys.setprofile(before)
-        return _Verdict("signals", used[0]) if used else verdict
-
-    def stop(self) -> None:
-        pass
-
-
-class _InProcess:
-    """Verifies in a process of its own; the thread that calls it waits for the verdict."""
-
-    def __init__(self, verify: bytes, decode, timeout: float):
-        self._verify, self._decode, self._timeout = verify, decode, timeout
-        self._process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        """Start the process, unless it runs; wait until it is ready.
-
-        Raises:
-            RuntimeError: it does not start.
-        """
-        if self._process is not None and self._process.poll() is None:
-            return
-        self._process = process = subprocess.Popen(
-            [sys.executable, _process.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**environ, "JAX_PLATFORMS": "cpu"},
-        )
-        try:
-            _process.send(process.stdin, (sys.path, self._verify, self._timeout))  # type: ignore
-            state, words = _process.receive(process.stdout)  # type: ignore
-        except (EOFError, OSError):
-            state, words = "failed", f"it ended with code {process.wait()}"
-        if state != "ready":
-            raise RuntimeError(words)
-
-    def judge(self, job: _Job) -> _Verdict:
-        process = self._process
-        assert process is not None
-        try:
-            text = self._decode(job.tokens)
-        except BaseException as error:
-            return _Verdict("raised", repr(error))
-        try:
-            _process.send(process.stdin, (text, job.answer))  # type: ignore
-            return _Verdict(*_process.receive(process.stdout))  # type: ignore
-        except (EOFError, OSError):
-            return _Verdict("ended its process", f"code {process.wait()}")
-
-    def stop(self) -> None:
-        process = self._process
-        if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr]
-
-
-class _Worker:
-    """A thread that sees to one rationale after another until it is told ``None``."""
-
-    def __init__(self, way: _InThread | _InProcess):
-        self.way = way
-        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
-
-    def _work(self):
-        while (job := self.jobs.get()) is not None:
-            try:
-                self.way.start()
-            except Exception as error:
-                job.results.put((self, job.number, _Verdict("not started", str(error)), 0.0))
-                continue
-            start = time.monotonic()
-            job.results.put((self, job.number, _Started(start), 0.0))
-            try:
-                verdict = self.way.judge(job)
-            except BaseException as error:
-                verdict = _Verdict("raised", repr(error))
-            job.results.put((self, job.number, verdict, time.monotonic() - start))
-
-    def stop(self):
-        self.jobs.put(None)
-        self.way.stop()
-
-
-def _stop_all(workers: list[_Worker]) -> None:
-    while workers:
-        workers.pop().stop()
+_START_SECONDS = 120.0  # in which a process must have started
+_NOTICE_SECONDS = 0.1  # in which a deadline is noticed, if Python's lock is free
+_NUM_WORKERS = 4
 
 
 class HostVerifier:
-    """What ``on_host`` makes: a verifier of tokens, masks and answers.
+    """What ``host_verifier`` makes: a verifier of tokens, masks and answers.
 
     Attributes:
         failures: How many rationales were counted as wrong for each reason: ``"raised"``,
@@ -203,8 +54,8 @@ class HostVerifier:
         self.failures: Counter[str] = Counter()
         self.processes = 0 if function is None else self._workers
         self._watched = False
-        self._idle: list[_Worker] = []
-        weakref.finalize(self, _stop_all, self._idle)
+        self._idle: list[Worker] = []
+        weakref.finalize(self, stop_all, self._idle)
 
     def __call__(
         self, tokens: Int[Array, "n length"], mask: Bool[Array, "n length"], answers: PyTree
@@ -234,14 +85,8 @@ class HostVerifier:
                 )
         if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((tokens, mask, answers))):
             return jnp.asarray(self._on_arrays(tokens, mask, answers))
-        return jax.pure_callback(
-            self._on_arrays,
-            jax.ShapeDtypeStruct(rows, jnp.bool_),
-            tokens,
-            mask,
-            answers,
-            vmap_method="broadcast_all",
-        )
+        shape, arguments = jax.ShapeDtypeStruct(rows, jnp.bool_), (tokens, mask, answers)
+        return jax.pure_callback(self._on_arrays, shape, *arguments, vmap_method="broadcast_all")
 
     def check(self, answers: PyTree) -> None:
         """Try the verifier once, on a rationale without tokens and the first answer.
@@ -258,35 +103,30 @@ class HostVerifier:
 
     def _on_arrays(self, tokens, mask, answers):
         shape = mask.shape[:-1]
-        mask = np.asarray(mask).reshape(-1, mask.shape[-1])
-        tokens = np.asarray(tokens).reshape(mask.shape)
-        answers = jax.tree.map(
-            lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[len(shape) :]), answers
-        )
-        rows = [
-            (tokens[n, mask[n]], jax.tree.map(lambda leaf, n=n: leaf[n], answers))
-            for n in range(mask.shape[0])
-        ]
+        flat = lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[len(shape) :])
+        tokens, mask, answers = jax.tree.map(flat, (tokens, mask, answers))
+        row = lambda n: (tokens[n, mask[n]], jax.tree.map(lambda leaf: leaf[n], answers))
+        rows = [row(n) for n in range(len(mask))]
         verdicts = self._run(rows, watch=False)
         right = [
-            self._accepted(row[0], verdict) for row, verdict in zip(rows, verdicts, strict=True)
+            self._is_right(row[0], verdict) for row, verdict in zip(rows, verdicts, strict=True)
         ]
         return np.array(right, bool).reshape(shape)
 
-    def _worker(self) -> _Worker:
+    def _worker(self) -> Worker:
         if self._idle:
             return self._idle.pop()
         if self._function is None:
-            return _Worker(_InThread(self._verify, self._decode))
-        return _Worker(_InProcess(self._function, self._decode, self._timeout))
+            return Worker(InThread(self._verify, self._decode))
+        return Worker(InProcess(self._function, self._decode, self._timeout))
 
-    def _run(self, rows: list, watch: bool) -> list[_Verdict]:
+    def _run(self, rows: list, watch: bool) -> list[Verdict]:
         """The verdict on each row."""
         verdicts: list[Any] = [None] * len(rows)
         results: queue.SimpleQueue = queue.SimpleQueue()
-        running: dict[_Worker, tuple[int, float]] = {}
+        running: dict[Worker, tuple[int, float]] = {}
         waiting = list(range(len(rows)))[::-1]
-        grace = 0.0 if self._function is None else _START
+        grace = 0.0 if self._function is None else _START_SECONDS
         while waiting or running:
             while waiting and len(running) < self._workers:
                 worker, number = self._worker(), waiting.pop()
@@ -294,7 +134,7 @@ class HostVerifier:
                 first = not self._watched and tokens.size > 0
                 self._watched |= first
                 running[worker] = number, time.monotonic() + grace + self._timeout
-                worker.jobs.put(_Job(number, tokens, truth, watch or first, results))
+                worker.jobs.put(Job(number, tokens, truth, watch or first, results))
             soonest = min(deadline for _, deadline in running.values())
             try:
                 wait = max(soonest - time.monotonic(), 0.0)
@@ -302,15 +142,15 @@ class HostVerifier:
             except queue.Empty:
                 now = time.monotonic()
                 late = [worker for worker, (_, deadline) in running.items() if deadline <= now]
-                for worker in late:  # a thread is left to itself: it ends when its verifier does
+                for worker in late:  # abandoned; a thread exits when its verifier returns
                     number, deadline = running.pop(worker)
                     verdicts[number] = self._late(now - deadline)
                     worker.stop()
                 continue
             if worker not in running:
                 continue
-            if isinstance(verdict, _Started):
-                running[worker] = number, verdict.time + self._timeout
+            if verdict.kind == "started":
+                running[worker] = number, verdict.value + self._timeout
                 continue
             del running[worker]
             if verdict.kind in ("signals", "not started"):
@@ -326,21 +166,20 @@ class HostVerifier:
             verdicts[number] = verdict if beyond <= 0 else self._late(beyond)
         return verdicts
 
-    def _late(self, beyond: float) -> _Verdict:
+    def _late(self, beyond: float) -> Verdict:
         """Noticed well beyond the deadline, as nothing here could run, or at it."""
-        held = self._function is None and beyond > _NOTICED + 0.1 * self._timeout
-        return _Verdict("timed out", self._timeout + beyond if held else None)
+        locked = self._function is None and beyond > _NOTICE_SECONDS + 0.1 * self._timeout
+        return Verdict("timed out", self._timeout + beyond if locked else None)
 
-    def _refuse(self, verdict: _Verdict, workers: list[_Worker]) -> None:
+    def _refuse(self, verdict: Verdict, workers: list[Worker]) -> None:
         """Raise where the verifier cannot run here; where no process starts, go on in threads."""
         if verdict.kind == "signals":
-            _stop_all(workers)
+            stop_all(workers)
             raise TypeError(
                 f"verify calls signal.{verdict.value}, which only works in the main thread, and "
-                "runs in others here: give processes=4, or a verify without alarms (on_host has "
-                "timeout)."
+                "runs in others here: give processes=4, or a verify without alarms, and timeout."
             )
-        _stop_all(self._idle)
+        stop_all(self._idle)
         workers[0].stop()
         if self._function is not None:
             warnings.warn(
@@ -351,7 +190,7 @@ class HostVerifier:
             )
         self._function, self.processes = None, 0
 
-    def _accepted(self, tokens: np.ndarray, verdict: _Verdict) -> bool:
+    def _is_right(self, tokens: np.ndarray, verdict: Verdict) -> bool:
         kind, value = verdict
         if kind == "bool":
             return value
@@ -376,7 +215,7 @@ class HostVerifier:
         return False
 
 
-def on_host(
+def host_verifier(
     verify: Callable[[str, Any], bool],
     decode: Callable[[np.ndarray], str],
     *,
@@ -391,27 +230,22 @@ def on_host(
     the first of each kind, and the run goes on.
 
     Rationales are verified side by side, in processes or in threads. Only a process can be ended
-    when its time is up: a thread that holds Python's lock, as a regular expression that backtracks
-    does, stops the whole run until it is done, Ctrl-C included. Only a process runs ``verify`` in
-    its main thread, as ``signal.alarm`` wants it. But a process has a copy of ``verify``, and what
-    that changes or prints there is not seen here. By default there are four processes where that
-    makes no difference: ``verify`` refers to nothing but constants, installed packages and
-    functions of the kind, sets no variable outside itself, prints and logs nothing. Otherwise there
-    are four threads.
+    at its deadline: a thread that holds Python's lock, such as a regular expression that
+    backtracks, stops the whole run, Ctrl-C included. Only a process runs ``verify`` in its main
+    thread, which ``signal.alarm`` needs. But it has a copy of ``verify``: what that changes or
+    prints is not seen here. The default is four processes where that makes no difference
+    (``verify`` refers to constants, installed packages and functions of the kind, sets no variable
+    outside itself, prints and logs nothing), four threads otherwise.
 
-    A run whose verifier gives the same verdict each time goes on from a checkpoint to the bit; one
-    that runs into its timeout does not.
+    A run resumes to the bit if each verdict is reproducible: no timeout.
 
     Args:
-        verify: ``(text, answer) -> bool``, where the answer is one row of ``Questions.answers``, of
-            numpy arrays.
-        decode: ``tokens -> text``, from the token numbers of one rationale, end token included. It
-            runs in this process.
+        verify: ``(text, answer) -> bool``; the answer is a row of ``Questions.answers``, in numpy.
+        decode: ``tokens -> text``, of one rationale, end token included. It runs in this process.
         timeout: Seconds for one rationale.
-        threads: In how many threads of this process.
-        processes: In how many processes. They are started when first needed, see the CPU alone, and
-            import what ``verify`` needs. It is sent there by its code, with a copy of what it
-            refers to, which must be possible to pickle.
+        threads: Number of threads of this process.
+        processes: Number of processes, started when first needed. They see the CPU alone, and get
+            the code of ``verify`` with a pickled copy of what it refers to.
 
     Raises:
         TypeError: ``verify`` or ``decode`` is no function, or ``verify`` cannot be sent to
@@ -422,7 +256,7 @@ def on_host(
     Example:
         >>> import numpy as np, jax.numpy as jnp
         >>> from stochgrad import em
-        >>> verify = em.on_host(
+        >>> verify = em.host_verifier(
         ...     lambda text, answer: text.endswith(f"is {answer}."),
         ...     lambda tokens: "".join(chr(token) for token in tokens))
         >>> tokens = jnp.array([list(b"it is 4."), list(b"it is 5.")])
@@ -437,12 +271,12 @@ def on_host(
     if threads is not None:
         return HostVerifier(verify, decode, timeout, check_count("threads", threads), None)
     if processes is None:
-        function = packed(verify) if sys.executable and is_pure(verify) else None
-        return HostVerifier(verify, decode, timeout, _SIDE_BY_SIDE, function)
+        function = pickle_function(verify) if sys.executable and is_pure(verify) else None
+        return HostVerifier(verify, decode, timeout, _NUM_WORKERS, function)
     processes = check_count("processes", processes)
     try:
-        function = packed(verify)
-        trial = _InProcess(function, decode, timeout)
+        function = pickle_function(verify)
+        trial = InProcess(function, decode, timeout)
         trial.start()
     except (TypeError, RuntimeError) as error:
         raise TypeError(
@@ -450,5 +284,16 @@ def on_host(
             "and data that can be pickled, or give threads=4."
         ) from error
     verifier = HostVerifier(verify, decode, timeout, processes, function)
-    verifier._idle.append(_Worker(trial))
+    verifier._idle.append(Worker(trial))
     return verifier
+
+
+@functools.cache
+def _warn_of_on_host() -> None:
+    warnings.warn("em.on_host is now em.host_verifier.", DeprecationWarning, stacklevel=3)
+
+
+def on_host(*args: Any, **kwargs: Any) -> HostVerifier:
+    """Deprecated name of ``host_verifier``."""
+    _warn_of_on_host()
+    return host_verifier(*args, **kwargs)
