@@ -243,7 +243,7 @@ def test_two_nodes_of_one_name_are_refused():
 
 def test_a_second_node_that_comes_later_is_left_out_while_the_first_is_there(caplog):
     """Its data would be visited in place of those that the surrogates are of."""
-    from stochgrad.interop._flower_network import Network
+    from stochgrad.interop.flower._network import Network
 
     over = grid()
     network = Network(over, NAMES, 1.0, 0.0)
@@ -278,8 +278,8 @@ def visits_of(over_secret, **changes):
 @pytest.mark.slow
 def test_the_server_cannot_compute_a_visit_that_a_secret_is_in():
     """With the key it sent it could otherwise, and subtract the noise from what comes back."""
-    from stochgrad.interop._flower_client import Owner
-    from stochgrad.interop._flower_wire import unpack
+    from stochgrad.interop.flower._client import Owner
+    from stochgrad.interop.flower._wire import unpack
 
     posterior = federated.posterior(log_prior, log_likelihood, [rows(SIZES)[1]], batch_size=5)
     outcomes = {}
@@ -300,7 +300,7 @@ def test_the_server_cannot_compute_a_visit_that_a_secret_is_in():
 
 def test_one_key_for_two_states_does_not_give_the_same_noise():
     """A server that sent one key twice could subtract the noise, and would have gradients."""
-    from stochgrad.interop._flower_client import secret_key
+    from stochgrad.interop.flower._client import secret_key
 
     words = np.array([1, 2], np.uint32)
     data = lambda state, *numbers: np.asarray(
@@ -316,7 +316,7 @@ def test_a_node_keeps_its_secret_and_other_nodes_have_others():
     """In the state that Flower keeps at the node: a new process for each message has it too."""
     from flwr.app import Context, RecordDict
 
-    from stochgrad.interop._flower_client import secret_of
+    from stochgrad.interop.flower._client import secret_of
 
     one, other = (Context(1, n, {}, RecordDict(), {}) for n in (1, 2))
     assert secret_of(one) == secret_of(one)

@@ -20,7 +20,7 @@ from stochgrad.core import check_callable, check_instance, describe, first_line
 from stochgrad.flows._draw import check_flow, split, unwrapped
 from stochgrad.flows._objective import beyond_reach
 from stochgrad.gradients import Pushed, push_score
-from stochgrad.interop._guide_sites import is_fixed
+from stochgrad.interop.numpyro._guide_sites import is_fixed
 
 
 class FlowTransform(Transform):

@@ -36,15 +36,15 @@ from stochgrad.core import (
     streamed_rows,
     visiting,
 )
-from stochgrad.interop._numpyro_arguments import (
+from stochgrad.interop.numpyro._arguments import (
     Arguments,
     as_arguments,
     check_call,
     on_device,
     on_host,
 )
-from stochgrad.interop._numpyro_handler import LaidOut, Streamed, give_rows
-from stochgrad.interop._numpyro_inspect import (
+from stochgrad.interop.numpyro._handler import LaidOut, Streamed, give_rows
+from stochgrad.interop.numpyro._inspect import (
     Model,
     Plate,
     Unknown,
@@ -53,7 +53,7 @@ from stochgrad.interop._numpyro_inspect import (
     folds_constants,
     inspect_model,
 )
-from stochgrad.interop._numpyro_rows import check_rows, check_shapes, site_densities
+from stochgrad.interop.numpyro._rows import check_rows, check_shapes, site_densities
 
 _RADIUS = 2.0
 

@@ -10,8 +10,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from jaxtyping import PyTree
 
-from stochgrad.interop._flower_client import total_like
-from stochgrad.interop._flower_wire import Refused, about, check_reply, pack, tree_limit, unpack
+from stochgrad.interop.flower._client import total_like
+from stochgrad.interop.flower._wire import Refused, about, check_reply, pack, tree_limit, unpack
 
 log = logging.getLogger("stochgrad.flower")
 

@@ -16,8 +16,8 @@ from numpyro.distributions import ExpandedDistribution, MaskedDistribution, Unit
 from numpyro.primitives import Messenger
 
 from stochgrad.core import Rows, describe, first_line
-from stochgrad.interop._numpyro_arguments import names_of
-from stochgrad.interop._numpyro_handler import Streamed, answer_subsample, into_scan
+from stochgrad.interop.numpyro._arguments import names_of
+from stochgrad.interop.numpyro._handler import Streamed, answer_subsample, into_scan
 
 
 class Plate(NamedTuple):

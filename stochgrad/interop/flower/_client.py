@@ -42,7 +42,7 @@ from stochgrad.gradients import (
     minibatch,
 )
 from stochgrad.gradients._conducive import with_conducive
-from stochgrad.interop._flower_wire import ABOUT, about, pack, unpack
+from stochgrad.interop.flower._wire import ABOUT, about, pack, unpack
 
 MakeKernel = Callable[[Gradient], Kernel]
 

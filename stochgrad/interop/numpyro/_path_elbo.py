@@ -33,7 +33,7 @@ from stochgrad.gradients import (
     score_function,
 )
 from stochgrad.gradients._reach import beyond_the_path
-from stochgrad.interop._guide_sites import (
+from stochgrad.interop.numpyro._guide_sites import (
     FixedDraws,
     StraightThrough,
     along_the_path,

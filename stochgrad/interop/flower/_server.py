@@ -41,7 +41,7 @@ from stochgrad.core import (
 )
 from stochgrad.federated._reference import climb
 from stochgrad.federated._stability import warn_of_own_effects
-from stochgrad.interop._flower_client import (
+from stochgrad.interop.flower._client import (
     OTHER_KERNEL,
     dataless,
     digest_of,
@@ -50,8 +50,8 @@ from stochgrad.interop._flower_client import (
     state_like,
     total_like,
 )
-from stochgrad.interop._flower_network import Network, log
-from stochgrad.interop._flower_wire import Refused, about, check_reply, tree_limit, unpack
+from stochgrad.interop.flower._network import Network, log
+from stochgrad.interop.flower._wire import Refused, about, check_reply, tree_limit, unpack
 
 _ROUNDING = 1e-4
 """Of a client's log likelihood and its slope, from which on its data are others."""

@@ -18,7 +18,7 @@ from stochgrad.core import (
     check_callable,
     check_finite,
 )
-from stochgrad.interop._numpyro_arguments import HostArray
+from stochgrad.interop.numpyro._arguments import HostArray
 
 
 class give_rows(Messenger):

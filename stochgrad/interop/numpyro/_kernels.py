@@ -30,10 +30,10 @@ from stochgrad.core import (
     shared_axes,
     tree_isfinite,
 )
-from stochgrad.interop._numpyro_handler import all_rows
-from stochgrad.interop._numpyro_model import from_numpyro
-from stochgrad.interop._numpyro_report import report_after_runs
-from stochgrad.interop._tuning import GradientName, Tuning, as_named_gradient, tune
+from stochgrad.interop.numpyro._handler import all_rows
+from stochgrad.interop.numpyro._model import from_numpyro
+from stochgrad.interop.numpyro._report import report_after_runs
+from stochgrad.interop.numpyro._tuning import GradientName, Tuning, as_named_gradient, tune
 from stochgrad.sgmcmc import cyclical, psgld, replica_exchange, sghmc, sgld, sgnht
 
 _BASE = ("gradient", "batch_size", "order", "layout", "num_steps", "share_batches")

@@ -12,7 +12,7 @@ from numpyro.distributions import MaskedDistribution
 from numpyro.distributions.constraints import Constraint, dependent
 
 from stochgrad.core import Rows, Source, compiled, first_line
-from stochgrad.interop._numpyro_inspect import Model, Site, own_distribution
+from stochgrad.interop.numpyro._inspect import Model, Site, own_distribution
 
 _SAME = 2.0**-12
 """Share of the terms by which sums of the same terms may differ: by rounding they do not."""

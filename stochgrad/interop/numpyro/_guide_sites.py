@@ -7,7 +7,7 @@ from jaxtyping import Array
 from numpyro.primitives import Messenger
 
 from stochgrad.gradients import path_log_density, push_score
-from stochgrad.interop._numpyro_transforms import score_of_base
+from stochgrad.interop.numpyro._transforms import score_of_base
 
 
 class StraightThrough(Messenger):
