@@ -40,8 +40,8 @@ from stochgrad.gradients import (
     Surrogates,
     control_variate,
     minibatch,
+    with_conducive,
 )
-from stochgrad.gradients._conducive import with_conducive
 from stochgrad.interop.flower._wire import ABOUT, about, pack, unpack
 
 MakeKernel = Callable[[Gradient], Kernel]

@@ -39,8 +39,7 @@ from stochgrad.core import (
     refuse_other_run,
     save_tree,
 )
-from stochgrad.federated._reference import climb
-from stochgrad.federated._stability import warn_of_own_effects
+from stochgrad.federated import maximize_over_clients, warn_of_own_effects
 from stochgrad.interop.flower._client import (
     OTHER_KERNEL,
     dataless,
@@ -303,7 +302,7 @@ class Run:
     def prepare(self, max_rounds: int) -> None:
         """Find the reference, and what each client's likelihood is there."""
         count = len(self.network.clients)
-        found = climb(self._score, self.init, count, max_rounds, 1e-3)
+        found = maximize_over_clients(self._score, self.init, count, max_rounds, 1e-3)
         self.origin = jax.tree.map(np.asarray, found.position)
         parts = self._ask(self.origin, self.settings["form"])
         own = [tree for _, tree in parts.values()]

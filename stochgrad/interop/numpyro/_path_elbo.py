@@ -27,12 +27,12 @@ from stochgrad.core import (
     first_line,
 )
 from stochgrad.gradients import (
+    beyond_the_path,
     freeze,
     leave_one_out,
     measured_coefficients,
     score_function,
 )
-from stochgrad.gradients._reach import beyond_the_path
 from stochgrad.interop.numpyro._guide_sites import (
     FixedDraws,
     StraightThrough,

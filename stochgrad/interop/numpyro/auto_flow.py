@@ -17,8 +17,7 @@ from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
 
 from stochgrad.core import check_callable, check_instance, describe, first_line
-from stochgrad.flows._draw import check_flow, split, unwrapped
-from stochgrad.flows._objective import beyond_reach
+from stochgrad.flows import beyond_reach, check_flow, split_flow, unwrap_flow
 from stochgrad.gradients import Pushed, push_score
 from stochgrad.interop.numpyro._guide_sites import is_fixed
 
@@ -157,7 +156,7 @@ class AutoFlow(AutoContinuous):
             check_instance(
                 "what flow returns", flow, AbstractDistribution, "a flowjax distribution"
             )
-        plain = unwrapped(flow)
+        plain = unwrap_flow(flow)
         if not isinstance(plain, AbstractTransformed):
             raise ValueError("the flow must have layers, got a base distribution.")
         if plain.shape != (self.latent_dim,):
@@ -175,7 +174,7 @@ class AutoFlow(AutoContinuous):
                 given = self._conditioned(*args, **kwargs)
         check_flow(flow, given)
         self._beyond = beyond_reach(flow, given)
-        self._arrays, self._static = split(flow)
+        self._arrays, self._static = split_flow(flow)
 
     def _sample_latent(self, *args, **kwargs):
         shape = kwargs.pop("sample_shape", ())
@@ -211,7 +210,7 @@ class AutoFlow(AutoContinuous):
         return distribution_to_numpyro(self._made(self._arrays).base_dist)
 
     def _made(self, arrays) -> AbstractTransformed:
-        flow = unwrapped(eqx.combine(arrays, self._static))
+        flow = unwrap_flow(eqx.combine(arrays, self._static))
         assert isinstance(flow, AbstractTransformed)  # checked when the guide was set up
         return flow
 
