@@ -1,9 +1,6 @@
-"""What a numpyro model tells of itself: its plates, latent sites and dimensions."""
+"""A numpyro model's plates, latent sites and dimensions, from running it once."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,57 +9,38 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 from numpyro import handlers
-from numpyro.distributions import ExpandedDistribution, MaskedDistribution, Unit, biject_to
+from numpyro.distributions import biject_to
 from numpyro.primitives import Messenger
 
-from stochgrad.core import Rows, describe, first_line
-from stochgrad.interop.numpyro._arguments import names_of
+from stochgrad.core import Rows, describe
+from stochgrad.interop.numpyro._arguments import Arguments, on_device, on_host
+from stochgrad.interop.numpyro._explain import Misfit, UnknownValue, explained
 from stochgrad.interop.numpyro._handler import Streamed, answer_subsample, into_scan
+from stochgrad.interop.numpyro._sites import (
+    Plate,
+    Site,
+    as_site,
+    site_dims,
+    unconstrained_shape,
+)
 
 
-class Plate(NamedTuple):
-    """A plate of a model, and how many of its rows the model asks for."""
-
-    size: int
-    subsample_size: int
-
-    @property
-    def subsampled(self) -> bool:
-        return self.subsample_size < self.size
-
-
-class Site(NamedTuple):
-    """A sample site of a model.
+class Summary(NamedTuple):
+    """A model's plates, latent sites and dimensions.
 
     Attributes:
-        kind: ``"latent"``, ``"observed"`` or ``"factor"``.
-        shape: Shape of its log density, on the first rows of each plate.
-        own_shape: Shape of its own distribution, before plates expand it.
-        fn_shape: The same, after.
-        value_shape: Shape of its value, without the dimensions of an event.
-        plates: The plates that it lies in, and their dimensions.
+        plates: Its plates.
+        shapes: Shapes of the latent sites, unconstrained.
+        dims: Names of the dimensions of what is reported.
+        inside: The subsampled plate of each latent site that lies in one.
+        sites: Its sample sites.
     """
 
-    kind: str
-    shape: tuple[int, ...]
-    own_shape: tuple[int, ...]
-    fn_shape: tuple[int, ...]
-    value_shape: tuple[int, ...]
-    plates: dict[str, int]
-
-
-class Model(NamedTuple):
-    """What one run of a model tells of it."""
-
     plates: dict[str, Plate]
-    shapes: dict[str, tuple[int, ...]]  # of the latent sites, unconstrained
-    dims: dict[str, tuple[str, ...]]  # of what is reported
-    inside: dict[str, str]  # latent sites inside a subsampled plate
+    shapes: dict[str, tuple[int, ...]]
+    dims: dict[str, tuple[str, ...]]
+    inside: dict[str, str]
     sites: dict[str, Site]
-
-
-class Unknown(Exception):
-    """The model's course depends on the value of an array."""
 
 
 class _Notes:
@@ -72,7 +50,7 @@ class _Notes:
         self.plates: dict[str, Plate] = {}
         self.params: dict[str, PyTree] = {}
         self.indices: dict[str, Any] = {}
-        self.read: set[int] = set()  # ids of what went through numpyro.subsample
+        self.subsampled: set[int] = set()  # ids of what went through numpyro.subsample
         self.branches = False
 
 
@@ -105,7 +83,7 @@ class _watch(Messenger):
     def _plate(self, msg: Any) -> None:
         name, (size, subsample_size) = msg["name"], msg["args"]
         if isinstance(size, Tracer) or isinstance(subsample_size, Tracer):
-            raise Unknown
+            raise UnknownValue
         size = _whole(name, "size", size)
         if subsample_size is not None:
             subsample_size = _whole(name, "subsample_size", subsample_size)
@@ -133,7 +111,7 @@ class _watch(Messenger):
         if msg["type"] == "param" and msg["name"] in self.notes.params:
             self.notes.params[msg["name"]] = msg["value"]
         if msg["type"] == "subsample":
-            self.notes.read.add(id(msg["value"]))
+            self.notes.subsampled.add(id(msg["value"]))
         rows = {}
         if self.streamed is not None:
             rows = {
@@ -144,15 +122,40 @@ class _watch(Messenger):
         answer_subsample(msg, self.streamed, rows, self.notes.indices)
 
 
-def inspect_model(
+def summarize(
+    model: Callable, arguments: Arguments, streamed: Streamed | None
+) -> tuple[Summary, Arguments]:
+    """A model's summary, and its arguments in the form that it can work with.
+
+    That is on the device, unless the model counts with the values of its data, as in
+    ``int(group.max()) + 1``: jax knows no values where it compiles, numpy does.
+    """
+    args, kwargs = on_device(arguments, bool(streamed))
+    try:
+        if not (_folds_constants() and _counts_with_values(model, args, kwargs)):
+            return _run_once(model, args, kwargs, streamed), (args, kwargs)
+    except UnknownValue:
+        pass
+    args, kwargs = on_host(arguments, bool(streamed))
+    try:
+        return _run_once(model, args, kwargs, streamed), (args, kwargs)
+    except UnknownValue as error:
+        raise ValueError(
+            "the model's control flow depends on the value of a latent site or of a row (a Python "
+            "if, while or range over it): stochastic control flow is not supported; use "
+            "jnp.where. Counts of the data are taken with numpy: int(np.max(group)) + 1."
+        ) from error.__cause__
+
+
+def _run_once(
     model: Callable, args, kwargs, streamed: Streamed | None, hidden: bool = False
-) -> Model:
+) -> Summary:
     """Run the model once without computing anything, and note what the samplers need of it.
 
     With ``hidden``, nobody knows the values of the arguments that are jax's arrays.
 
     Raises:
-        Unknown: the model's course depends on the value of an array, which it may know in numpy.
+        UnknownValue: the model's control flow depends on the value of an array.
         ValueError: the model fails, or is none that can be sampled.
     """
     results = []
@@ -164,41 +167,38 @@ def inspect_model(
             leaves[place] = array
         args, kwargs = jax.tree.unflatten(structure, leaves)
         notes = _Notes()
-        try:
+        with explained((args, kwargs), notes.plates, notes.subsampled):
             filled = handlers.substitute(model, substitute_fn=_filled)
             watch = handlers.trace(_watch(handlers.seed(filled, key), notes, streamed))
             sites = watch.get_trace(*args, **kwargs)
             _check_values(sites)
-        except Exception as error:
-            sentence = _explained(error, notes, (args, kwargs))
-            raise sentence from (None if sentence is error else error)
         for name in _live(model, args, kwargs, notes.params):
             _refuse_param(name)
-        results.append(_describe(notes, sites))
+        results.append(_summary(notes, sites))
 
     jax.eval_shape(once, jax.random.key(0), [leaves[place] for place in places])
     return results[0]
 
 
-def counts_with_values(model: Callable, args, kwargs) -> bool:
+def _counts_with_values(model: Callable, args, kwargs) -> bool:
     """Whether the model needs the values of its arguments to be known while it is compiled."""
     try:
-        inspect_model(model, args, kwargs, None, hidden=True)
-    except Unknown:
+        _run_once(model, args, kwargs, None, hidden=True)
+    except UnknownValue:
         return True
     except Exception:
         return False
     return False
 
 
-def folds_constants() -> bool:
+def _folds_constants() -> bool:
     """Whether jax computes now what it would leave to the program: then values are known."""
     seen = []
 
-    def look(_):
+    def observe(_):
         seen.append(not isinstance(jnp.arange(2) + 1, Tracer))
 
-    jax.eval_shape(look, 0)
+    jax.eval_shape(observe, 0)
     return seen[0]
 
 
@@ -210,13 +210,9 @@ def _check_values(trace: Mapping[str, Any]) -> None:
             try:
                 np.broadcast_shapes(shape, value)
             except ValueError as error:
-                raise _Misfit(
+                raise Misfit(
                     f"the distribution of site {name!r} has shape {shape}, its value {value}"
                 ) from error
-
-
-class _Misfit(Exception):
-    pass
 
 
 def _filled(site: Any) -> Any:
@@ -230,88 +226,6 @@ def _filled(site: Any) -> Any:
         return None
     shape = (*site["kwargs"].get("sample_shape", ()), *fn.shape())
     return transform(jnp.zeros(transform.inverse_shape(shape)))
-
-
-@contextmanager
-def explained(arguments: tuple) -> Iterator[None]:
-    """Within this, what a model raises is said in a sentence."""
-    try:
-        yield
-    except Exception as error:
-        sentence = _explained(error, _Notes(), arguments)
-        if sentence is error:
-            raise
-        raise sentence from error
-
-
-def _explained(error: Exception, notes: _Notes, arguments: tuple) -> Exception:
-    """An error of a model as a sentence."""
-    if isinstance(error, Unknown | jax.errors.ConcretizationTypeError):
-        return Unknown()
-    if isinstance(error, jax.errors.TracerArrayConversionError):
-        return ValueError(
-            "the model turns a traced value into a numpy array, most likely by indexing a numpy "
-            "array of its own with the plate's indices: pass the array as an argument, or wrap it "
-            "in jnp.asarray."
-        )
-    if _raised_here(error.__traceback__) and isinstance(error, TypeError | ValueError):
-        return error
-    what = first_line(error)
-    if type(error).__name__ not in what and not isinstance(error, _Misfit):
-        what = f"{type(error).__name__}: {what}"
-    if "PRNG key" in what:
-        what += "; a log density must not draw random numbers"
-    shapes = "".join(
-        f" The array of shape {leaf.shape} may be {name}."
-        for name, leaf in names_of(arguments).values()
-        if leaf.shape and str(tuple(leaf.shape)) in str(error)
-    )
-    hint = _whole_rows(str(error), notes, arguments) or shapes
-    return ValueError(f"the model fails{_place(error.__traceback__)} ({what}).{hint}")
-
-
-def _whole_rows(text: str, notes: _Notes, arguments: tuple) -> str:
-    """A hint where a minibatch seems to meet whole data."""
-    numbers = {int(number) for number in re.findall(r"\d+", text)}
-    for name, plate in notes.plates.items():
-        if plate.subsampled and {plate.size, plate.subsample_size} <= numbers:
-            whole = [
-                f"{what}, shape {leaf.shape}"
-                for identity, (what, leaf) in names_of(arguments).items()
-                if plate.size in leaf.shape and identity not in notes.read
-            ]
-            without = f" ({'; '.join(whole)} did not go through it)" if whole else ""
-            return (
-                f" A minibatch of {plate.subsample_size} rows of the plate {name!r} meets all "
-                f"{plate.size}: read everything that has rows with numpyro.subsample{without}, or "
-                "index it with the plate's indices."
-            )
-    return ""
-
-
-def _place(traceback: TracebackType | None) -> str:
-    """At which site a model failed, as far as numpyro's own frames tell."""
-    place = ""
-    while traceback is not None:
-        frame = traceback.tb_frame
-        if frame.f_globals.get("__name__") == "numpyro.primitives":
-            name, function = frame.f_locals.get("name"), frame.f_code.co_name
-            if isinstance(name, str) and function in ("sample", "param", "deterministic"):
-                place = f" at the site {name!r}"
-            elif isinstance(name, str) and function in ("__init__", "_subsample"):
-                place = f" at the plate {name!r}"
-            elif function == "subsample":
-                place = " at numpyro.subsample"
-        traceback = traceback.tb_next
-    return place
-
-
-def _raised_here(traceback: TracebackType | None) -> bool:
-    name = ""
-    while traceback is not None:
-        name = traceback.tb_frame.f_globals.get("__name__", "")
-        traceback = traceback.tb_next
-    return name.startswith("stochgrad.")
 
 
 def _whole(name: str, what: str, value: Any) -> int:
@@ -364,7 +278,7 @@ def _live(model: Callable, args, kwargs, params: Mapping[str, PyTree]) -> list[s
     return [name for name, leaves in used.items() if any(jax.tree.leaves(leaves))]
 
 
-def _describe(notes: _Notes, trace: Mapping[str, Any]) -> Model:
+def _summary(notes: _Notes, trace: Mapping[str, Any]) -> Summary:
     if notes.branches:
         raise ValueError(
             "the model uses numpyro's cond: stochastic control flow is not supported; write both "
@@ -376,64 +290,11 @@ def _describe(notes: _Notes, trace: Mapping[str, Any]) -> Model:
         latent = site["type"] == "sample" and not site["is_observed"]
         within = subsampled & {frame.name for frame in site["cond_indep_stack"]}
         if latent:
-            shapes[name] = _unconstrained_shape(name, site)
+            shapes[name] = unconstrained_shape(name, site)
             if within:
                 inside[name] = min(within)
         if site["type"] == "sample":
-            sites[name] = _site(site)
+            sites[name] = as_site(site)
         if latent or (site["type"] == "deterministic" and not within):
-            dims[name] = _site_dims(name, site)
-    return Model(notes.plates, shapes, dims, inside, sites)
-
-
-def _unconstrained_shape(name: str, site: Any) -> tuple[int, ...]:
-    try:
-        support = site["fn"].support
-        if not support.is_discrete:
-            return tuple(biject_to(support).inverse_shape(jnp.shape(site["value"])))
-    except NotImplementedError as error:
-        raise ValueError(
-            f"latent site {name!r} has a support without a map from unconstrained space "
-            f"({type(site['fn']).__name__}): reparameterize it, for example with "
-            "numpyro.handlers.reparam."
-        ) from error
-    raise ValueError(
-        f"latent site {name!r} is discrete, which a gradient cannot sample: "
-        "sum it out of the likelihood."
-    )
-
-
-def own_distribution(fn: Any) -> Any:
-    """A site's distribution before plates expand it and handlers mask it."""
-    while isinstance(fn, ExpandedDistribution | MaskedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
-def _site(site: Any) -> Site:
-    fn, own = site["fn"], own_distribution(site["fn"])
-    value = jnp.shape(site["value"])
-    value = value[: len(value) - len(fn.event_shape)]
-    shape = np.broadcast_shapes(tuple(fn.batch_shape), value)
-    kind = "factor" if isinstance(own, Unit) else "observed" if site["is_observed"] else "latent"
-    plates = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    return Site(kind, shape, tuple(own.batch_shape), tuple(fn.batch_shape), value, plates)
-
-
-def _site_dims(name: str, site: Any) -> tuple[str, ...]:
-    """A name for each dimension of a site's value: its plates', then ``name_dim_i``."""
-    shape = jnp.shape(site["value"])
-    event_names = tuple(site.get("infer", {}).get("event_dims", ()))
-    event_dim = len(site["fn"].event_shape) if site["type"] == "sample" else 0
-    batch_ndim = len(shape) - event_dim
-    plates = {frame.dim: frame for frame in site["cond_indep_stack"]}
-    names = []
-    for i in range(len(shape)):
-        frame = plates.get(i - batch_ndim) if i < batch_ndim else None
-        if frame is not None and frame.size == shape[i]:
-            names.append(frame.name)
-        elif i >= batch_ndim and i - batch_ndim < len(event_names):
-            names.append(event_names[i - batch_ndim])
-        else:
-            names.append(f"{name}_dim_{i}")
-    return tuple(names)
+            dims[name] = site_dims(name, site)
+    return Summary(notes.plates, shapes, dims, inside, sites)
