@@ -72,7 +72,8 @@ def client_app(
             ``stochgrad.from_numpyro(model, clients=[args])``. ``context.node_config`` says where
             the data are.
         kernel: ``gradient -> kernel``, the same as the server's.
-        init: A position of the model's shape, the same as the server's; a numpyro model knows.
+        init: A position of the model's shape, the same as the server's; optional with a numpyro
+            model.
         secret: Bytes that the client keeps to itself, 16 or more. By default random, made at a
             node's first message and kept in Flower's ``context.state``, which stays at the node.
             Give your own for draws that can be reproduced, or that do not change when the node

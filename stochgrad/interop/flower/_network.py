@@ -130,7 +130,7 @@ class Network:
     ) -> dict[str, tuple[float, PyTree]]:
         """Every client's log likelihood at a position; one that fails is asked again."""
         total = sum_shapes(like, form)
-        one = {"slope": total["slope"], "precision": _with_axis(total["precision"])}
+        shapes = {"slope": total["slope"], "precision": _with_axis(total["precision"])}
         answers: dict[str, tuple[float, PyTree]] = {}
         for _ in range(3):
             requests = {}
@@ -144,13 +144,13 @@ class Network:
                 try:
                     if reply is None:
                         raise Refused("no reply")
-                    content = check_reply(reply, "train.expand", tree_limit(one))
+                    content = check_reply(reply, "train.expand", tree_limit(shapes))
                     value = metadata(content, value=float)["value"]
                     if not np.isfinite(value):
                         raise Refused(f"its log likelihood is {value}")
-                    tree = {"slope": unpack(content, "slope", one["slope"]), "precision": None}
+                    tree = {"slope": unpack(content, "slope", shapes["slope"]), "precision": None}
                     if form != "none":
-                        whole = unpack(content, "precision", one["precision"])
+                        whole = unpack(content, "precision", shapes["precision"])
                         tree["precision"] = jax.tree.map(lambda x: x[0], whole)
                     answers[name] = (value, tree)
                 except Refused as reason:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 from numpyro import handlers
 from numpyro.distributions import biject_to
@@ -20,6 +21,7 @@ from stochgrad.interop.numpyro._sites import (
     Plate,
     Site,
     as_site,
+    is_latent,
     site_dims,
     unconstrained_shape,
 )
@@ -152,7 +154,7 @@ def _run_once(
 ) -> Summary:
     """Run the model once without computing anything, and note what the samplers need of it.
 
-    With ``hidden``, nobody knows the values of the arguments that are jax's arrays.
+    With ``hidden``, the values of the arguments that are jax's arrays are unknown.
 
     Raises:
         UnknownValue: the model's control flow depends on the value of an array.
@@ -217,7 +219,7 @@ def _check_values(trace: Mapping[str, Any]) -> None:
 
 def _filled(site: Any) -> Any:
     """A value for a latent site, in the middle of its support, for those that cannot be drawn."""
-    if site["type"] != "sample" or site["is_observed"] or site["value"] is not None:
+    if not is_latent(site) or site["value"] is not None:
         return None
     fn = site["fn"]
     try:
@@ -268,13 +270,9 @@ def _live(model: Callable, args, kwargs, params: Mapping[str, PyTree]) -> list[s
 
     shapes = jax.eval_shape(lambda x: x, params)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    jaxpr: Any = jax.make_jaxpr(log_probs)(key, shapes).jaxpr
-    live = {var for var in jaxpr.outvars if not hasattr(var, "val")}
-    for equation in reversed(jaxpr.eqns):
-        if not live.isdisjoint(equation.outvars):
-            live.update(var for var in equation.invars if not hasattr(var, "val"))
-    flags = [var in live for var in jaxpr.invars[len(jax.tree.leaves(key)) :]]
-    used = jax.tree.unflatten(jax.tree.structure(shapes), flags)
+    jaxpr = jax.make_jaxpr(log_probs)(key, shapes).jaxpr
+    _, flags = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    used = jax.tree.unflatten(jax.tree.structure(shapes), flags[len(jax.tree.leaves(key)) :])
     return [name for name, leaves in used.items() if any(jax.tree.leaves(leaves))]
 
 
@@ -287,7 +285,7 @@ def _summary(notes: _Notes, trace: Mapping[str, Any]) -> Summary:
     subsampled = {name for name, plate in notes.plates.items() if plate.subsampled}
     shapes, dims, inside, sites = {}, {}, {}, {}
     for name, site in trace.items():
-        latent = site["type"] == "sample" and not site["is_observed"]
+        latent = is_latent(site)
         within = subsampled & {frame.name for frame in site["cond_indep_stack"]}
         if latent:
             shapes[name] = unconstrained_shape(name, site)

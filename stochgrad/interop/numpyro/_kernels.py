@@ -81,7 +81,7 @@ class SGHMC(SGKernel):
     the first step. The mode by ``stochgrad.find_center``, a diagonal mass by
     ``stochgrad.find_mass``, friction in proportion (damping at the rate 1 in units of the mass),
     the step by ``stochgrad.find_step_size``; the chains then start around the mode.
-    ``kernel.tuning`` tells what was found. A model without a mode is refused.
+    ``kernel.tuning`` holds the results. A model without a mode is refused.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Cyclical(_Split):
 class ReplicaExchange(_Split):
     """``stochgrad.replica_exchange`` as a kernel for ``numpyro.infer.MCMC``.
 
-    ``extra_fields=("info.swap_probability",)`` tells how often replicas swap.
+    ``extra_fields=("info.swap_probability",)`` is how often replicas swap.
     """
 
     def __init__(

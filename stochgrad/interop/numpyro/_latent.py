@@ -11,6 +11,7 @@ from numpyro.distributions import biject_to, constraints
 
 from stochgrad.core import PRNGKey, check_callable, describe, first_line
 from stochgrad.em import Guide, LatentModel, Policy, Rationales
+from stochgrad.interop.numpyro._sites import is_latent
 
 
 def latent_model(model: Callable, plate: str | None = None) -> LatentModel:
@@ -56,7 +57,7 @@ def latent_model(model: Callable, plate: str | None = None) -> LatentModel:
         >>> (4 * fit.model["share"]).round().tolist(), fit.model["mean"].round(1).tolist()
         ([3.0, 1.0], [-3.0, 2.0])
     """
-    sites = _Sites(*_checked("model", model, plate), latents_only=False)
+    sites = _Sites(*_check_model("model", model, plate), latents_only=False)
 
     def log_likelihood(params, prompts, tokens, mask, answers):
         return sites.log_prob(params, prompts, tokens, observed=True)
@@ -74,7 +75,7 @@ def latent_guide(guide: Callable, plate: str | None = None) -> Guide:
 
     Joint stochastic approximation: the chains are moved by proposals of the guide, and the guide
     follows $\nabla_\phi\log q_\phi(z\mid x, y)$ at the chains. Its sites need no
-    reparameterisation.
+    reparameterization.
 
     Args:
         guide: A numpyro guide, with the latent sites of the model. ``Questions.hints`` are its
@@ -85,7 +86,7 @@ def latent_guide(guide: Callable, plate: str | None = None) -> Guide:
         TypeError: as for ``latent_model``.
         ValueError: as for ``latent_model``.
     """
-    sites = _Sites(*_checked("guide", guide, plate), latents_only=True)
+    sites = _Sites(*_check_model("guide", guide, plate), latents_only=True)
     return Guide(
         sites.policy(),
         learned=True,
@@ -93,7 +94,7 @@ def latent_guide(guide: Callable, plate: str | None = None) -> Guide:
     )
 
 
-def _checked(name: str, model: Any, plate: Any) -> tuple[Callable, str | None]:
+def _check_model(name: str, model: Any, plate: Any) -> tuple[Callable, str | None]:
     check_callable(name, model, "a numpyro model, a function of the data")
     if isinstance(model, type):
         raise TypeError(f"{name} must be a function of the data, got {describe(model)}.")
@@ -103,7 +104,7 @@ def _checked(name: str, model: Any, plate: Any) -> tuple[Callable, str | None]:
 
 
 class _Run(NamedTuple):
-    """What one run of a model gave.
+    """One run of a model.
 
     Attributes:
         site: Its sites.
@@ -140,12 +141,12 @@ class _Sites(NamedTuple):
     def run(self, params, key: PRNGKey, prompts, tokens: Mapping[str, Any] | None = None) -> _Run:
         """Run it with parameters, and with latents where they are given."""
         bare = self.trace(self.model, key, prompts)
-        rows, given = self.axis(bare), self.parameters(bare, params)
+        rows, values = self.axis(bare), self.parameters(bare, params)
         for name, value in (tokens or {}).items():
             site = bare[name]
             axis = rows - len(site["fn"].event_shape) + jnp.ndim(site["value"])
-            given[name] = jnp.moveaxis(value, 0, axis)
-        return _Run(self.trace(handlers.substitute(self.model, given), key, prompts), rows)
+            values[name] = jnp.moveaxis(value, 0, axis)
+        return _Run(self.trace(handlers.substitute(self.model, values), key, prompts), rows)
 
     @property
     def name(self) -> str:
@@ -159,15 +160,15 @@ class _Sites(NamedTuple):
                 f"the parameters must be a dict of the {self.name}'s numpyro.param sites "
                 f"{sorted(own)}, got {describe(params)}."
             )
-        found = _constrain(sites, params)
+        constrained = _constrain(sites, params)
         for name, value in own.items():
-            shapes = [jax.tree.map(jnp.shape, tree) for tree in (value, found[name])]
+            shapes = [jax.tree.map(jnp.shape, tree) for tree in (value, constrained[name])]
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"the parameter {name!r} must have shape {shapes[0]} as the {self.name} sees "
                     f"it, got {shapes[1]}."
                 )
-        return found
+        return constrained
 
     def trace(self, model, key, prompts) -> Mapping[str, Any]:
         arguments = prompts if isinstance(prompts, tuple) else (prompts,)
@@ -186,27 +187,27 @@ class _Sites(NamedTuple):
         chosen = _observed(run.site) if observed else {name: run.site[name] for name in tokens}
         total = jnp.zeros(())
         for site in chosen.values():
-            each = site["fn"].log_prob(site["value"])
+            log_prob = site["fn"].log_prob(site["value"])
             if site["scale"] is not None:
-                each = site["scale"] * each
-            each = jnp.moveaxis(each, run.axis, 0)
-            total = total + jnp.sum(each.reshape(each.shape[0], -1), axis=1)
+                log_prob = site["scale"] * log_prob
+            by_row = jnp.moveaxis(log_prob, run.axis, 0)
+            total = total + jnp.sum(by_row.reshape(by_row.shape[0], -1), axis=1)
         return total
 
     def initial(self, key: PRNGKey, prompts) -> dict[str, PyTree]:
         """The parameters' initial values, in unconstrained space."""
         sites = self.trace(self.model, key, prompts)
         self.axis(sites)
-        found = {
+        values = {
             name: jax.tree.map(lambda leaf: _transform(site).inv(jnp.asarray(leaf)), site["value"])
             for name, site in sites.items()
             if site["type"] == "param"
         }
-        if not found:
+        if not values:
             raise ValueError(
                 f"the {self.name} has no numpyro.param sites: there is nothing to learn."
             )
-        return found
+        return values
 
     def constrained(self, params, prompts) -> dict[str, PyTree]:
         """The parameters as the model sees them."""
@@ -244,19 +245,12 @@ class _Sites(NamedTuple):
 
 
 def _latent(sites: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: site
-        for name, site in sites.items()
-        if site["type"] == "sample" and not site["is_observed"]
-    }
+    return {name: site for name, site in sites.items() if is_latent(site)}
 
 
 def _observed(sites: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: site
-        for name, site in sites.items()
-        if site["type"] == "sample" and site["is_observed"]
-    }
+    samples = {name: site for name, site in sites.items() if site["type"] == "sample"}
+    return {name: site for name, site in samples.items() if site["is_observed"]}
 
 
 def _transform(site) -> Any:

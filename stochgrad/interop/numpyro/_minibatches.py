@@ -170,8 +170,8 @@ def _together(streams: Mapping[str, Batches]) -> Batches:
     full = {name: stream.full for name, stream in streams.items()}
     main = max(streams.values(), key=lambda stream: stream.size, default=None)
     if main is None:
-        one = Blocks(1, lambda state: (np.int32(0), state), lambda block: full)
-        return Batches(init, next, full, 0, 0, blocks=one)
+        block = Blocks(1, lambda state: (np.int32(0), state), lambda block: full)
+        return Batches(init, next, full, 0, 0, blocks=block)
     together = main._replace(init=init, next=next, full=full, blocks=None)
     if main.stream is not None or main.mesh is not None:
         together = together._replace(full=None)

@@ -51,15 +51,15 @@ def from_numpyro(
     $$\log\hat\pi(z) = \log p(T(z)) + \log\left|\det \partial T / \partial z\right|
       + \frac{N}{B}\sum_{i\in b} \log p(x_i \mid T(z)).$$
 
-    The plate is told its indices at each step and never draws them. Data that the model reads with
-    ``numpyro.subsample`` are laid out so that a minibatch is a contiguous slice; a model that
+    The plate receives its indices at each step and does not draw them. Data that the model reads
+    with ``numpyro.subsample`` are laid out so that a minibatch is a contiguous slice; a model that
     indexes its data by hand, ``x[idx]``, works as well, at the price of a gather. Several
     subsampled plates, nested or not, have independent streams of minibatches, each unbiased.
 
     That the log density is a sum over the plate's rows is checked at one position, on two
     minibatches: likelihoods outside of the plate, one number for a whole minibatch inside of it,
     and rows that are paired with each other are refused by site. ``Predictive``,
-    ``log_likelihood`` and ArviZ are to be given ``stochgrad.numpyro.all_rows(model)``.
+    ``log_likelihood`` and ArviZ need ``stochgrad.numpyro.all_rows(model)``.
 
     Starting points are uniform on (-2, 2) in unconstrained space. Deterministic sites are part of
     the results, but for those inside a subsampled plate, which have no full-data value.

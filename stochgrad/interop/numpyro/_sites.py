@@ -55,6 +55,11 @@ def unconstrained_shape(name: str, site: Any) -> tuple[int, ...]:
     )
 
 
+def is_latent(site: Any) -> bool:
+    """Whether a site of a trace is sampled and not observed."""
+    return site["type"] == "sample" and not site["is_observed"]
+
+
 def own_distribution(fn: Any) -> Any:
     """A site's distribution before plates expand it and handlers mask it."""
     while isinstance(fn, ExpandedDistribution | MaskedDistribution):
