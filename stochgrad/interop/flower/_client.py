@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from jaxtyping import PyTree
 
 from stochgrad.core import (
+    Kernel,
     Posterior,
     Shared,
     check_callable,
@@ -198,10 +199,10 @@ class Owner:
         settings = tuple(prepared[name] for name in SETTINGS)
         origin = unpack(context.state, "origin", position)
         total = unpack(context.state, "total", sum_shapes(position, str(prepared["form"])))
-        program = self.programs(settings, _hashable(origin), _hashable(total))
+        state_like, run = self.programs(settings, _hashable(origin), _hashable(total))
         words = unpack(content, "key", _KEY)
         first = "position" in content
-        name, like = ("position", position) if first else ("state", program.state)
+        name, like = ("position", position) if first else ("state", state_like)
         start = unpack(content, name, like)
         chain, seed = request["chain"], int(str(prepared["seed"]))
         secret = secret_of(context) if self.secret is None else self.secret
@@ -213,12 +214,12 @@ class Owner:
             key = secret_key(secret, "visit", (*settings, chain, name), arrays)
             order = secret_key(secret, "minibatches", (seed, chain), ())
         start = jax.tree.map(jnp.asarray, start)
-        state, draws, after = program.run(first, key, order, start, before)
+        state, draws, after = run(first, key, order, start, before)
         minibatches = int(np.asarray(after)[0])
         reply = {"status": "done", "minibatches": minibatches}
         return pack({"state": state, "draws": draws}, reply)
 
-    def _program(self, settings: tuple, origin: "_hashable", total: "_hashable") -> "Program":
+    def _program(self, settings: tuple, origin: "_hashable", total: "_hashable"):
         form, curvature, share, steps, thin, centered, strength, _ = settings
         origin, total = jax.tree.map(jnp.asarray, (origin.tree, total.tree))
         target = with_share(self.posterior, share)
@@ -231,7 +232,8 @@ class Owner:
         surrogates = Surrogates(origin, **own_and_others)
         gradient = control_variate(target, origin) if centered else minibatch(target)
         gradient = with_conducive(gradient, surrogates, np.array([share, 1.0]), strength)
-        return Program(self.make_kernel(gradient), target, origin, steps, thin)
+        kernel = self.make_kernel(gradient)
+        return state_shapes(kernel, origin), visit_program(kernel, target, steps, thin)
 
 
 _KEY = jax.ShapeDtypeStruct((2,), np.uint32)
@@ -255,38 +257,31 @@ def secret_key(secret: bytes, purpose: str, numbers: tuple, arrays: PyTree) -> j
     return jax.random.wrap_key_data(jnp.asarray(words), impl=_IMPLEMENTATION)
 
 
-class Program:
-    """The steps of a visit, compiled."""
+def visit_program(kernel: Kernel, target: Posterior, steps: int, thin: int) -> Callable:
+    """``(first, key, order, start, minibatches) -> (state, draws, minibatches)`` of a visit."""
 
-    def __init__(self, kernel, target, origin, steps, thin):
-        self._kernel, self._target = kernel, target
-        self._steps, self._thin = steps, thin
-        self.state = state_shapes(kernel, origin)
-        self._start = compiled(self._first)
-        self._advance = compiled(self._visit)
+    @compiled
+    def init(key, position):
+        return without_gradient_state(kernel.init(position, jax.random.fold_in(key, 2**31)))
 
-    def run(self, first: bool, key, order, start, minibatches):
-        """State and draws after a visit, and the minibatches given to this chain until then."""
-        state = self._start(key, start) if first else start
-        return self._advance(key, order, state, minibatches)
-
-    def _first(self, key, position):
-        state = self._kernel.init(position, jax.random.fold_in(key, 2**31))
-        return without_gradient_state(state)
-
-    def _visit(self, key, order, state, minibatches):
-        stream = self._target.batches.init(order)
+    @compiled
+    def advance(key, order, state, minibatches):
+        stream = target.batches.init(order)
         stream = Shared(stream.value._replace(handed_out=minibatches), optional=True)
         state = state._replace(gradient_state=stream)
 
         def draw(state, number):
-            keys = jax.random.split(jax.random.fold_in(key, number), self._thin)
-            state, _ = jax.lax.scan(lambda s, k: (self._kernel.step(k, s)[0], None), state, keys)
+            keys = jax.random.split(jax.random.fold_in(key, number), thin)
+            state, _ = jax.lax.scan(lambda s, k: (kernel.step(k, s)[0], None), state, keys)
             return state, state.position
 
-        numbers = jnp.arange(self._steps // self._thin)
-        state, draws = jax.lax.scan(draw, state, numbers)
+        state, draws = jax.lax.scan(draw, state, jnp.arange(steps // thin))
         return without_gradient_state(state), draws, visit_in(state).handed_out
+
+    def run(first: bool, key, order, start, minibatches):
+        return advance(key, order, init(key, start) if first else start, minibatches)
+
+    return run
 
 
 class _hashable:

@@ -47,7 +47,7 @@ from stochgrad.interop.flower._protocol import (
     program_digest,
     state_shapes,
 )
-from stochgrad.interop.flower._visits import Chain, Patience, Visits
+from stochgrad.interop.flower._visits import Chain, Visits
 
 FORMS = {"global_first_order": "none", "global_diagonal": "diagonal", "global_quadratic": "full"}
 
@@ -193,8 +193,9 @@ def federate(
     if settings["form"] == "none":
         slopes = likelihoods.slopes
         warn_of_own_effects(clients, slopes, shares, rows, example, local_steps)
-    patience = Patience(most_failures, deadline)
-    visits = Visits(network, settings, likelihoods, shares, position, state, patience, save)
+    visits = Visits(
+        network, settings, likelihoods, shares, position, state, most_failures, deadline, save
+    )
     chains = visits.run(chains, jax.random.fold_in(key, 2), num_visits)
     return visits.as_draws(chains, num_visits, likelihoods.setup_bytes)
 

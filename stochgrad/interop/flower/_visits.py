@@ -64,26 +64,8 @@ class Away(NamedTuple):
     end: float
 
 
-class Patience(NamedTuple):
-    """How many failures of one visit, and how many seconds, the run bears."""
-
-    failures: int
-    seconds: float
-
-
 class Visits:
-    """Chains on their way between clients.
-
-    Args:
-        network: The clients' nodes.
-        settings: What clients receive before the first visit.
-        likelihoods: The same, the sums over clients.
-        shares: Shares of the steps of each client.
-        position: Shapes of a position.
-        state: Shapes of the part of a chain's state that travels.
-        patience: When to stop.
-        save: Called after each visit, if anything is saved.
-    """
+    """Chains on their way between clients; ``position`` and ``state`` are shapes."""
 
     def __init__(
         self,
@@ -93,7 +75,8 @@ class Visits:
         shares: np.ndarray,
         position: PyTree,
         state: PyTree,
-        patience: Patience,
+        most_failures: int,
+        deadline: float,
         save: Callable[[list[Chain]], None] | None,
     ):
         self.network, self.settings, self.shares = network, settings, shares
@@ -106,7 +89,7 @@ class Visits:
             lambda s: jax.ShapeDtypeStruct((draws, *s.shape), s.dtype), position
         )
         self.limit = tree_limit(self.state, self.draws)
-        self.patience, self.save = patience, save
+        self.most_failures, self.deadline, self.save = most_failures, deadline, save
         self.prepared: set[int] = set()
         self.away: dict[str, Away] = {}
         self.attempts: dict[int, Attempt] = {}
@@ -151,7 +134,7 @@ class Visits:
             client, turn = self.next_client(number, chains[number], key)
             attempt = self.attempts.setdefault(number, Attempt(now))
             seconds = now - attempt.since
-            if attempt.failures > self.patience.failures or seconds > self.patience.seconds:
+            if attempt.failures > self.most_failures or seconds > self.deadline:
                 if self.save is not None:
                     self.save(chains)
                 raise RuntimeError(self.why_stop(number, client, seconds))

@@ -63,12 +63,14 @@ def metadata(content: RecordDict, **wanted: type) -> dict[str, Any]:
     return values
 
 
-def check_reply(reply: Message, action: str, limit: int) -> RecordDict:
+def check_reply(reply: Message | None, action: str, limit: int) -> RecordDict:
     """The content of a reply.
 
     Raises:
-        Refused: the client failed, or the reply holds unknown records, or too much.
+        Refused: there is no reply, the client failed, or it holds unknown records or too much.
     """
+    if reply is None:
+        raise Refused("no reply")
     if reply.has_error():
         raise Refused(f"error {reply.error.code}")
     content = reply.content

@@ -5,11 +5,9 @@ from functools import partial
 from typing import Any
 
 from stochgrad.core import Kernel, Noise, Order, StepSize
-from stochgrad.interop.numpyro._sg_kernel import KernelSpec, SGKernel
+from stochgrad.interop.numpyro._sg_kernel import SGKernel
 from stochgrad.interop.numpyro._tuning import GradientName
 from stochgrad.sgmcmc import cyclical, psgld, replica_exchange, sghmc, sgld, sgnht
-
-_BASE = ("gradient", "batch_size", "order", "layout", "num_steps", "share_batches")
 
 _OPTIONS = """
 
@@ -64,7 +62,7 @@ class SGLD(SGKernel):
         **options: Any,
     ):
         settings = {"step_size": step_size, "temperature": temperature, "noise": noise}
-        super().__init__(model, KernelSpec(sgld, settings, tuned=True), **options)
+        super().__init__(model, sgld, settings, tuned=True, **options)
 
 
 @_documented(
@@ -108,32 +106,24 @@ class SGHMC(SGKernel):
             "integrator": integrator,
             "noise": noise,
         }
-        spec = KernelSpec(sghmc, settings, tuned=True)
-        super().__init__(model, spec, gradient=gradient, order=order, **options)
-
-
-class _Split(SGKernel):
-    """One whose keyword arguments are the factory's and the base's in one."""
-
-    def __init__(self, model: Callable, factory: Callable[..., Kernel], **settings: Any):
-        options = {name: settings.pop(name) for name in _BASE if name in settings}
-        super().__init__(model, KernelSpec(factory, settings), **options)
+        options |= {"gradient": gradient, "order": order}
+        super().__init__(model, sghmc, settings, tuned=True, **options)
 
 
 @_documented("step_size, settings: As in ``stochgrad.psgld``.")
-class PSGLD(_Split):
+class PSGLD(SGKernel):
     """``stochgrad.psgld`` as a kernel for ``numpyro.infer.MCMC``."""
 
     def __init__(self, model: Callable, step_size: StepSize, **settings: Any):
-        super().__init__(model, psgld, step_size=step_size, **settings)
+        super().__init__(model, psgld, {"step_size": step_size}, **settings)
 
 
 @_documented("step_size, diffusion, settings: As in ``stochgrad.sgnht``.")
-class SGNHT(_Split):
+class SGNHT(SGKernel):
     """``stochgrad.sgnht`` as a kernel for ``numpyro.infer.MCMC``."""
 
     def __init__(self, model: Callable, step_size: StepSize, diffusion: float, **settings: Any):
-        super().__init__(model, sgnht, step_size=step_size, diffusion=diffusion, **settings)
+        super().__init__(model, sgnht, {"step_size": step_size, "diffusion": diffusion}, **settings)
 
 
 @_documented(
@@ -141,7 +131,7 @@ class SGNHT(_Split):
     "            ``functools.partial(stochgrad.sghmc, friction=10.0)``.\n"
     "        step_size, settings: As in ``stochgrad.cyclical``, in steps of the kernel."
 )
-class Cyclical(_Split):
+class Cyclical(SGKernel):
     """``stochgrad.cyclical`` as a kernel for ``numpyro.infer.MCMC``.
 
     ``extra_fields=("info.sampling",)`` marks the draws of the sampling stages.
@@ -155,14 +145,14 @@ class Cyclical(_Split):
         **settings: Any,
     ):
         factory = partial(cyclical, kernel_factory)
-        super().__init__(model, factory, step_size=step_size, **settings)
+        super().__init__(model, factory, {"step_size": step_size}, **settings)
 
 
 @_documented(
     "kernel_factory: As in ``stochgrad.replica_exchange``.\n"
     "        step_size, settings: As in ``stochgrad.replica_exchange``."
 )
-class ReplicaExchange(_Split):
+class ReplicaExchange(SGKernel):
     """``stochgrad.replica_exchange`` as a kernel for ``numpyro.infer.MCMC``.
 
     ``extra_fields=("info.swap_probability",)`` is how often replicas swap.
@@ -176,4 +166,4 @@ class ReplicaExchange(_Split):
         **settings: Any,
     ):
         factory = partial(replica_exchange, kernel_factory)
-        super().__init__(model, factory, step_size=step_size, **settings)
+        super().__init__(model, factory, {"step_size": step_size}, **settings)

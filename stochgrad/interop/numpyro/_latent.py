@@ -103,18 +103,6 @@ def _check_model(name: str, model: Any, plate: Any) -> tuple[Callable, str | Non
     return model, plate
 
 
-class _Run(NamedTuple):
-    """One run of a model.
-
-    Attributes:
-        site: Its sites.
-        axis: Dimension of the rows' plate, counted from the right.
-    """
-
-    site: Mapping[str, Any]
-    axis: int
-
-
 class _Sites(NamedTuple):
     """The sample sites of a model or guide, row by row."""
 
@@ -124,10 +112,10 @@ class _Sites(NamedTuple):
 
     def policy(self) -> Policy:
         def sample(params, key, prompts):
-            run = self.run(params, key, prompts)
+            sites, axis = self.run(params, key, prompts)
             tokens = {
-                name: jnp.moveaxis(site["value"], run.axis - len(site["fn"].event_shape), 0)
-                for name, site in _latent(run.site).items()
+                name: jnp.moveaxis(site["value"], axis - len(site["fn"].event_shape), 0)
+                for name, site in _latent(sites).items()
             }
             rows = next(iter(tokens.values())).shape[0]
             log_prob = self.log_prob(params, prompts, tokens, observed=False)
@@ -138,15 +126,16 @@ class _Sites(NamedTuple):
 
         return Policy(sample, log_prob)
 
-    def run(self, params, key: PRNGKey, prompts, tokens: Mapping[str, Any] | None = None) -> _Run:
-        """Run it with parameters, and with latents where they are given."""
+    def run(
+        self, params, key: PRNGKey, prompts, tokens: Mapping[str, Any] = {}
+    ) -> tuple[Mapping[str, Any], int]:
+        """Its sites with these parameters and latents, and the dimension of the rows' plate."""
         bare = self.trace(self.model, key, prompts)
         rows, values = self.axis(bare), self.parameters(bare, params)
-        for name, value in (tokens or {}).items():
-            site = bare[name]
-            axis = rows - len(site["fn"].event_shape) + jnp.ndim(site["value"])
+        for name, value in tokens.items():
+            axis = rows - len(bare[name]["fn"].event_shape) + jnp.ndim(bare[name]["value"])
             values[name] = jnp.moveaxis(value, 0, axis)
-        return _Run(self.trace(handlers.substitute(self.model, values), key, prompts), rows)
+        return self.trace(handlers.substitute(self.model, values), key, prompts), rows
 
     @property
     def name(self) -> str:
@@ -183,14 +172,14 @@ class _Sites(NamedTuple):
 
     def log_prob(self, params, prompts, tokens, observed: bool) -> Float[Array, " rows"]:
         """Log probability of the observed sites, or of the latent ones, of each row."""
-        run = self.run(params, jax.random.key(0), prompts, tokens)
-        chosen = _observed(run.site) if observed else {name: run.site[name] for name in tokens}
+        sites, axis = self.run(params, jax.random.key(0), prompts, tokens)
+        chosen = _observed(sites) if observed else {name: sites[name] for name in tokens}
         total = jnp.zeros(())
         for site in chosen.values():
             log_prob = site["fn"].log_prob(site["value"])
             if site["scale"] is not None:
                 log_prob = site["scale"] * log_prob
-            by_row = jnp.moveaxis(log_prob, run.axis, 0)
+            by_row = jnp.moveaxis(log_prob, axis, 0)
             total = total + jnp.sum(by_row.reshape(by_row.shape[0], -1), axis=1)
         return total
 

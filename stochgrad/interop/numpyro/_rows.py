@@ -256,11 +256,9 @@ class _Choice(NamedTuple):
 
     def half(self) -> "_Choice":
         """As many rows as count, the first half of which count."""
-        return self._replace(count=self.count // 2)._cut(self.count)
-
-    def _cut(self, total: int) -> "_Choice":
-        blocks = tuple((np.take(b, np.arange(total), axis), axis) for b, axis in self.blocks)
-        return self._replace(index=self.index[:total], blocks=blocks)
+        rows = np.arange(self.count)
+        blocks = tuple((np.take(b, rows, axis), axis) for b, axis in self.blocks)
+        return self._replace(count=self.count // 2, index=self.index[rows], blocks=blocks)
 
     def alone(self) -> Rows:
         """Those that count, weighted by the plate itself."""

@@ -14,8 +14,6 @@ from stochgrad.core import (
     Kernel,
     Layout,
     Order,
-    Posterior,
-    Target,
     check_callable,
     check_choice,
     check_count,
@@ -31,29 +29,6 @@ from stochgrad.interop.numpyro._handler import all_rows
 from stochgrad.interop.numpyro._model import from_numpyro
 from stochgrad.interop.numpyro._report import report_after_runs
 from stochgrad.interop.numpyro._tuning import GradientName, Tuning, as_named_gradient, tune
-
-
-class KernelSpec:
-    """A kernel factory with its hyper-parameters, in a form that can be pickled.
-
-    Args:
-        factory: ``(target, **settings) -> kernel``.
-        settings: Its hyper-parameters.
-        tuned: Whether step size, friction and mass that are None are to be found.
-    """
-
-    def __init__(
-        self, factory: Callable[..., Kernel], settings: dict[str, Any], tuned: bool = False
-    ):
-        signature(factory).bind_partial(**settings)  # a wrong name fails here, not in a run
-        self.factory, self.settings, self.tuned = factory, settings, tuned
-
-    def tune(self, posterior: Posterior, gradient: GradientName) -> Tuning:
-        """What has to be found before the kernel can be made."""
-        return tune(posterior, gradient, **(self.settings if self.tuned else {}))
-
-    def __call__(self, target: Target, tuning: Tuning) -> Kernel:
-        return self.factory(target, **{**self.settings, **tuning.settings})
 
 
 class SGState(NamedTuple):
@@ -84,25 +59,31 @@ class SGState(NamedTuple):
 
 
 class SGKernel(MCMCKernel):
-    """A kernel whose dynamics is that of a ``KernelSpec``."""
+    """A numpyro kernel over one of ours, ``factory(target, **settings)``.
+
+    Where it is ``tuned``, step size, friction and mass that are None are found.
+    """
 
     sample_field = "z"  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
         model: Callable,
-        spec: KernelSpec,
+        factory: Callable[..., Kernel],
+        settings: dict[str, Any],
         *,
+        tuned: bool = False,
         gradient: GradientName = "minibatch",
         batch_size: int | Mapping[str, int] | None = None,
         order: Order = "reshuffled",
         layout: Layout = "blocks",
         num_steps: int = 1,
         share_batches: bool = False,
+        **more: Any,
     ):
-        check_callable("model", model, "a numpyro model")
-        self._model = model
-        self._spec = spec
+        self._factory, self._settings, self._tuned = factory, {**settings, **more}, tuned
+        signature(factory).bind_partial(**self._settings)  # a wrong name fails here, not in a run
+        self._model = check_callable("model", model, "a numpyro model")
         check_choice("gradient", gradient, get_args(GradientName))
         check_order(order, layout)
         self._gradient: GradientName = gradient
@@ -128,7 +109,7 @@ class SGKernel(MCMCKernel):
         """The hyper-parameters, with those that were left out as they were found."""
         tuned = {} if self.tuning is None else self.tuning.settings
         base = {**self._options, "gradient": self._gradient, "num_steps": self._num_steps}
-        return {**base, **self._spec.settings, **tuned}
+        return {**base, **self._settings, **tuned}
 
     @property
     def default_fields(self) -> tuple[str, ...]:
@@ -189,10 +170,11 @@ class SGKernel(MCMCKernel):
         if self._bound is None or self._bound[0][0] != identity:
             with jax.ensure_compile_time_eval():  # numpyro may be tracing
                 posterior = from_numpyro(self._model, *args, **self._options, **kwargs)
-                self.tuning = self._spec.tune(posterior, self._gradient)
-                target = as_named_gradient(self._gradient, posterior, self.tuning.center)
-                kernel = self._spec(target, self.tuning)
-            start = self.tuning.start(posterior)
+                settings = self._settings if self._tuned else {}
+                self.tuning = tuning = tune(posterior, self._gradient, **settings)
+                target = as_named_gradient(self._gradient, posterior, tuning.center)
+                kernel = self._factory(target, **{**self._settings, **tuning.settings})
+            start = tuning.start(posterior)
             self._bound = ((identity, arguments), kernel, start)  # holds on to the ids
         return self._bound[1:]
 
