@@ -100,9 +100,8 @@ def from_numpyro(
         ValueError: no plate is subsampled (and ``batch_size`` is not the whole data), or only one
             within numpyro's ``scan``; the log density is no sum over a plate's rows; a latent site
             is discrete, or lies inside a subsampled plate; the model has ``numpyro.param`` sites
-            that are not fixed; its control flow depends on the value of a latent
-            site; the data hold NaN
-            or infinity; the batch size does not fit; the model fails.
+            that are not fixed; its control flow depends on the value of a latent site; the data
+            hold NaN or infinity; the batch size does not fit; the model fails.
 
     Warns:
         UserWarning: observed values lie outside of the support of their distribution; the model
