@@ -3,28 +3,28 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from stochgrad.interop import PSGLD as PSGLD
-from stochgrad.interop import SGHMC as SGHMC
-from stochgrad.interop import SGLD as SGLD
-from stochgrad.interop import SGNHT as SGNHT
-from stochgrad.interop import Cyclical as Cyclical
-from stochgrad.interop import GradientVariances as GradientVariances
-from stochgrad.interop import PathGradientELBO as PathGradientELBO
-from stochgrad.interop import PathGradientWarning as PathGradientWarning
-from stochgrad.interop import ReplicaExchange as ReplicaExchange
-from stochgrad.interop import all_rows as all_rows
-from stochgrad.interop import latent_guide as latent_guide
-from stochgrad.interop import latent_model as latent_model
+from stochgrad.interop.numpyro import PSGLD as PSGLD
+from stochgrad.interop.numpyro import SGHMC as SGHMC
+from stochgrad.interop.numpyro import SGLD as SGLD
+from stochgrad.interop.numpyro import SGNHT as SGNHT
+from stochgrad.interop.numpyro import Cyclical as Cyclical
+from stochgrad.interop.numpyro import GradientVariances as GradientVariances
+from stochgrad.interop.numpyro import PathGradientELBO as PathGradientELBO
+from stochgrad.interop.numpyro import PathGradientWarning as PathGradientWarning
+from stochgrad.interop.numpyro import ReplicaExchange as ReplicaExchange
+from stochgrad.interop.numpyro import all_rows as all_rows
+from stochgrad.interop.numpyro import latent_guide as latent_guide
+from stochgrad.interop.numpyro import latent_model as latent_model
 
 if TYPE_CHECKING:
-    from stochgrad.interop._auto_flow import AutoFlow as AutoFlow
+    from stochgrad.interop.numpyro.auto_flow import AutoFlow as AutoFlow
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs flowjax on first use."""
     if name == "AutoFlow":
         try:
-            return import_module("stochgrad.interop._auto_flow").AutoFlow
+            return import_module("stochgrad.interop.numpyro.auto_flow").AutoFlow
         except ModuleNotFoundError as error:
             raise ImportError("AutoFlow needs flowjax: pip install 'stochgrad[flows]'.") from error
     raise AttributeError(f"module 'stochgrad.numpyro' has no attribute {name!r}")

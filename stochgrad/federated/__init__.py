@@ -7,11 +7,13 @@ from stochgrad.federated._posterior import posterior as posterior
 from stochgrad.federated._qlsd import qlsd as qlsd
 from stochgrad.federated._reference import Reference as Reference
 from stochgrad.federated._reference import find_reference as find_reference
+from stochgrad.federated._reference import maximize_over_clients as maximize_over_clients
 from stochgrad.federated._sample import sample as sample
 from stochgrad.federated._stability import Stability as Stability
 from stochgrad.federated._stability import StabilityWarning as StabilityWarning
 from stochgrad.federated._stability import capped as capped
 from stochgrad.federated._stability import stability as stability
+from stochgrad.federated._stability import warn_of_own_effects as warn_of_own_effects
 from stochgrad.federated._surrogates import exact as exact
 from stochgrad.federated._surrogates import fisher_merge as fisher_merge
 from stochgrad.federated._surrogates import gaussian as gaussian

@@ -14,8 +14,7 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.gradients import Surrogates
-from stochgrad.gradients._conducive import check_surrogates_fit
+from stochgrad.gradients import Surrogates, check_surrogates_fit
 
 WANTED = (
     "a Posterior of data that clients own, from stochgrad.federated.posterior or "

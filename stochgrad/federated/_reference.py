@@ -66,10 +66,10 @@ def find_reference(
     init = as_reference(posterior, init, "init")
     clients = clients_of(posterior)
     score = on_all_data(posterior, jax.value_and_grad(posterior.log_density))
-    return climb(score, init, clients.count, max_rounds, tolerance)
+    return maximize_over_clients(score, init, clients.count, max_rounds, tolerance)
 
 
-def climb(
+def maximize_over_clients(
     score: Callable[[Position], tuple[Any, Position]],
     init: Position,
     count: int,

@@ -6,10 +6,14 @@ from stochgrad.flows._divergences import alpha_divergence as alpha_divergence
 from stochgrad.flows._divergences import jensen_shannon as jensen_shannon
 from stochgrad.flows._divergences import renyi_bound as renyi_bound
 from stochgrad.flows._draw import FlowDraws as FlowDraws
+from stochgrad.flows._draw import check_flow as check_flow
 from stochgrad.flows._draw import draw_with_score as draw_with_score
 from stochgrad.flows._draw import parameters as parameters
+from stochgrad.flows._draw import split_flow as split_flow
+from stochgrad.flows._draw import unwrap_flow as unwrap_flow
 from stochgrad.flows._forward import forward_kl as forward_kl
 from stochgrad.flows._objective import LogDensity as LogDensity
+from stochgrad.flows._objective import beyond_reach as beyond_reach
 from stochgrad.flows._reverse import reverse_kl as reverse_kl
 from stochgrad.flows._sample import WeightedDraws as WeightedDraws
 from stochgrad.flows._sample import ess_under_target as ess_under_target

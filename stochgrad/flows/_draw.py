@@ -68,7 +68,7 @@ def draw_with_score(
 
 def draws_of(flow, key, count: int, condition) -> FlowDraws:
     """The same of a flow that has been looked at."""
-    flow = unwrapped(flow)
+    flow = unwrap_flow(flow)
 
     def one(key):
         return one_draw(flow, key, condition)
@@ -78,8 +78,8 @@ def draws_of(flow, key, count: int, condition) -> FlowDraws:
 
 def check_flow(flow: Any, condition: Any = None) -> Any:
     """The condition as an array, if there is a flow that can be drawn from and takes it."""
-    plain = unwrapped(flow)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(split(flow)[0]):
+    plain = unwrap_flow(flow)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(split_flow(flow)[0]):
         if isinstance(leaf, Tracer):
             continue
         with jax.ensure_compile_time_eval():
@@ -105,7 +105,7 @@ def check_flow(flow: Any, condition: Any = None) -> Any:
     return jnp.asarray(check_array("condition", condition, shape=plain.cond_shape))
 
 
-def unwrapped(flow: AbstractDistribution) -> AbstractDistribution:
+def unwrap_flow(flow: AbstractDistribution) -> AbstractDistribution:
     """A flow with its wrapped parameters computed, and nested transforms side by side."""
     check_instance("flow", flow, AbstractDistribution, "a flowjax distribution")
     flow = paramax.unwrap(flow)
@@ -139,10 +139,10 @@ def parameters(flow: AbstractDistribution) -> Any:
         TypeError: it is none.
     """
     check_instance("flow", flow, AbstractDistribution, "a flowjax distribution")
-    return split(flow)[0]
+    return split_flow(flow)[0]
 
 
-def split(flow: Any) -> tuple[Any, Any]:
+def split_flow(flow: Any) -> tuple[Any, Any]:
     """A flow's trainable arrays and the rest; ``equinox.combine`` puts them together."""
     return eqx.partition(
         flow,

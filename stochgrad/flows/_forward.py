@@ -19,7 +19,7 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.flows._draw import check_flow, unwrapped
+from stochgrad.flows._draw import check_flow, unwrap_flow
 from stochgrad.flows._objective import objective
 from stochgrad.gradients import push_score
 
@@ -78,7 +78,7 @@ def forward_kl(
     """
     check_choice("estimator", estimator, ("path", "ml"))
     condition = check_flow(flow, condition)
-    plain = unwrapped(flow)
+    plain = unwrap_flow(flow)
     samples = points("samples", samples)
     if samples.shape[1:] != plain.shape:
         raise ValueError(
@@ -104,7 +104,7 @@ def forward_kl(
     size = samples.shape[0]
 
     def value(flow, batch):
-        flow = unwrapped(flow)
+        flow = unwrap_flow(flow)
         each = jax.vmap(lambda *row: _log_likelihood(flow, condition, *row))(*batch.data)
         return jnp.sum(batch.weight.astype(each.dtype) * each) / size
 

@@ -19,9 +19,8 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.flows._draw import check_flow, one_draw, split, unwrapped
-from stochgrad.gradients import freeze
-from stochgrad.gradients._reach import beyond_the_path, depends
+from stochgrad.flows._draw import check_flow, one_draw, split_flow, unwrap_flow
+from stochgrad.gradients import beyond_the_path, depends, freeze
 
 LogDensity = Callable[[Array], Scalar]
 """``x -> scalar``: an unnormalised log density at one point."""
@@ -39,7 +38,7 @@ def objective(
         value: ``(flow, key) -> scalar``, or ``(flow, batch) -> scalar`` where batches are given.
         batches: A stream of minibatches.
     """
-    params, static = split(flow)
+    params, static = split_flow(flow)
 
     def climb(position, drawn):
         return value(eqx.combine(position, static), drawn)
@@ -73,7 +72,7 @@ def valued(surrogate, value):
 def check_density(flow, log_density, condition) -> Any:
     """The condition, if a log density takes a point of the flow and returns a number."""
     condition = check_flow(flow, condition)
-    plain = unwrapped(flow)
+    plain = unwrap_flow(flow)
     check_callable("log_density", log_density, "a function of a point")
     point = jax.eval_shape(lambda: plain.sample(jax.random.key(0), condition=freeze(condition)))
     try:
@@ -106,7 +105,7 @@ def check_path(flow, condition) -> None:
 
 def beyond_reach(flow, condition) -> list[str]:
     """Names of a flow's arrays that are trained, move its density and not its draws."""
-    arrays, rest = eqx.partition(unwrapped(flow), eqx.is_inexact_array)
+    arrays, rest = eqx.partition(unwrap_flow(flow), eqx.is_inexact_array)
 
     def draw(arrays):
         x, log_density, _ = one_draw(eqx.combine(arrays, rest), jax.random.key(0), condition)
@@ -120,11 +119,11 @@ def beyond_reach(flow, condition) -> list[str]:
         ) from error
     if not names:
         return []
-    params, static = split(flow)
+    params, static = split_flow(flow)
 
     def of(name):
         def leaf(params):
-            plain = eqx.filter(unwrapped(eqx.combine(params, static)), eqx.is_inexact_array)
+            plain = eqx.filter(unwrap_flow(eqx.combine(params, static)), eqx.is_inexact_array)
             leaves = jax.tree_util.tree_leaves_with_path(plain)
             return [leaf for path, leaf in leaves if jax.tree_util.keystr(path) == name]
 

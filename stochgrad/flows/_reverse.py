@@ -9,7 +9,7 @@ from flowjax.distributions import AbstractDistribution
 from jax import lax
 
 from stochgrad.core import Gradient, check_choice, check_count, check_number
-from stochgrad.flows._draw import draws_of, one_draw, split, unwrapped
+from stochgrad.flows._draw import draws_of, one_draw, split_flow, unwrap_flow
 from stochgrad.flows._objective import (
     LogDensity,
     check_density,
@@ -111,10 +111,10 @@ def _blended(log_density, count, condition):
     """The bound whose gradient keeps as much of the score as is measured to be best."""
 
     def bound(flow, key):
-        params, static = split(flow)
+        params, static = split_flow(flow)
 
         def parts(params, key):
-            flow = unwrapped(eqx.combine(params, static))
+            flow = unwrap_flow(eqx.combine(params, static))
             x, log_q, score = one_draw(flow, key, condition)
             along = path_log_density(x, log_q, score)
             return log_density(x) - along, along - log_q

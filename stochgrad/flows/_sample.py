@@ -26,7 +26,7 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.flows._draw import check_flow, unwrapped
+from stochgrad.flows._draw import check_flow, unwrap_flow
 from stochgrad.flows._forward import points
 from stochgrad.flows._objective import LogDensity, check_density
 from stochgrad.kernels import Fit, independence, systematic
@@ -150,7 +150,7 @@ def sample(
     count = check_count("num_samples", num_samples)
     flow = _model_of(flow)
     condition = check_density(flow, log_density, condition)
-    flow = unwrapped(flow)
+    flow = unwrap_flow(flow)
     draw_key, resample_key = jax.random.split(key)
 
     x, log_w, log_z, error, smoothed, khat = _weigh(flow, draw_key, count, log_density, condition)
@@ -250,7 +250,7 @@ def metropolis(
     """
     flow = _model_of(flow)
     condition = check_density(flow, log_density, condition)
-    flow = unwrapped(flow)
+    flow = unwrap_flow(flow)
 
     def propose(key):
         x, log_q = flow._sample_and_log_prob(key, condition)
@@ -301,7 +301,7 @@ def through(flow: AbstractDistribution, posterior: Posterior, condition: Any = N
         "posterior", posterior, Posterior, "a Posterior, as stochgrad.posterior makes it"
     )
     condition = check_flow(_model_of(flow), condition)
-    flow = unwrapped(_model_of(flow))
+    flow = unwrap_flow(_model_of(flow))
     if not isinstance(flow, AbstractTransformed):
         raise ValueError("the flow must have layers, got a base distribution.")
     transport, base = flow.bijection, flow.base_dist

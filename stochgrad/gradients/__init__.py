@@ -5,8 +5,12 @@ from stochgrad.gradients._blend import (
     leave_one_out_coefficients as leave_one_out_coefficients,
 )
 from stochgrad.gradients._blend import measured_coefficients as measured_coefficients
+from stochgrad.gradients._conducive import check_surrogates_fit as check_surrogates_fit
 from stochgrad.gradients._conducive import conducive as conducive
+from stochgrad.gradients._conducive import with_conducive as with_conducive
 from stochgrad.gradients._control_variate import control_variate as control_variate
+from stochgrad.gradients._like import check_like as check_like
+from stochgrad.gradients._like import evaluated as evaluated
 from stochgrad.gradients._minibatch import as_gradient as as_gradient
 from stochgrad.gradients._minibatch import minibatch as minibatch
 from stochgrad.gradients._mode_check import check_center as check_center
@@ -19,6 +23,8 @@ from stochgrad.gradients._path import freeze as freeze
 from stochgrad.gradients._path import path_log_density as path_log_density
 from stochgrad.gradients._path import push_score as push_score
 from stochgrad.gradients._path import triangular as triangular
+from stochgrad.gradients._reach import beyond_the_path as beyond_the_path
+from stochgrad.gradients._reach import depends as depends
 from stochgrad.gradients._registry import GRADIENTS as GRADIENTS
 from stochgrad.gradients._saga import SAGAState as SAGAState
 from stochgrad.gradients._saga import saga as saga

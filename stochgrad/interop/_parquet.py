@@ -116,9 +116,10 @@ class ParquetColumns:
         values = column.to_numpy()
         with np.errstate(over="ignore", invalid="ignore"):
             cast = values.astype(self.dtype)
-        kept = cast == values if self.dtype.kind in "biu" else ~(np.isinf(cast) & ~np.isinf(values))
-        if not np.all(kept):
-            worst = values[np.argmin(kept)]
+        exact = cast == values
+        fits = exact if self.dtype.kind in "biu" else ~(np.isinf(cast) & ~np.isinf(values))
+        if not np.all(fits):
+            worst = values[np.argmin(fits)]
             raise ValueError(
                 f"column {name!r} of {self._path} holds {worst}, which dtype={self.dtype} does not."
             )

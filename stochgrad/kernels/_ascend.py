@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from stochgrad.core import Kernel, Position, Target, describe, first_line, tree_dot
-from stochgrad.gradients import as_gradient
-from stochgrad.gradients._like import evaluated
+from stochgrad.gradients import as_gradient, evaluated
 
 
 class AscendState(NamedTuple):

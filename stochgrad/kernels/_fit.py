@@ -29,8 +29,7 @@ from stochgrad.core import (
     initial_of,
     sample,
 )
-from stochgrad.gradients import as_gradient
-from stochgrad.gradients._like import check_like, evaluated
+from stochgrad.gradients import as_gradient, check_like, evaluated
 from stochgrad.kernels._ascend import ascend
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
 from stochgrad.core import Kernel, Position, PRNGKey, check_callable, describe, first_line
-from stochgrad.gradients._like import check_like
+from stochgrad.gradients import check_like
 
 
 class IndependenceState(NamedTuple):

@@ -231,7 +231,7 @@ def test_files_that_cannot_be_read_say_so(tmp_path):
         [
             ("'mamba' where", weights(True), {"architecture": "mamba"}),
             ("no tensor blk.1.ffn_up", without(name), {}),
-            ("cannot dequantise blk.1.ffn_up.*Q8_1", weights(True) | raw, {"types": q8_1}),
+            ("cannot dequantize blk.1.ffn_up.*Q8_1", weights(True) | raw, {"types": q8_1}),
             ("1 tensors more", weights(True) | {"rope_freqs.weight": np.ones(4, np.float32)}, {}),
             ("of kind 'other'", weights(True), {"pre": "other"}),
             ("scales its positions", weights(True), {"scaling": gguf.RopeScalingType.LINEAR}),

@@ -98,17 +98,17 @@ def test_nothing_but_states_surrogates_and_counts_crosses_the_wire():
         "down": {"position", "state", "key", "origin", "total"},
         "up": {"slope", "precision", "state", "draws"},
     }
-    told = {
+    words = {
         "down": {"form", "curvature", "prior", "chain", "version", "share", "steps", "thin"}
-        | {"centred", "strength", "seed", "kernel", "counted"},
-        "up": {"status", "name", "rows", "value", "counted"},
+        | {"centered", "strength", "seed", "kernel", "minibatches"},
+        "up": {"status", "name", "rows", "value", "minibatches"},
     }
     values = np.unique(np.concatenate(rows(SIZES)))
     for way, message in seen:
         assert not message.has_error()
         for name, key, value in records(message.content):
-            if name == "about":
-                assert key in told[way]
+            if name == "metadata":
+                assert key in words[way]
                 assert isinstance(value, int | float | str)
                 assert not isinstance(value, str) or len(value) < 20
             else:
@@ -133,7 +133,7 @@ def test_an_error_of_a_client_does_not_tell_its_data():
     )
     with pytest.raises(TimeoutError, match="north"):
         run(over, clients=["north"])
-    assert dict(seen[-1].content["about"]) == {"status": "failed"}
+    assert dict(seen[-1].content["metadata"]) == {"status": "failed"}
 
 
 class Faulty:
@@ -167,11 +167,11 @@ MALFORMED = {
     "a wrong type": arrays("draws", np.zeros((4, 2), np.float64)),
     "not finite": arrays("draws", np.full((4, 2), np.nan, np.float32)),
     "too large": arrays("draws", np.zeros((10_000, 2), np.float32)),
-    "not asked for": arrays("rows", np.zeros((4, 2), np.float32)),
+    "unknown records": arrays("rows", np.zeros((4, 2), np.float32)),
     "no state": lambda content: content.pop("state"),
-    "nothing about it": lambda content: content.pop("about"),
+    "no metadata": lambda content: content.pop("metadata"),
     "a word for a number": lambda content: content.__setitem__(
-        "about", ConfigRecord({"status": 3})
+        "metadata", ConfigRecord({"status": 3})
     ),
     "a lie about its shape": lambda content: content["draws"]["0"].__dict__.update(shape=(9, 9)),
 }
@@ -183,7 +183,7 @@ def test_whatever_goes_wrong_with_a_visit_the_draws_are_the_same(caplog):
     draws = run(grid(fault=faults), num_visits=8)
     assert draws.attrs["lost_visits"] >= len(MALFORMED) + 2
     text = caplog.text
-    for reason in ("no reply in time", "error", "float64", "not finite", "most", "not asked for"):
+    for reason in ("no reply in time", "error", "float64", "not finite", "most", "unknown records"):
         assert reason in text
     assert "tried again" in text
     undisturbed = run(grid(), num_visits=8)
@@ -243,18 +243,18 @@ def test_two_nodes_of_one_name_are_refused():
 
 def test_a_second_node_that_comes_later_is_left_out_while_the_first_is_there(caplog):
     """Its data would be visited in place of those that the surrogates are of."""
-    from stochgrad.interop._flower_network import Network
+    from stochgrad.interop.flower._network import Network
 
     over = grid()
     network = Network(over, NAMES, 1.0, 0.0)
     network.wait_for_all(starting=True)
     over.join(5, app(), {"name": "south"})
     for _ in range(2):
-        network.look_around()
+        network.refresh_nodes()
     assert network.nodes["south"] == 11
     assert caplog.text.count("both report the client name 'south'") == 1
     over.leave(11)
-    network.look_around()
+    network.refresh_nodes()
     assert network.nodes["south"] == 5
 
 
@@ -278,8 +278,8 @@ def visits_of(over_secret, **changes):
 @pytest.mark.slow
 def test_the_server_cannot_compute_a_visit_that_a_secret_is_in():
     """With the key it sent it could otherwise, and subtract the noise from what comes back."""
-    from stochgrad.interop._flower_client import Owner
-    from stochgrad.interop._flower_wire import unpack
+    from stochgrad.interop.flower._client import Owner
+    from stochgrad.interop.flower._wire import unpack
 
     posterior = federated.posterior(log_prior, log_likelihood, [rows(SIZES)[1]], batch_size=5)
     outcomes = {}
@@ -300,7 +300,7 @@ def test_the_server_cannot_compute_a_visit_that_a_secret_is_in():
 
 def test_one_key_for_two_states_does_not_give_the_same_noise():
     """A server that sent one key twice could subtract the noise, and would have gradients."""
-    from stochgrad.interop._flower_client import secret_key
+    from stochgrad.interop.flower._client import secret_key
 
     words = np.array([1, 2], np.uint32)
     data = lambda state, *numbers: np.asarray(
@@ -316,7 +316,7 @@ def test_a_node_keeps_its_secret_and_other_nodes_have_others():
     """In the state that Flower keeps at the node: a new process for each message has it too."""
     from flwr.app import Context, RecordDict
 
-    from stochgrad.interop._flower_client import secret_of
+    from stochgrad.interop.flower._client import secret_of
 
     one, other = (Context(1, n, {}, RecordDict(), {}) for n in (1, 2))
     assert secret_of(one) == secret_of(one)
@@ -426,7 +426,7 @@ def test_a_server_killed_goes_on_from_its_checkpoint(tmp_path):
     process.wait()
     from stochgrad.core import load_notes
 
-    done = max(map(len, load_notes(path)["visited"]))
+    done = max(map(len, load_notes(path)["clients"]))
     draws = run(grid(), num_visits=done + 2, checkpoint=path, resume=True)
     assert draws.positions.shape == (3, 4 * (done + 2), 2)
     assert np.isfinite(draws.positions).all()

@@ -18,17 +18,17 @@ from stochgrad.core import (
     check_callable,
     check_finite,
 )
-from stochgrad.interop._numpyro_arguments import HostArray
+from stochgrad.interop.numpyro._arguments import HostArray
 
 
 class give_rows(Messenger):
-    """Run a model on given rows of its subsampled plates.
+    """Run a model on chosen rows of its subsampled plates.
 
-    A plate is told its indices, so that it never draws them, and rescales its sites by what it was
-    given. ``numpyro.subsample`` is answered here where it can be: an array that came to the model
-    as it is (an argument, a constant) has been laid out in the order of the blocks, and the
-    minibatch is a contiguous slice of it. Anything else falls to the plate, which gathers the same
-    rows by their numbers. Padding rows get weight zero.
+    A plate receives its indices and does not draw them; it scales its sites to all rows.
+    ``numpyro.subsample`` is answered here where it can be: an array that reaches the model
+    unchanged (an argument, a constant) has been laid out in the order of the blocks, and the
+    minibatch is a contiguous slice of it. For anything else the plate gathers the same rows by
+    their numbers. Padding rows have weight zero.
 
     Args:
         fn: The model.
@@ -72,7 +72,7 @@ class all_rows(Messenger):
 
     A model whose plates are subsampled draws rows of its own whenever numpyro runs it, so that
     ``Predictive(model, ...)``, ``log_likelihood(model, ...)`` and ``az.from_numpyro`` would see
-    some rows, in an order that nobody knows. ``Predictive(all_rows(model), draws)(key, x)`` and
+    some rows, in a random order. ``Predictive(all_rows(model), draws)(key, x)`` and
     ``log_likelihood(all_rows(model), draws, x, y)`` have one column for each row of the data.
 
     Args:
@@ -122,7 +122,7 @@ def answer_subsample(
 ) -> None:
     """Answer a model's ``numpyro.subsample``, where it can be.
 
-    Plates are known by the indices that they were told: a scope around them changes their names.
+    Plates are recognized by their indices, as a scope around them changes their names.
     """
     if msg["type"] != "subsample":
         return
@@ -140,7 +140,7 @@ def answer_subsample(
     value = None if laid_out is None else laid_out.fetch(msg["value"], axes, rows)
     if value is not None:
         msg["value"] = value
-        msg["kwargs"]["event_dim"] = None  # which tells the plates that all is done
+        msg["kwargs"]["event_dim"] = None  # the plates then leave it as it is
     elif isinstance(msg["value"], HostArray):
         msg["value"] = msg["value"].__jax_array__()
 
@@ -148,8 +148,8 @@ def answer_subsample(
 class Streamed:
     """Arrays of a model that are not in memory, by identity.
 
-    While it is open it takes note of what the model subsamples, and answers with zeros; it does so
-    too where there are no rows at hand, as for a model's constraints.
+    While it is open it records what the model subsamples, and answers with zeros, as it does later
+    where no rows are resident, as for a model's constraints.
     """
 
     def __init__(self):
@@ -163,7 +163,7 @@ class Streamed:
             return None
         ((name, axis),) = axes
         axis += len(value.shape)
-        chosen = rows[name]
+        batch = rows[name]
         number = self._number.get(id(value))
         if number is None:
             if not self.open:
@@ -173,11 +173,11 @@ class Streamed:
                 )
             number = self._number[id(value)] = len(self.sources)
             self.sources.append(Source(value, axis, f"data of shape {value.shape}"))
-        count = chosen.index.shape[0]
-        if chosen.resident is None:
+        count = batch.index.shape[0]
+        if batch.resident is None:
             shape = (*value.shape[:axis], count, *value.shape[axis + 1 :])
             return jnp.zeros(shape, jax.dtypes.canonicalize_dtype(value.dtype))
-        return block_of(chosen.resident[number], chosen.block, count, axis)
+        return block_of(batch.resident[number], batch.block, count, axis)
 
 
 class LaidOut:
@@ -189,7 +189,7 @@ class LaidOut:
 
     def __init__(self, partitions: Mapping[str, Partition]):
         self.partitions = partitions
-        self._kept: dict[tuple, tuple[Any, jax.Array]] = {}
+        self._arrays: dict[tuple, tuple[Any, jax.Array]] = {}
         self.open = True
 
     def fetch(self, value: Any, axes: tuple, rows: Mapping[str, Rows]) -> jax.Array | None:
@@ -198,16 +198,16 @@ class LaidOut:
             return None
         if isinstance(value, Tracer) or not isinstance(value, jax.Array | np.ndarray):
             return None
-        where = (id(value), axes)
-        if where not in self._kept:
+        key = (id(value), axes)
+        if key not in self._arrays:
             if not self.open:
                 return None
             check_finite(f"what numpyro.subsample reads, of shape {value.shape},", value)
             laid_out: Any = value
             for name, axis in axes:
                 laid_out = self.partitions[name].lay_out(laid_out, axis)
-            self._kept[where] = (value, laid_out)  # holding on to the value keeps its id its own
-        result = self._kept[where][1]
+            self._arrays[key] = (value, laid_out)  # the value is held, so that its id stays its own
+        result = self._arrays[key][1]
         for name, axis in axes:
             block: Any = rows[name].block
             result = self.partitions[name].fetch(result, block, axis)

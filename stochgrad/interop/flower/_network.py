@@ -1,4 +1,4 @@
-"""Who is there, by Flower's account, and messages to them."""
+"""The nodes of the clients, as Flower lists them, and messages to them."""
 
 import logging
 import time
@@ -10,18 +10,25 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from jaxtyping import PyTree
 
-from stochgrad.interop._flower_client import total_like
-from stochgrad.interop._flower_wire import Refused, about, check_reply, pack, tree_limit, unpack
+from stochgrad.interop.flower._protocol import sum_shapes
+from stochgrad.interop.flower._wire import (
+    Refused,
+    check_reply,
+    metadata,
+    pack,
+    tree_limit,
+    unpack,
+)
 
 log = logging.getLogger("stochgrad.flower")
 
 
 class Network:
-    """The clients that are wanted, the nodes that hold them, and what they say of their data.
+    """The clients of a run, the nodes that hold their data, and messages to these.
 
     Attributes:
-        nodes: The node of each client that is there.
-        rows: The rows of each client.
+        nodes: The node of each client that is connected.
+        rows: The number of rows of each client.
     """
 
     def __init__(self, grid: Grid, clients: list[str], timeout: float, poll: float):
@@ -29,10 +36,10 @@ class Network:
         self.timeout, self.poll = timeout, poll
         self.nodes: dict[str, int] = {}
         self.rows: dict[str, int] = {}
-        self._asked: set[int] = set()
-        self._refused: set[tuple[str, int]] = set()
+        self._greeted: set[int] = set()
+        self._rivals: set[tuple[str, int]] = set()
 
-    def look_around(self, *, starting: bool = False) -> None:
+    def refresh_nodes(self, *, starting: bool = False) -> None:
         """Ask nodes that were not there before for their names; forget those that are gone.
 
         A node that reports the name of a client that another node holds is not taken in, as long
@@ -42,26 +49,23 @@ class Network:
             ValueError: two nodes report one name while a run is ``starting``; or a client came
                 back with another number of rows.
         """
-        there = set(self.grid.get_node_ids())
-        nodes = {name: node for name, node in self.nodes.items() if node in there}
-        self._asked &= there
-        new = sorted(there - self._asked)
-        self._asked |= there
+        present = set(self.grid.get_node_ids())
+        nodes = {name: node for name, node in self.nodes.items() if node in present}
+        new = sorted(present - self._greeted)
+        self._greeted = present
         requests = {self.message(node, "query.hello", {}, {}): node for node in new}
         for request, reply in self.exchange(list(requests)):
             node = requests[request]
             try:
-                if reply is None:
-                    raise Refused("no reply")
-                reported = about(check_reply(reply, "query.hello", 0), name=str, rows=int)
-                if reported["name"] not in self.clients or reported["rows"] < 1:
+                values = metadata(check_reply(reply, "query.hello", 0), name=str, rows=int)
+                if values["name"] not in self.clients or values["rows"] < 1:
                     raise Refused("a client of this name is not expected")
             except Refused as reason:
                 log.warning("node %s is not taken in: %s", node, reason)
                 continue
-            name, rows = reported["name"], reported["rows"]
+            name, rows = values["name"], values["rows"]
             if name in nodes:
-                self._asked.discard(node)  # until the other is gone
+                self._greeted.discard(node)  # until the other is gone
                 self._refuse_second(name, nodes[name], node, starting)
                 continue
             if self.rows.setdefault(name, rows) != rows:
@@ -81,17 +85,17 @@ class Network:
         )
         if starting:
             raise ValueError(f"{message}.")
-        if (name, second) not in self._refused:
+        if (name, second) not in self._rivals:
             log.warning(
                 "%s; node %s is not taken in while node %s is there", message, second, first
             )
-            self._refused.add((name, second))
+            self._rivals.add((name, second))
 
     def wait_for_all(self, *, starting: bool = False) -> None:
         """Wait until every client is there."""
         end = time.monotonic() + self.timeout
         while True:
-            self.look_around(starting=starting)
+            self.refresh_nodes(starting=starting)
             missing = [c for c in self.clients if c not in self.nodes]
             if not missing:
                 return
@@ -123,8 +127,8 @@ class Network:
         self, position: PyTree, like: PyTree, form: str, curvature: str, prior_of: str = ""
     ) -> dict[str, tuple[float, PyTree]]:
         """Every client's log likelihood at a position; one that fails is asked again."""
-        total = total_like(like, form)
-        one = {"slope": total["slope"], "precision": _with_axis(total["precision"])}
+        total = sum_shapes(like, form)
+        shapes = {"slope": total["slope"], "precision": _with_axis(total["precision"])}
         answers: dict[str, tuple[float, PyTree]] = {}
         for _ in range(3):
             requests = {}
@@ -136,22 +140,20 @@ class Network:
             for request, reply in self.exchange(list(requests)):
                 name = requests[request]
                 try:
-                    if reply is None:
-                        raise Refused("no reply")
-                    content = check_reply(reply, "train.expand", tree_limit(one))
-                    value = about(content, value=float)["value"]
+                    content = check_reply(reply, "train.expand", tree_limit(shapes))
+                    value = metadata(content, value=float)["value"]
                     if not np.isfinite(value):
                         raise Refused(f"its log likelihood is {value}")
-                    tree = {"slope": unpack(content, "slope", one["slope"]), "precision": None}
+                    tree = {"slope": unpack(content, "slope", shapes["slope"]), "precision": None}
                     if form != "none":
-                        whole = unpack(content, "precision", one["precision"])
+                        whole = unpack(content, "precision", shapes["precision"])
                         tree["precision"] = jax.tree.map(lambda x: x[0], whole)
                     answers[name] = (value, tree)
                 except Refused as reason:
                     log.warning("client %s is asked again: %s", name, reason)
             if len(answers) == len(self.clients):
                 return {name: answers[name] for name in self.clients}
-            self.look_around()
+            self.refresh_nodes()
             self.wait_for_all()
         missing = [c for c in self.clients if c not in answers]
         raise TimeoutError(

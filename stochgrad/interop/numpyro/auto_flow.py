@@ -17,10 +17,9 @@ from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
 
 from stochgrad.core import check_callable, check_instance, describe, first_line
-from stochgrad.flows._draw import check_flow, split, unwrapped
-from stochgrad.flows._objective import beyond_reach
+from stochgrad.flows import beyond_reach, check_flow, split_flow, unwrap_flow
 from stochgrad.gradients import Pushed, push_score
-from stochgrad.interop._guide_sites import is_fixed
+from stochgrad.interop.numpyro._guide_sites import is_fixed
 
 
 class FlowTransform(Transform):
@@ -145,7 +144,7 @@ class AutoFlow(AutoContinuous):
             check_callable("condition", condition, "a function of the guide's arguments")
         check_instance("prefix", prefix, str, "text")
         check_callable("init_loc_fn", init_loc_fn, "an initialization strategy of numpyro")
-        self._flow, self._condition, self._given = flow, condition, None
+        self._flow, self._condition, self._condition_value = flow, condition, None
         self._beyond: list[str] = []
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
 
@@ -157,7 +156,7 @@ class AutoFlow(AutoContinuous):
             check_instance(
                 "what flow returns", flow, AbstractDistribution, "a flowjax distribution"
             )
-        plain = unwrapped(flow)
+        plain = unwrap_flow(flow)
         if not isinstance(plain, AbstractTransformed):
             raise ValueError("the flow must have layers, got a base distribution.")
         if plain.shape != (self.latent_dim,):
@@ -169,18 +168,18 @@ class AutoFlow(AutoContinuous):
             raise ValueError("a conditional flow needs condition, a function of the arguments.")
         if plain.cond_shape is None and self._condition is not None:
             raise ValueError("condition must be None for a flow that takes no condition.")
-        given = None
+        value = None
         if self._condition is not None:
             with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=0):
-                given = self._conditioned(*args, **kwargs)
-        check_flow(flow, given)
-        self._beyond = beyond_reach(flow, given)
-        self._arrays, self._static = split(flow)
+                value = self._conditioned(*args, **kwargs)
+        check_flow(flow, value)
+        self._beyond = beyond_reach(flow, value)
+        self._arrays, self._static = split_flow(flow)
 
     def _sample_latent(self, *args, **kwargs):
         shape = kwargs.pop("sample_shape", ())
         if self._condition is not None:
-            self._given = self._conditioned(*args, **kwargs)
+            self._condition_value = self._conditioned(*args, **kwargs)
         return super()._sample_latent(sample_shape=shape)
 
     def _get_posterior(self):
@@ -189,7 +188,7 @@ class AutoFlow(AutoContinuous):
         if self._beyond and not is_fixed(site):
             arrays = _without_gradient(arrays, self._beyond, site)
         flow = self._made(arrays)
-        transform = FlowTransform(flow.bijection, self._given)
+        transform = FlowTransform(flow.bijection, self._condition_value)
         return dist.TransformedDistribution(distribution_to_numpyro(flow.base_dist), [transform])
 
     def _conditioned(self, *args, **kwargs):
@@ -211,7 +210,7 @@ class AutoFlow(AutoContinuous):
         return distribution_to_numpyro(self._made(self._arrays).base_dist)
 
     def _made(self, arrays) -> AbstractTransformed:
-        flow = unwrapped(eqx.combine(arrays, self._static))
+        flow = unwrap_flow(eqx.combine(arrays, self._static))
         assert isinstance(flow, AbstractTransformed)  # checked when the guide was set up
         return flow
 

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from jaxtyping import PyTree
 
 _HEADER = 1024
-ABOUT = "about"
+METADATA = "metadata"
 
 TREES = {
     "query.hello": (),
@@ -23,9 +23,9 @@ class Refused(Exception):
     """A message that is not what it should be; says why."""
 
 
-def pack(trees: Mapping[str, PyTree], about: Mapping[str, Any]) -> RecordDict:
-    """Trees of arrays, leaf by leaf, and a few numbers and words about them."""
-    content: dict[str, Any] = {ABOUT: ConfigRecord({**about})}
+def pack(trees: Mapping[str, PyTree], metadata: Mapping[str, Any]) -> RecordDict:
+    """Trees of arrays, leaf by leaf, and a record of numbers and words."""
+    content: dict[str, Any] = {METADATA: ConfigRecord({**metadata})}
     for name, tree in trees.items():
         leaves = [np.asarray(leaf, order="C") for leaf in jax.tree.leaves(tree)]
         content[name] = ArrayRecord({str(i): Array(leaf) for i, leaf in enumerate(leaves)})
@@ -47,34 +47,36 @@ def unpack(content: RecordDict, name: str, like: PyTree) -> PyTree:
     )
 
 
-def about(content: RecordDict, **wanted: type) -> dict[str, Any]:
+def metadata(content: RecordDict, **wanted: type) -> dict[str, Any]:
     """The numbers and words of a message.
 
     Raises:
         Refused: one is missing or of another type.
     """
-    record = content.get(ABOUT)
+    record = content.get(METADATA)
     if not isinstance(record, ConfigRecord):
-        raise Refused("there is nothing about the reply")
-    found = dict(record)
+        raise Refused("the reply has no metadata record")
+    values = dict(record)
     for name, kind in wanted.items():
-        if not isinstance(found.get(name), kind):
+        if not isinstance(values.get(name), kind):
             raise Refused(f"{name} should be of type {kind.__name__}")
-    return found
+    return values
 
 
-def check_reply(reply: Message, action: str, limit: int) -> RecordDict:
+def check_reply(reply: Message | None, action: str, limit: int) -> RecordDict:
     """The content of a reply.
 
     Raises:
-        Refused: the client failed, or the reply holds what is not asked for, or too much.
+        Refused: there is no reply, the client failed, or it holds unknown records or too much.
     """
+    if reply is None:
+        raise Refused("no reply")
     if reply.has_error():
         raise Refused(f"error {reply.error.code}")
     content = reply.content
-    unknown = set(content) - {ABOUT, *TREES[action]}
+    unknown = set(content) - {METADATA, *TREES[action]}
     if unknown:
-        raise Refused(f"it holds {len(unknown)} records that were not asked for")
+        raise Refused(f"it holds {len(unknown)} unknown records")
     size = sum(
         len(array.data)
         for record in content.values()
@@ -83,7 +85,7 @@ def check_reply(reply: Message, action: str, limit: int) -> RecordDict:
     )
     if size > limit:
         raise Refused(f"it has {size:,} bytes where {limit:,} are the most")
-    status = about(content, status=str)["status"]
+    status = metadata(content, status=str)["status"]
     if status != "done":
         raise Refused(f"the client says {status[:40]!r}")
     return content
@@ -94,16 +96,16 @@ def _array(array: Array, like: Any, name: str) -> np.ndarray:
     if len(array.data) > shape_bytes(like) + _HEADER:
         raise Refused(f"an array of {name} is larger than it should be")
     try:
-        found = array.numpy()
+        values = array.numpy()
     except Exception as error:
         raise Refused(f"an array of {name} cannot be read") from error
-    if found.shape != shape or found.dtype != dtype:
+    if values.shape != shape or values.dtype != dtype:
         raise Refused(
-            f"an array of {name} is {found.dtype}{list(found.shape)}, not {dtype}{list(shape)}"
+            f"an array of {name} is {values.dtype}{list(values.shape)}, not {dtype}{list(shape)}"
         )
-    if dtype.kind == "f" and not np.isfinite(found).all():
+    if dtype.kind == "f" and not np.isfinite(values).all():
         raise Refused(f"an array of {name} is not finite")
-    return found
+    return values
 
 
 def shape_bytes(like: Any) -> int:

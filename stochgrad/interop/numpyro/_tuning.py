@@ -1,4 +1,4 @@
-"""What a kernel needs to know of a model before it can run, found when nobody has said it."""
+"""The hyper-parameters of a numpyro kernel that were left out."""
 
 import warnings
 from collections.abc import Callable
@@ -18,13 +18,13 @@ _SEED = 20260501
 
 
 class Tuning(NamedTuple):
-    """What was found.
+    """Hyper-parameters that were left out, and what they follow from.
 
     Attributes:
-        center: The mode, where it was looked for.
-        mass: The mass, where it was looked for.
-        step_size: The step size and its reasons, where it was looked for.
-        settings: The hyper-parameters that follow.
+        center: The mode, where it was needed.
+        mass: The mass, where it was left out.
+        step_size: The step size and its reasons, where it was left out.
+        settings: The hyper-parameters by name.
     """
 
     center: Center | None = None
@@ -64,35 +64,29 @@ def tune(posterior: Posterior, gradient: GradientName, **settings: Any) -> Tunin
     Raises:
         ValueError: the posterior has no mode near where the search ended.
     """
-    whole = {"step_size": 1.0, "friction": 1.0, "mass": 1.0, **settings}
-    missing = {name for name in ("step_size", "friction", "mass") if whole[name] is None}
-    given = {"mass": 1.0} if "mass" in missing and "friction" not in missing else {}
-    if gradient != "control_variate" and missing <= {"mass"} and len(missing) == len(given):
-        return Tuning(settings=given)
+    values = {"step_size": 1.0, "friction": 1.0, "mass": 1.0, **settings}
+    missing = {name for name in ("step_size", "friction", "mass") if values[name] is None}
+    mass, report = None, None
+    chosen: dict[str, Any] = {}
+    if "mass" in missing and "friction" not in missing:
+        chosen["mass"] = 1.0
+    if gradient != "control_variate" and missing == chosen.keys():
+        return Tuning(settings=chosen)
     keys = jax.random.split(jax.random.key(_SEED), 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # refused instead
         center = find_center(posterior, keys[0])
     if reason := why_no_mode(center.distance, tree_size(center.position)):
         raise ValueError(f"model: {reason}")
-    mass = None
     if "friction" in missing:
-        mass = whole["mass"]
+        mass = values["mass"]
         if mass is None:
             mass = find_mass(posterior, keys[1], center)
-        given = {"mass": mass, "friction": mass}
-    report = None
+        chosen |= {"mass": mass, "friction": mass}
     if "step_size" in missing:
         target: Target = as_named_gradient(gradient, posterior, center)
-        report = find_step_size(
-            target,
-            keys[2],
-            center,
-            **{
-                name: {**settings, **given}[name]
-                for name in ("friction", "mass", "integrator")
-                if name in settings
-            },
-        )
-        given["step_size"] = report.step_size
-    return Tuning(center, mass if isinstance(mass, dict) else None, report, given)
+        values = {**settings, **chosen}
+        dynamics = {n: values[n] for n in ("friction", "mass", "integrator") if n in settings}
+        report = find_step_size(target, keys[2], center, **dynamics)
+        chosen["step_size"] = report.step_size
+    return Tuning(center, mass if isinstance(mass, dict) else None, report, chosen)

@@ -1,13 +1,19 @@
-"""One site of a numpyro guide: how its log density follows the path of its draw."""
+"""Sites of a numpyro guide: how their draws, and log densities, carry gradients."""
+
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import lax
 from jaxtyping import Array
+from numpyro.handlers import seed
+from numpyro.infer.util import compute_log_probs
 from numpyro.primitives import Messenger
 
-from stochgrad.gradients import path_log_density, push_score
-from stochgrad.interop._numpyro_transforms import score_of_base
+from stochgrad.core import first_line
+from stochgrad.gradients import beyond_the_path, path_log_density, push_score
+from stochgrad.interop.numpyro._sites import is_latent
+from stochgrad.interop.numpyro._transforms import score_of_base
 
 
 class StraightThrough(Messenger):
@@ -62,6 +68,63 @@ class FixedDraws(Messenger):
 def is_fixed(name: str) -> bool:
     """Whether a site is drawn for a score function at the moment."""
     return any(name in sites for sites in _FIXED)
+
+
+def score_function_sites(estimators: Mapping[str, str]) -> set[str]:
+    """Sites whose estimator is a score function."""
+    return {name for name, estimator in estimators.items() if estimator != "straight_through"}
+
+
+def draw(guide, key, params, args, kwargs, estimators: Mapping[str, str]):
+    """Log densities and trace of a guide, draws with the gradients of their estimators."""
+    scored = score_function_sites(estimators)
+    with StraightThrough(set(estimators) - scored), FixedDraws(scored):
+        try:
+            log_q, drawn = compute_log_probs(seed(guide, key), args, kwargs, params)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"estimators: a score function needs the density of the draws, which a site of "
+                f"{sorted(scored)} does not give: {first_line(error)}."
+            ) from error
+    _check_sites(drawn, estimators)
+    return log_q, drawn
+
+
+def _check_sites(drawn, estimators: Mapping[str, str]) -> None:
+    """Raise unless every latent site has a way to its gradient."""
+    for name, site in drawn.items():
+        if not is_latent(site) or name in estimators:
+            continue
+        if not (is_delta(site["fn"]) or site["fn"].has_rsample):
+            raise ValueError(
+                f"site {name!r} of the guide, a {kind_of(site['fn'])}, cannot be "
+                f"reparameterized: give it an estimator, estimators={{{name!r}: 'score'}}."
+            )
+    missing = set(estimators) - {n for n, s in drawn.items() if s["type"] == "sample"}
+    if missing:
+        raise ValueError(f"estimators are given for sites the guide lacks: {sorted(missing)}.")
+
+
+def check_reach(guide, key, params, args, kwargs, estimators: Mapping[str, str]) -> None:
+    """Raise unless the paths of the draws reach all parameters that move their density."""
+    scored, names = score_function_sites(estimators), []
+
+    def values_and_density(params):
+        log_q, drawn = draw(guide, key, dict(params), args, kwargs, estimators)
+        latent = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
+        values = [x for x in latent.values() if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+        by_path = [log_q[name] for name in latent if name not in scored]
+        names[:] = [name for name in latent if not is_delta(drawn[name]["fn"])]
+        return values, sum(by_path, start=jnp.zeros(()))
+
+    beyond = beyond_the_path(values_and_density, dict(params))
+    if beyond:
+        site = names[0] if len(names) == 1 else "name of the site"
+        raise ValueError(
+            f"guide: {' and '.join(sorted(beyond))} cannot be trained along the path of a "
+            "draw. As the weights of a mixture, they decide what is drawn, and that has no "
+            f"derivative: give the site an estimator, estimators={{{site!r}: 'score'}}."
+        )
 
 
 def is_delta(fn) -> bool:

@@ -12,7 +12,8 @@ from numpyro.distributions import MaskedDistribution
 from numpyro.distributions.constraints import Constraint, dependent
 
 from stochgrad.core import Rows, Source, compiled, first_line
-from stochgrad.interop._numpyro_inspect import Model, Site, own_distribution
+from stochgrad.interop.numpyro._inspect import Summary
+from stochgrad.interop.numpyro._sites import Site, own_distribution
 
 _SAME = 2.0**-12
 """Share of the terms by which sums of the same terms may differ: by rounding they do not."""
@@ -75,7 +76,7 @@ def _supported(site: Any) -> Any:
 def check_rows(
     by_site: Callable[[PyTree, Mapping[str, Rows]], dict[str, Density]],
     initial: Callable[[Key[Array, ""]], PyTree],
-    model: Model,
+    model: Summary,
     batch_sizes: Mapping[str, int],
     sources: Sequence[Source] = (),
 ) -> None:
@@ -166,7 +167,7 @@ def _dependent(by_site: Callable, initial: Callable, rows: Mapping[str, Rows]) -
     return {name for name, density in sites.items() if density.value or density.size}
 
 
-def check_shapes(model: Model, batch_sizes: Iterable[str]) -> None:
+def check_shapes(model: Summary, batch_sizes: Iterable[str]) -> None:
     """Raise unless every site in a plate has the plate's rows along its dimension, and no other."""
     for name in batch_sizes:
         if not any(name in site.plates for site in model.sites.values()):
@@ -187,7 +188,7 @@ def check_shapes(model: Model, batch_sizes: Iterable[str]) -> None:
             _check_site(name, site, model)
 
 
-def _check_site(name: str, site: Site, model: Model) -> None:
+def _check_site(name: str, site: Site, model: Summary) -> None:
     for plate, dim in site.plates.items():
         if plate not in model.plates:
             continue
@@ -255,11 +256,9 @@ class _Choice(NamedTuple):
 
     def half(self) -> "_Choice":
         """As many rows as count, the first half of which count."""
-        return self._replace(count=self.count // 2)._cut(self.count)
-
-    def _cut(self, total: int) -> "_Choice":
-        blocks = tuple((np.take(b, np.arange(total), axis), axis) for b, axis in self.blocks)
-        return self._replace(index=self.index[:total], blocks=blocks)
+        rows = np.arange(self.count)
+        blocks = tuple((np.take(b, rows, axis), axis) for b, axis in self.blocks)
+        return self._replace(count=self.count // 2, index=self.index[rows], blocks=blocks)
 
     def alone(self) -> Rows:
         """Those that count, weighted by the plate itself."""

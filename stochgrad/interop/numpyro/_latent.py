@@ -11,6 +11,7 @@ from numpyro.distributions import biject_to, constraints
 
 from stochgrad.core import PRNGKey, check_callable, describe, first_line
 from stochgrad.em import Guide, LatentModel, Policy, Rationales
+from stochgrad.interop.numpyro._sites import is_latent
 
 
 def latent_model(model: Callable, plate: str | None = None) -> LatentModel:
@@ -56,7 +57,7 @@ def latent_model(model: Callable, plate: str | None = None) -> LatentModel:
         >>> (4 * fit.model["share"]).round().tolist(), fit.model["mean"].round(1).tolist()
         ([3.0, 1.0], [-3.0, 2.0])
     """
-    sites = _Sites(*_checked("model", model, plate), latents_only=False)
+    sites = _Sites(*_check_model("model", model, plate), latents_only=False)
 
     def log_likelihood(params, prompts, tokens, mask, answers):
         return sites.log_prob(params, prompts, tokens, observed=True)
@@ -74,7 +75,7 @@ def latent_guide(guide: Callable, plate: str | None = None) -> Guide:
 
     Joint stochastic approximation: the chains are moved by proposals of the guide, and the guide
     follows $\nabla_\phi\log q_\phi(z\mid x, y)$ at the chains. Its sites need no
-    reparameterisation.
+    reparameterization.
 
     Args:
         guide: A numpyro guide, with the latent sites of the model. ``Questions.hints`` are its
@@ -85,7 +86,7 @@ def latent_guide(guide: Callable, plate: str | None = None) -> Guide:
         TypeError: as for ``latent_model``.
         ValueError: as for ``latent_model``.
     """
-    sites = _Sites(*_checked("guide", guide, plate), latents_only=True)
+    sites = _Sites(*_check_model("guide", guide, plate), latents_only=True)
     return Guide(
         sites.policy(),
         learned=True,
@@ -93,25 +94,13 @@ def latent_guide(guide: Callable, plate: str | None = None) -> Guide:
     )
 
 
-def _checked(name: str, model: Any, plate: Any) -> tuple[Callable, str | None]:
+def _check_model(name: str, model: Any, plate: Any) -> tuple[Callable, str | None]:
     check_callable(name, model, "a numpyro model, a function of the data")
     if isinstance(model, type):
         raise TypeError(f"{name} must be a function of the data, got {describe(model)}.")
     if plate is not None and not (isinstance(plate, str) and plate):
         raise TypeError(f"plate must be the name of a plate, or None, got {describe(plate)}.")
     return model, plate
-
-
-class _Run(NamedTuple):
-    """What one run of a model gave.
-
-    Attributes:
-        site: Its sites.
-        axis: Dimension of the rows' plate, counted from the right.
-    """
-
-    site: Mapping[str, Any]
-    axis: int
 
 
 class _Sites(NamedTuple):
@@ -123,10 +112,10 @@ class _Sites(NamedTuple):
 
     def policy(self) -> Policy:
         def sample(params, key, prompts):
-            run = self.run(params, key, prompts)
+            sites, axis = self.run(params, key, prompts)
             tokens = {
-                name: jnp.moveaxis(site["value"], run.axis - len(site["fn"].event_shape), 0)
-                for name, site in _latent(run.site).items()
+                name: jnp.moveaxis(site["value"], axis - len(site["fn"].event_shape), 0)
+                for name, site in _latent(sites).items()
             }
             rows = next(iter(tokens.values())).shape[0]
             log_prob = self.log_prob(params, prompts, tokens, observed=False)
@@ -137,15 +126,16 @@ class _Sites(NamedTuple):
 
         return Policy(sample, log_prob)
 
-    def run(self, params, key: PRNGKey, prompts, tokens: Mapping[str, Any] | None = None) -> _Run:
-        """Run it with parameters, and with latents where they are given."""
+    def run(
+        self, params, key: PRNGKey, prompts, tokens: Mapping[str, Any] = {}
+    ) -> tuple[Mapping[str, Any], int]:
+        """Its sites with these parameters and latents, and the dimension of the rows' plate."""
         bare = self.trace(self.model, key, prompts)
-        rows, given = self.axis(bare), self.parameters(bare, params)
-        for name, value in (tokens or {}).items():
-            site = bare[name]
-            axis = rows - len(site["fn"].event_shape) + jnp.ndim(site["value"])
-            given[name] = jnp.moveaxis(value, 0, axis)
-        return _Run(self.trace(handlers.substitute(self.model, given), key, prompts), rows)
+        rows, values = self.axis(bare), self.parameters(bare, params)
+        for name, value in tokens.items():
+            axis = rows - len(bare[name]["fn"].event_shape) + jnp.ndim(bare[name]["value"])
+            values[name] = jnp.moveaxis(value, 0, axis)
+        return self.trace(handlers.substitute(self.model, values), key, prompts), rows
 
     @property
     def name(self) -> str:
@@ -159,15 +149,15 @@ class _Sites(NamedTuple):
                 f"the parameters must be a dict of the {self.name}'s numpyro.param sites "
                 f"{sorted(own)}, got {describe(params)}."
             )
-        found = _constrain(sites, params)
+        constrained = _constrain(sites, params)
         for name, value in own.items():
-            shapes = [jax.tree.map(jnp.shape, tree) for tree in (value, found[name])]
+            shapes = [jax.tree.map(jnp.shape, tree) for tree in (value, constrained[name])]
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"the parameter {name!r} must have shape {shapes[0]} as the {self.name} sees "
                     f"it, got {shapes[1]}."
                 )
-        return found
+        return constrained
 
     def trace(self, model, key, prompts) -> Mapping[str, Any]:
         arguments = prompts if isinstance(prompts, tuple) else (prompts,)
@@ -182,31 +172,31 @@ class _Sites(NamedTuple):
 
     def log_prob(self, params, prompts, tokens, observed: bool) -> Float[Array, " rows"]:
         """Log probability of the observed sites, or of the latent ones, of each row."""
-        run = self.run(params, jax.random.key(0), prompts, tokens)
-        chosen = _observed(run.site) if observed else {name: run.site[name] for name in tokens}
+        sites, axis = self.run(params, jax.random.key(0), prompts, tokens)
+        chosen = _observed(sites) if observed else {name: sites[name] for name in tokens}
         total = jnp.zeros(())
         for site in chosen.values():
-            each = site["fn"].log_prob(site["value"])
+            log_prob = site["fn"].log_prob(site["value"])
             if site["scale"] is not None:
-                each = site["scale"] * each
-            each = jnp.moveaxis(each, run.axis, 0)
-            total = total + jnp.sum(each.reshape(each.shape[0], -1), axis=1)
+                log_prob = site["scale"] * log_prob
+            by_row = jnp.moveaxis(log_prob, axis, 0)
+            total = total + jnp.sum(by_row.reshape(by_row.shape[0], -1), axis=1)
         return total
 
     def initial(self, key: PRNGKey, prompts) -> dict[str, PyTree]:
         """The parameters' initial values, in unconstrained space."""
         sites = self.trace(self.model, key, prompts)
         self.axis(sites)
-        found = {
+        values = {
             name: jax.tree.map(lambda leaf: _transform(site).inv(jnp.asarray(leaf)), site["value"])
             for name, site in sites.items()
             if site["type"] == "param"
         }
-        if not found:
+        if not values:
             raise ValueError(
                 f"the {self.name} has no numpyro.param sites: there is nothing to learn."
             )
-        return found
+        return values
 
     def constrained(self, params, prompts) -> dict[str, PyTree]:
         """The parameters as the model sees them."""
@@ -244,19 +234,12 @@ class _Sites(NamedTuple):
 
 
 def _latent(sites: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: site
-        for name, site in sites.items()
-        if site["type"] == "sample" and not site["is_observed"]
-    }
+    return {name: site for name, site in sites.items() if is_latent(site)}
 
 
 def _observed(sites: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: site
-        for name, site in sites.items()
-        if site["type"] == "sample" and site["is_observed"]
-    }
+    samples = {name: site for name, site in sites.items() if site["type"] == "sample"}
+    return {name: site for name, site in samples.items() if site["is_observed"]}
 
 
 def _transform(site) -> Any:

@@ -24,22 +24,17 @@ from stochgrad.core import (
     check_key,
     check_number,
     describe,
-    first_line,
 )
-from stochgrad.gradients import (
-    freeze,
-    leave_one_out,
-    measured_coefficients,
-    score_function,
-)
-from stochgrad.gradients._reach import beyond_the_path
-from stochgrad.interop._guide_sites import (
+from stochgrad.gradients import freeze, leave_one_out, measured_coefficients, score_function
+from stochgrad.interop.numpyro._guide_sites import (
     FixedDraws,
-    StraightThrough,
     along_the_path,
+    check_reach,
+    draw,
     is_delta,
-    kind_of,
+    score_function_sites,
 )
+from stochgrad.interop.numpyro._sites import is_latent
 
 SiteEstimator = Literal["score", "optimal", "straight_through"]
 
@@ -90,7 +85,7 @@ class PathGradientELBO(ELBO):
     derivative more of each, of eight at most, in a random direction.
 
     Scores of flows are carried along the forward pass; nothing is inverted but cheap layers. It
-    works for autoguides and reparameterised guides, hierarchical ones, plates, subsampling, masks,
+    works for autoguides and reparameterized guides, hierarchical ones, plates, subsampling, masks,
     ``flax_module`` and mutable state. Parameters of the model have their ordinary gradient.
 
     Discrete latent sites of the guide, and mixtures, whose weights no path reaches, need an
@@ -102,12 +97,12 @@ class PathGradientELBO(ELBO):
         num_particles: Draws of the guide in a step.
         vectorize_particles: As in numpyro.
         score_coef: c between 0 and 1, or ``"auto"``.
-        estimators: Names of sites that cannot be reparameterised, and their estimators.
+        estimators: Names of sites that cannot be reparameterized, and their estimators.
 
     Raises:
         TypeError: an argument is of another kind.
         ValueError: ``"auto"`` with fewer than four particles; an unknown estimator. When run: a
-            site that cannot be reparameterised has no estimator, no path reaches a parameter, or a
+            site that cannot be reparameterized has no estimator, no path reaches a parameter, or a
             distribution has no way to its score.
 
     Example:
@@ -157,13 +152,13 @@ class PathGradientELBO(ELBO):
             check_instance("a name in estimators", site, str, "the name of a site")
             choices = ("score", "optimal", "straight_through")
             check_choice(f"estimators[{site!r}]", estimator, choices)
-        self.scored = {s: e for s, e in self.estimators.items() if e != "straight_through"}
+        self.scored = score_function_sites(self.estimators)
         if self.scored and num_particles < 2:
             raise ValueError(
                 "score-function estimators take their baselines from other particles and need "
                 f"num_particles >= 2, got {num_particles}."
             )
-        if len(set(self.scored.values())) > 1:
+        if {"score", "optimal"} <= set(self.estimators.values()):
             raise ValueError("'score' and 'optimal' cannot be mixed in one objective.")
         self.can_infer_discrete = bool(self.estimators)
         super().__init__(num_particles, vectorize_particles)
@@ -178,20 +173,20 @@ class PathGradientELBO(ELBO):
                 PathGradientWarning,
                 stacklevel=2,
             )
-        self._check_reach(rng_key, param_map, guide, args, kwargs)
+        check_reach(guide, rng_key, param_map, args, kwargs, self.estimators)
         particle = partial(self._particle, model=model, guide=guide, args=args, kwargs=kwargs)
         key = jax.random.fold_in(rng_key, self.num_particles)
         keys = jax.random.split(rng_key, self.num_particles)
         if self.num_particles == 1:
             keys = rng_key[None]  # the draw of Trace_ELBO with one particle
-        found, mutable = self._over(particle, keys, param_map)
-        constant = lax.stop_gradient(found.path)
+        particles, mutable = self._over(particle, keys, param_map)
+        constant = lax.stop_gradient(particles.path)
         c = self.score_coef
         if c == "auto":
             c = self._measured(particle, keys, param_map, key)
-        bound = jnp.mean(found.path + c * found.score)
+        bound = jnp.mean(particles.path + c * particles.score)
         if self.scored:
-            bound = bound + self._discrete(particle, keys, param_map, found, constant)
+            bound = bound + self._discrete(particle, keys, param_map, particles, constant)
         bound = bound + lax.stop_gradient(jnp.mean(constant) - bound)
         return {"loss": -bound, "mutable_state": _mean(mutable) if mutable else None}
 
@@ -214,17 +209,17 @@ class PathGradientELBO(ELBO):
         """
         _check_call(rng_key, param_map, model, guide)
         keys = jax.random.split(rng_key, check_count("num_particles", num_particles, least=4))
-        self._check_reach(rng_key, param_map, guide, args, kwargs)
+        check_reach(guide, rng_key, param_map, args, kwargs, self.estimators)
 
         particle = partial(self._particle, model=model, guide=guide, args=args, kwargs=kwargs)
 
         @jax.jit
         def measure(keys, params):
-            moving, whole = _floating(params)
+            moving, fill = _floating(params)
 
             def of_one(key):
-                found, pull = jax.vjp(lambda p: particle(key, whole(p))[0], moving)
-                one, none = jnp.ones_like(found.path), jnp.zeros_like(found.path)
+                value, pull = jax.vjp(lambda p: particle(key, fill(p))[0], moving)
+                one, none = jnp.ones_like(value.path), jnp.zeros_like(value.path)
                 (path,), (score,) = (
                     pull(_Particles(one, none, none)),
                     pull(_Particles(none, one, none)),
@@ -244,27 +239,27 @@ class PathGradientELBO(ELBO):
         return measure(keys, param_map)
 
     def _over(self, particle, keys, params):
-        """All particles, by the vectorisation that was asked for."""
+        """All particles, by ``vectorize_particles``."""
         if len(keys) == 1:
             return jax.tree.map(lambda x: x[None], particle(keys[0], params))
         return self.vectorize_particles_fn(lambda key: particle(key, params), keys)
 
     def _measured(self, particle, keys, params, key):
         """The particles' coefficients of least variance."""
-        moving, whole = _floating(params)
+        moving, fill = _floating(params)
         return measured_coefficients(
-            lambda p, key: particle(key, whole(p))[0][:2], moving, keys, key
+            lambda p, key: particle(key, fill(p))[0][:2], moving, keys, key
         )
 
-    def _discrete(self, particle, keys, params, found, rewards):
+    def _discrete(self, particle, keys, params, particles, rewards):
         """The score-function part of a gradient, as the gradient of something of value zero."""
-        if "score" in self.scored.values():
-            moved = found.discrete - lax.stop_gradient(found.discrete)
+        if "score" in self.estimators.values():
+            moved = particles.discrete - lax.stop_gradient(particles.discrete)
             return jnp.mean((rewards - leave_one_out(rewards)) * moved)
-        moving, whole = _floating(params)
+        moving, fill = _floating(params)
 
         def scores(key):
-            return jax.grad(lambda p: particle(key, whole(p))[0].discrete)(freeze(moving))
+            return jax.grad(lambda p: particle(key, fill(p))[0].discrete)(freeze(moving))
 
         gradient = freeze(score_function(rewards, jax.vmap(scores)(keys), "optimal"))
         products = jax.tree.map(lambda g, p: jnp.sum(g * (p - freeze(p))), gradient, moving)
@@ -274,10 +269,9 @@ class PathGradientELBO(ELBO):
         """One particle: the bound by path, total minus path, log density of discrete sites."""
         params, still = dict(param_map), freeze(param_map)
         model_key, guide_key = jax.random.split(rng_key)
-        log_q, drawn = self._drawn(guide_key, params, guide, args, kwargs)
+        log_q, drawn = draw(guide, guide_key, params, args, kwargs, self.estimators)
         mutable = _mutable(drawn)
         params.update(mutable)
-        self._check(drawn)
 
         replayed = replay(seed(model, model_key), trace=drawn)
         log_p, model_trace = compute_log_probs(replayed, args, kwargs, params)
@@ -287,11 +281,10 @@ class PathGradientELBO(ELBO):
         known = {
             name: site["value"]
             for name, site in drawn.items()
-            if (site["type"] == "sample" and not site["is_observed"] and not is_delta(site["fn"]))
-            or site["type"] == "plate"
+            if (is_latent(site) and not is_delta(site["fn"])) or site["type"] == "plate"
         }
         again = substitute(seed(guide, guide_key), data={**still, **known})
-        with FixedDraws(set(self.scored)):
+        with FixedDraws(self.scored):
             frozen = trace(again).get_trace(*args, **kwargs)
         along = sum(
             (
@@ -308,60 +301,6 @@ class PathGradientELBO(ELBO):
         path = path + lax.stop_gradient(value - path)
         discrete = sum((log_q[name] for name in self.scored), start=jnp.zeros_like(value))
         return _Particles(path, along - total_q, discrete), mutable
-
-    def _drawn(self, key, params, guide, args, kwargs):
-        """Log densities and trace of the guide, draws with the gradients of their estimators."""
-        through = {s for s, e in self.estimators.items() if e == "straight_through"}
-        with StraightThrough(through), FixedDraws(set(self.scored)):
-            try:
-                return compute_log_probs(seed(guide, key), args, kwargs, params)
-            except NotImplementedError as error:
-                raise ValueError(
-                    f"estimators: a score function needs the density of the draws, which a site of "
-                    f"{sorted(self.scored)} does not give: {first_line(error)}."
-                ) from error
-
-    def _check_reach(self, key, params, guide, args, kwargs) -> None:
-        """Raise unless the paths of the draws reach all parameters that move their density."""
-
-        def draw(params):
-            log_q, drawn = self._drawn(key, dict(params), guide, args, kwargs)
-            latent = {
-                name: site["value"]
-                for name, site in drawn.items()
-                if site["type"] == "sample" and not site["is_observed"]
-            }
-            values = [
-                x for x in latent.values() if jnp.issubdtype(jnp.result_type(x), jnp.floating)
-            ]
-            by_path = [log_q[name] for name in latent if name not in self.scored]
-            names[:] = [name for name in latent if not is_delta(drawn[name]["fn"])]
-            self._check(drawn)
-            return values, sum(by_path, start=jnp.zeros(()))
-
-        names: list[str] = []
-        beyond = beyond_the_path(draw, dict(params))
-        if beyond:
-            site = names[0] if len(names) == 1 else "name of the site"
-            raise ValueError(
-                f"guide: {' and '.join(sorted(beyond))} cannot be trained along the path of a "
-                "draw. As the weights of a mixture, they decide what is drawn, and that has no "
-                f"derivative: give the site an estimator, estimators={{{site!r}: 'score'}}."
-            )
-
-    def _check(self, drawn) -> None:
-        """Raise unless every latent site has a way to its gradient."""
-        for name, site in drawn.items():
-            if site["type"] != "sample" or site["is_observed"] or name in self.estimators:
-                continue
-            if not (is_delta(site["fn"]) or site["fn"].has_rsample):
-                raise ValueError(
-                    f"site {name!r} of the guide, a {kind_of(site['fn'])}, cannot be "
-                    f"reparameterised: give it an estimator, estimators={{{name!r}: 'score'}}."
-                )
-        missing = set(self.estimators) - {n for n, s in drawn.items() if s["type"] == "sample"}
-        if missing:
-            raise ValueError(f"estimators are given for sites the guide lacks: {sorted(missing)}.")
 
 
 def _check_call(rng_key, param_map, model, guide) -> None:
@@ -382,12 +321,12 @@ def _floating(tree):
     moves = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
     moving = [leaf for leaf, flag in zip(leaves, moves, strict=True) if flag]
 
-    def whole(moving):
-        given = iter(moving)
-        filled = [next(given) if flag else leaf for leaf, flag in zip(leaves, moves, strict=True)]
+    def fill(moving):
+        values = iter(moving)
+        filled = [next(values) if flag else leaf for leaf, flag in zip(leaves, moves, strict=True)]
         return jax.tree.unflatten(structure, filled)
 
-    return moving, whole
+    return moving, fill
 
 
 def _mean(mutable):
@@ -400,5 +339,5 @@ def _mean(mutable):
     return jax.tree.map(mean, mutable)
 
 
-def _mutable(found) -> dict[str, Any]:
-    return {name: site["value"] for name, site in found.items() if site["type"] == "mutable"}
+def _mutable(sites) -> dict[str, Any]:
+    return {name: site["value"] for name, site in sites.items() if site["type"] == "mutable"}

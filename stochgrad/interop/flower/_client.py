@@ -1,9 +1,7 @@
 """A Flower client: holds the data of one owner, and takes the steps of chains that visit."""
 
-import hashlib
 import hmac
 import logging
-import re
 import secrets
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,7 +15,6 @@ from flwr.clientapp import ClientApp
 from jaxtyping import PyTree
 
 from stochgrad.core import (
-    Gradient,
     Kernel,
     Posterior,
     Shared,
@@ -27,24 +24,26 @@ from stochgrad.core import (
     clients_of,
     compiled,
     describe,
-    first_line,
     likelihood_sum,
     of_prior,
     visit_in,
     with_share,
 )
 from stochgrad.federated import global_first_order, global_quadratic
-from stochgrad.gradients import (
-    Diagonal,
-    Full,
-    Surrogates,
-    control_variate,
-    minibatch,
+from stochgrad.gradients import Surrogates, control_variate, minibatch, with_conducive
+from stochgrad.interop.flower._protocol import (
+    OTHER_KERNEL,
+    SETTINGS,
+    MakeKernel,
+    digest_of,
+    kernel_settings,
+    kernel_without_data,
+    position_shapes,
+    state_shapes,
+    sum_shapes,
+    without_gradient_state,
 )
-from stochgrad.gradients._conducive import with_conducive
-from stochgrad.interop._flower_wire import ABOUT, about, pack, unpack
-
-MakeKernel = Callable[[Gradient], Kernel]
+from stochgrad.interop.flower._wire import METADATA, metadata, pack, unpack
 
 log = logging.getLogger("stochgrad.flower.client")
 
@@ -65,7 +64,7 @@ def client_app(
     ``stochgrad.flower.client``).
 
     The noise and the order of the minibatches of a visit come from the server's key and a secret
-    of the client's, joined by HMAC-SHA256 with all else that the server sent, so that the server
+    of the client's, joined by HMAC-SHA256 with the rest of the server's message, so that the server
     cannot compute them. The same request gives the same reply.
 
     Args:
@@ -74,7 +73,8 @@ def client_app(
             ``stochgrad.from_numpyro(model, clients=[args])``. ``context.node_config`` says where
             the data are.
         kernel: ``gradient -> kernel``, the same as the server's.
-        init: A position of the model's shape, the same as the server's; a numpyro model knows.
+        init: A position of the model's shape, the same as the server's; optional with a numpyro
+            model.
         secret: Bytes that the client keeps to itself, 16 or more. By default random, made at a
             node's first message and kept in Flower's ``context.state``, which stays at the node.
             Give your own for draws that can be reproduced, or that do not change when the node
@@ -114,22 +114,21 @@ def client_app(
             )
     app = ClientApp()
 
-    @lru_cache(maxsize=4)
-    def owner(path: str) -> "Owner":
-        return Owner(posterior(seen[path]), kernel, init, secret)
+    contexts: dict[str, Context] = {}
 
-    seen: dict[str, Context] = {}
+    @lru_cache(maxsize=4)
+    def owner(node: str) -> "Owner":
+        return Owner(posterior(contexts[node]), kernel, init, secret)
 
     def answering(act: Callable[["Owner", RecordDict, Context], RecordDict]):
         def handle(message: Message, context: Context) -> Message:
             try:
-                where = repr(sorted(context.node_config.items()))
-                seen[where] = context
-                content = act(owner(where), message.content, context)
+                node = repr(sorted(context.node_config.items()))
+                contexts[node] = context
+                content = act(owner(node), message.content, context)
             except Exception:
-                log.exception(
-                    "%s failed; the server is told no more", message.metadata.message_type
-                )
+                kind = message.metadata.message_type
+                log.exception("%s failed; the server receives only this fact", kind)
                 content = pack({}, {"status": "failed"})
             return Message(content, reply_to=message)
 
@@ -152,10 +151,10 @@ class Owner:
                 f"{clients_of(posterior).count}."
             )
         self.posterior = posterior
-        self.position = position_like(posterior, init)
+        self.position = position_shapes(init, posterior)
         self.size = int(clients_of(posterior).sizes.sum())
         self.make_kernel, self.secret = kernel, secret
-        self.kernel = digest_of(kernel_settings(dataless(kernel, self.position)))
+        self.kernel = digest_of(kernel_settings(kernel_without_data(kernel, self.position)))
         score = likelihood_sum(posterior, jax.value_and_grad(posterior.log_density))
         self.score = compiled(lambda position: score(jnp.int32(0), position))
         self.prior = compiled(of_prior(posterior, jax.value_and_grad(posterior.log_density)))
@@ -167,15 +166,17 @@ class Owner:
 
     def expand(self, content: RecordDict) -> RecordDict:
         """Value and slope of the log likelihood at a position, and its curvature in some form."""
-        asked = about(content, form=str, curvature=str, prior=bool)
+        request = metadata(content, form=str, curvature=str, prior=bool)
         position = unpack(content, "position", self.position)
         position = jax.tree.map(jnp.asarray, position)
         value, slope = self.score(position)
-        if asked["prior"]:
+        if request["prior"]:
             value, slope = jax.tree.map(jnp.add, (value, slope), self.prior(position))
         trees = {"slope": slope}
-        if asked["form"] != "none":
-            trees["precision"] = self._own(position, asked["form"], asked["curvature"]).precision
+        if request["form"] != "none":
+            trees["precision"] = self._own(
+                position, request["form"], request["curvature"]
+            ).precision
         return pack(trees, {"status": "done", "value": float(value)})
 
     def _own(self, position: PyTree, form: str, curvature: str) -> Surrogates:
@@ -185,10 +186,10 @@ class Owner:
 
     def visit(self, content: RecordDict, context: Context) -> RecordDict:
         """Take the steps of a chain, and send back where it is."""
-        request = about(content, chain=int, version=int, counted=int)
+        request = metadata(content, chain=int, version=int, minibatches=int)
         position = self.position
         if "total" in content:
-            context.state["prepared"] = content[ABOUT]
+            context.state["prepared"] = content[METADATA]
             context.state["origin"], context.state["total"] = content["origin"], content["total"]
         prepared = context.state.get("prepared")
         if not isinstance(prepared, ConfigRecord) or prepared["version"] != request["version"]:
@@ -197,51 +198,46 @@ class Owner:
             return pack({}, {"status": OTHER_KERNEL})
         settings = tuple(prepared[name] for name in SETTINGS)
         origin = unpack(context.state, "origin", position)
-        total = unpack(context.state, "total", total_like(position, str(prepared["form"])))
-        program = self.programs(settings, _hashable(origin), _hashable(total))
+        total = unpack(context.state, "total", sum_shapes(position, str(prepared["form"])))
+        state_like, run = self.programs(settings, _hashable(origin), _hashable(total))
         words = unpack(content, "key", _KEY)
         first = "position" in content
-        name, like = ("position", position) if first else ("state", program.state)
+        name, like = ("position", position) if first else ("state", state_like)
         start = unpack(content, name, like)
         chain, seed = request["chain"], int(str(prepared["seed"]))
         secret = secret_of(context) if self.secret is None else self.secret
-        before = np.array([request["counted"]], np.uint32)
+        before = np.array([request["minibatches"]], np.uint32)
         key = jax.random.wrap_key_data(jnp.asarray(words), impl=_IMPLEMENTATION)
         order = jax.random.fold_in(jax.random.key(seed, impl=_IMPLEMENTATION), chain)
         if secret:
-            all_else = (words, start, origin, total, before)
-            key = secret_key(secret, "visit", (*settings, chain, name), all_else)
+            arrays = (words, start, origin, total, before)
+            key = secret_key(secret, "visit", (*settings, chain, name), arrays)
             order = secret_key(secret, "minibatches", (seed, chain), ())
         start = jax.tree.map(jnp.asarray, start)
-        state, draws, after = program.run(first, key, order, start, before)
-        counted = int(np.asarray(after)[0])
-        return pack({"state": state, "draws": draws}, {"status": "done", "counted": counted})
+        state, draws, after = run(first, key, order, start, before)
+        minibatches = int(np.asarray(after)[0])
+        reply = {"status": "done", "minibatches": minibatches}
+        return pack({"state": state, "draws": draws}, reply)
 
-    def _program(self, settings: tuple, origin: "_hashable", total: "_hashable") -> "Program":
-        form, curvature, share, steps, thin, centred, strength, _ = settings
+    def _program(self, settings: tuple, origin: "_hashable", total: "_hashable"):
+        form, curvature, share, steps, thin, centered, strength, _ = settings
         origin, total = jax.tree.map(jnp.asarray, (origin.tree, total.tree))
         target = with_share(self.posterior, share)
         own = self._own(origin, form, curvature)
-        # two surrogates: this client's own, and that of all others together
-        both = jax.tree.map(
-            lambda mine, all_: jnp.concatenate([mine, all_[None] - mine]),
+        own_and_others = jax.tree.map(
+            lambda mine, total: jnp.concatenate([mine, total[None] - mine]),
             {"slope": own.slope, "precision": own.precision},
             total,
         )
-        surrogates = Surrogates(origin, both["slope"], both["precision"])
-        gradient = control_variate(target, origin) if centred else minibatch(target)
+        surrogates = Surrogates(origin, **own_and_others)
+        gradient = control_variate(target, origin) if centered else minibatch(target)
         gradient = with_conducive(gradient, surrogates, np.array([share, 1.0]), strength)
-        return Program(self.make_kernel(gradient), target, origin, steps, thin)
+        kernel = self.make_kernel(gradient)
+        return state_shapes(kernel, origin), visit_program(kernel, target, steps, thin)
 
-
-SETTINGS = ("form", "curvature", "share", "steps", "thin", "centred", "strength", "seed")
-"""What a client is told before the first visit, with the sums over all clients."""
 
 _KEY = jax.ShapeDtypeStruct((2,), np.uint32)
 _IMPLEMENTATION = "threefry2x32"
-
-OTHER_KERNEL = "other kernel"
-"""What a client says whose kernel is not the server's."""
 
 
 def secret_of(context: Context) -> bytes:
@@ -261,100 +257,31 @@ def secret_key(secret: bytes, purpose: str, numbers: tuple, arrays: PyTree) -> j
     return jax.random.wrap_key_data(jnp.asarray(words), impl=_IMPLEMENTATION)
 
 
-class Program:
-    """The steps of a visit, compiled."""
+def visit_program(kernel: Kernel, target: Posterior, steps: int, thin: int) -> Callable:
+    """``(first, key, order, start, minibatches) -> (state, draws, minibatches)`` of a visit."""
 
-    def __init__(self, kernel, target, origin, steps, thin):
-        self._kernel, self._target = kernel, target
-        self._steps, self._thin = steps, thin
-        self.state = state_like(kernel, origin)
-        self._begin = compiled(self._first)
-        self._walk = compiled(self._steps_of)
+    @compiled
+    def init(key, position):
+        return without_gradient_state(kernel.init(position, jax.random.fold_in(key, 2**31)))
 
-    def run(self, first: bool, key, order, start, counted):
-        """State and draws after a visit, and the minibatches given to this chain until then."""
-        state = self._begin(key, start) if first else start
-        return self._walk(key, order, state, counted)
-
-    def _first(self, key, position):
-        state = self._kernel.init(position, jax.random.fold_in(key, 2**31))
-        return _without_gradient_state(state)
-
-    def _steps_of(self, key, order, state, counted):
-        stream = self._target.batches.init(order)
-        stream = Shared(stream.value._replace(handed_out=counted), optional=True)
+    @compiled
+    def advance(key, order, state, minibatches):
+        stream = target.batches.init(order)
+        stream = Shared(stream.value._replace(handed_out=minibatches), optional=True)
         state = state._replace(gradient_state=stream)
 
         def draw(state, number):
-            keys = jax.random.split(jax.random.fold_in(key, number), self._thin)
-            state, _ = jax.lax.scan(lambda s, k: (self._kernel.step(k, s)[0], None), state, keys)
+            keys = jax.random.split(jax.random.fold_in(key, number), thin)
+            state, _ = jax.lax.scan(lambda s, k: (kernel.step(k, s)[0], None), state, keys)
             return state, state.position
 
-        numbers = jnp.arange(self._steps // self._thin)
-        state, draws = jax.lax.scan(draw, state, numbers)
-        return _without_gradient_state(state), draws, visit_in(state).handed_out
+        state, draws = jax.lax.scan(draw, state, jnp.arange(steps // thin))
+        return without_gradient_state(state), draws, visit_in(state).handed_out
 
+    def run(first: bool, key, order, start, minibatches):
+        return advance(key, order, init(key, start) if first else start, minibatches)
 
-def position_like(posterior: Posterior | None, init: Any) -> PyTree:
-    """Shapes of a position, from one or from a posterior that knows where to start."""
-    if init is None:
-        if posterior is None or posterior.initial is None:
-            raise ValueError("init is needed: a position of the model's shape.")
-        init = posterior.initial(jax.random.key(0))
-    init = jax.tree.map(jnp.asarray, getattr(init, "position", init))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), init)
-
-
-def dataless(make_kernel: MakeKernel, position: PyTree) -> Kernel:
-    """The kernel of a gradient of nothing: what server and clients can agree on without data."""
-
-    def next(key, at, state):
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), position)
-        return (lambda at: (jnp.zeros(()), zeros)), state
-
-    try:
-        kernel = make_kernel(Gradient(lambda key, at: None, next))
-    except Exception as error:
-        raise ValueError(f"kernel fails on a gradient: {first_line(error)}.") from error
-    if not isinstance(kernel, Kernel):
-        raise TypeError(
-            "kernel must be a function gradient -> kernel, as lambda gradient: "
-            f"stochgrad.sgld(gradient, 1e-3), and returned {describe(kernel)}."
-        )
-    return kernel
-
-
-def kernel_settings(kernel: Kernel) -> dict[str, str]:
-    """A kernel's method and settings in words, the same in every process."""
-    settings = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(v)) for name, v in kernel.settings}
-    return {"method": kernel.method, **settings}
-
-
-def digest_of(value: Any) -> str:
-    """A short digest of what has a stable representation."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-def state_like(kernel: Kernel, position: PyTree) -> PyTree:
-    """Shapes of the part of a kernel's state that travels."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return _without_gradient_state(jax.eval_shape(kernel.init, position, key))
-
-
-def total_like(position: PyTree, form: str) -> Any:
-    """Shapes of the sums over all clients."""
-    size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(position))
-    matrix: Any = jax.ShapeDtypeStruct((size, size), np.float32)
-    precision = {
-        "none": None,
-        "diagonal": Diagonal(position),
-        "full": Full(matrix),
-    }
-    return {"slope": position, "precision": precision[form]}
-
-
-def _without_gradient_state(state):
-    return state._replace(gradient_state=None)
+    return run
 
 
 class _hashable:

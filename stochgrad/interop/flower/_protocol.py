@@ -1,0 +1,90 @@
+"""What a server and its clients agree on without data: settings, shapes, digests."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from stochgrad.core import Gradient, Kernel, Posterior, describe, first_line
+from stochgrad.gradients import Diagonal, Full
+
+MakeKernel = Callable[[Gradient], Kernel]
+
+SETTINGS = ("form", "curvature", "share", "steps", "thin", "centered", "strength", "seed")
+"""What a client receives before the first visit, with the sums over all clients."""
+
+OTHER_KERNEL = "other kernel"
+"""The status of a client whose kernel is not the server's."""
+
+
+def position_shapes(init: Any, posterior: Posterior | None = None) -> PyTree:
+    """Shapes of a position, from one or from a posterior that defines a starting point."""
+    if init is None:
+        if posterior is None or posterior.initial is None:
+            raise ValueError("init is needed: a position of the model's shape.")
+        init = posterior.initial(jax.random.key(0))
+    init = jax.tree.map(jnp.asarray, getattr(init, "position", init))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), init)
+
+
+def kernel_without_data(make_kernel: MakeKernel, position: PyTree) -> Kernel:
+    """The kernel of a gradient that is zero, which server and clients make alike."""
+
+    def next(key, at, state):
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), position)
+        return (lambda at: (jnp.zeros(()), zeros)), state
+
+    try:
+        kernel = make_kernel(Gradient(lambda key, at: None, next))
+    except Exception as error:
+        raise ValueError(f"kernel fails on a gradient: {first_line(error)}.") from error
+    if not isinstance(kernel, Kernel):
+        raise TypeError(
+            "kernel must be a function gradient -> kernel, as lambda gradient: "
+            f"stochgrad.sgld(gradient, 1e-3), and returned {describe(kernel)}."
+        )
+    return kernel
+
+
+def kernel_settings(kernel: Kernel) -> dict[str, str]:
+    """A kernel's method and settings in words, the same in every process."""
+    settings = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(v)) for name, v in kernel.settings}
+    return {"method": kernel.method, **settings}
+
+
+def state_shapes(kernel: Kernel, position: PyTree) -> PyTree:
+    """Shapes of the part of a kernel's state that travels."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return without_gradient_state(jax.eval_shape(kernel.init, position, key))
+
+
+def without_gradient_state(state: Any) -> Any:
+    """The part of a kernel's state that travels."""
+    return state._replace(gradient_state=None)
+
+
+def sum_shapes(position: PyTree, form: str) -> dict[str, Any]:
+    """Shapes of the sums over all clients."""
+    size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(position))
+    matrix: Any = jax.ShapeDtypeStruct((size, size), np.float32)
+    precision = {"none": None, "diagonal": Diagonal(position), "full": Full(matrix)}
+    return {"slope": position, "precision": precision[form]}
+
+
+def digest_of(value: Any) -> str:
+    """A short digest of a value whose representation is the same in every process."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def program_digest(kernel: Kernel, position: PyTree) -> str:
+    """A digest of a kernel's step, and of the arrays it holds."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(kernel.init, position, key)
+    program = jax.make_jaxpr(kernel.step)(key, state)
+    text = re.sub(r"0x[0-9a-f]+|<function [^>]*>", "", str(program.jaxpr))
+    return digest_of((text, [np.asarray(c).tobytes() for c in program.consts]))

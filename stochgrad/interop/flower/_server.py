@@ -1,0 +1,274 @@
+"""A Flower server: holds chains and sums over clients, sends chains from client to client."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from jaxtyping import PyTree
+
+from stochgrad.core import (
+    Draws,
+    Gradient,
+    Kernel,
+    Position,
+    PRNGKey,
+    check_array,
+    check_callable,
+    check_choice,
+    check_count,
+    check_flag,
+    check_instance,
+    check_key,
+    check_number,
+    check_position,
+    describe,
+    first_line,
+    refuse_other_run,
+)
+from stochgrad.federated import warn_of_own_effects
+from stochgrad.interop.flower._checkpoint import (
+    check_checkpoint_path,
+    load_run,
+    load_run_notes,
+    save_run,
+)
+from stochgrad.interop.flower._likelihoods import measure_again, measure_likelihoods
+from stochgrad.interop.flower._network import Network
+from stochgrad.interop.flower._protocol import (
+    digest_of,
+    kernel_settings,
+    kernel_without_data,
+    position_shapes,
+    program_digest,
+    state_shapes,
+)
+from stochgrad.interop.flower._visits import Chain, Visits
+
+FORMS = {"global_first_order": "none", "global_diagonal": "diagonal", "global_quadratic": "full"}
+
+
+def federate(
+    grid: Grid,
+    kernel: Callable[[Gradient], Kernel],
+    init: Position,
+    key: PRNGKey,
+    *,
+    clients: Sequence[str],
+    num_visits: int,
+    num_chains: int,
+    local_steps: int,
+    thin: int = 1,
+    probabilities: Sequence[float] | None = None,
+    surrogate: str = "global_first_order",
+    curvature: str = "hessian",
+    strength: float = 1.0,
+    control_variate: bool = True,
+    max_rounds: int = 100,
+    timeout: float = 600.0,
+    poll: float = 0.2,
+    most_failures: int = 20,
+    deadline: float = 3600.0,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+) -> Draws:
+    r"""FSGLD over a network: chains go from client to client, data stay where they are.
+
+    The same algorithm as ``stochgrad.federated.sample``. The server holds no data; what it is sent
+    are numbers of rows, slopes (and curvatures) of whole log likelihoods, and states of chains.
+    Each chain has one visit under way at any time, so that clients do not idle where there are more
+    chains than clients.
+
+    A visit that does not come back in time, or comes back as something else than a state of a
+    chain, is logged and tried again from the chain's last state, at the client that was drawn and
+    with the same key: a visit to another one in its place would bias the draws. A client whose node
+    is gone is waited for, until a node with its name is there again. After ``most_failures``
+    failures or ``deadline`` seconds the run stops. The draws do not depend on how often visits
+    failed.
+
+    With surrogates of first order, visits that are too long for what some clients alone inform are
+    warned of (``stochgrad.federated.StabilityWarning``), from slopes and numbers of rows.
+
+    Args:
+        grid: What Flower gives the server, or a ``stochgrad.flower.LoopbackGrid``.
+        kernel: ``gradient -> kernel``.
+        init: Where the search for the reference starts; a position of the model's shape.
+        key: A typed PRNG key.
+        clients: Names of the clients to wait for: the ``name`` in the configuration of each node.
+        num_visits: Visits of each chain.
+        num_chains: Chains.
+        local_steps: Steps of a visit; many, where a message takes seconds.
+        thin: Steps per draw; a divisor of ``local_steps``.
+        probabilities: As in ``stochgrad.federated.visiting``, in the order of ``clients``.
+        surrogate: ``"global_first_order"``, ``"global_diagonal"`` or ``"global_quadratic"`` (full).
+        curvature: ``"hessian"`` or ``"fisher"``, for the last two.
+        strength: $\alpha$.
+        control_variate: Whether clients center their minibatch gradients.
+        max_rounds: Rounds of the search for a reference.
+        timeout: Seconds after which a message is given up.
+        poll: Seconds between two looks for replies.
+        most_failures: How often one visit may fail before the run stops. The pause before each
+            attempt is twice that of the last, from ``poll`` to a minute.
+        deadline: Seconds for all attempts at one visit, after which the run stops.
+        checkpoint: A file for the state of the run, written whole after each visit.
+        resume: Whether to go on from it, if it is there. Kernel, settings and clients must be those
+            of before: clients are asked for their log likelihood and its slope at the reference,
+            which must be the same up to rounding.
+
+    Returns:
+        Draws, with the ``client``, the number of ``visits`` and the ``bytes_up`` and ``bytes_down``
+        of states and draws in ``stats``, and ``lost_visits`` in ``attrs``.
+
+    Raises:
+        TypeError: the key is not a typed PRNG key; an argument is of the wrong kind.
+        ValueError: a number is out of range; two nodes report the name of one client; the
+            checkpoint is of another run: another kernel, other settings, or clients with other
+            data.
+        TimeoutError: a client is not there, or does not answer during the preparations.
+        RuntimeError: a visit fails again and again, or its client stays away.
+        OSError: the checkpoint's directory is not there.
+    """
+    check_instance("grid", grid, Grid, "Flower's Grid or a stochgrad.flower.LoopbackGrid")
+    check_callable("kernel", kernel, "a function gradient -> kernel")
+    check_position(getattr(init, "position", init))
+    check_key(key)
+    clients = _names(clients)
+    num_visits = check_count("num_visits", num_visits)
+    num_chains = check_count("num_chains", num_chains)
+    local_steps, thin = check_count("local_steps", local_steps), check_count("thin", thin)
+    if local_steps % thin:
+        raise ValueError(f"local_steps must be a multiple of thin, got {local_steps} and {thin}.")
+    shares = None if probabilities is None else _probabilities(probabilities, len(clients))
+    check_choice("surrogate", surrogate, FORMS)
+    check_choice("curvature", curvature, ("hessian", "fisher"))
+    strength = check_number("strength", strength, zero=True)
+    control_variate = check_flag("control_variate", control_variate)
+    max_rounds = check_count("max_rounds", max_rounds)
+    timeout, poll = check_number("timeout", timeout), check_number("poll", poll, zero=True)
+    most_failures = check_count("most_failures", most_failures, least=0)
+    deadline = check_number("deadline", deadline)
+    resume = check_flag("resume", resume)
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint, the file to resume from.")
+    path = None if checkpoint is None else check_checkpoint_path(checkpoint)
+    init = jax.tree.map(jnp.asarray, getattr(init, "position", init))
+    position = position_shapes(init)
+    example = kernel_without_data(kernel, position)
+    state = state_shapes(example, position)
+    settings = {
+        "form": FORMS[surrogate],
+        "curvature": curvature,
+        "steps": local_steps,
+        "thin": thin,
+        "centered": control_variate,
+        "strength": strength,
+        "seed": int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1)),
+        "kernel": digest_of(kernel_settings(example)),
+    }
+    identity = _identity(settings, example, position, clients, num_chains, shares)
+    network = Network(grid, clients, timeout, poll)
+    if path is not None and path.exists():
+        name, notes = f"checkpoint={str(path)!r}", load_run_notes(path)
+        refuse_other_run(name, notes["run"], identity, resume)
+        network.rows = dict(notes["rows"])
+        network.wait_for_all(starting=True)
+        form, per_visit = settings["form"], local_steps // thin
+        likelihoods, chains = load_run(path, notes, position, state, form, per_visit)
+        likelihoods = measure_again(name, network, position, likelihoods, curvature)
+    else:
+        network.wait_for_all(starting=True)
+        likelihoods = measure_likelihoods(network, init, position, settings, max_rounds)
+        chains = [Chain(None, [], [], [0] * len(clients)) for _ in range(num_chains)]
+    save = None
+    if path is not None:
+        save = lambda chains: save_run(path, identity, network.rows, likelihoods, chains)
+        if not path.exists():
+            save(chains)
+    rows = np.array([network.rows[c] for c in clients])
+    shares = rows / rows.sum() if shares is None else shares
+    if settings["form"] == "none":
+        slopes = likelihoods.slopes
+        warn_of_own_effects(clients, slopes, shares, rows, example, local_steps)
+    visits = Visits(
+        network, settings, likelihoods, shares, position, state, most_failures, deadline, save
+    )
+    chains = visits.run(chains, jax.random.fold_in(key, 2), num_visits)
+    return visits.as_draws(chains, num_visits, likelihoods.setup_bytes)
+
+
+def server_app(
+    finish: Callable[[Draws, Context], None], make: Callable[[Context], dict[str, Any]]
+) -> ServerApp:
+    """A Flower ``ServerApp`` that runs ``federate`` and hands the draws on.
+
+    Args:
+        finish: ``(draws, context)``, what to do with the draws.
+        make: ``context -> arguments`` of ``federate``, all but the grid;
+            ``context.run_config`` has what the run was started with.
+
+    Raises:
+        TypeError: one is not a function; when the app runs, ``make`` does not return a dict.
+    """
+    check_callable("finish", finish, "a function (draws, context)")
+    check_callable("make", make, "a function context -> arguments of federate")
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            arguments = make(context)
+        except Exception as error:
+            raise ValueError(f"make fails on the context: {first_line(error)}.") from error
+        if not isinstance(arguments, Mapping) or "grid" in arguments:
+            raise TypeError(
+                "make must return a dict of the arguments of federate, all but the grid, got "
+                f"{describe(arguments)}."
+            )
+        finish(federate(grid, **arguments), context)
+
+    return app
+
+
+def _identity(
+    settings: dict[str, Any],
+    kernel: Kernel,
+    position: PyTree,
+    clients: list[str],
+    num_chains: int,
+    probabilities: np.ndarray | None,
+) -> dict[str, Any]:
+    """All that decides a run's draws, for its checkpoint."""
+    return {
+        **{name: value for name, value in settings.items() if name != "kernel"},
+        **{f"kernel's {name}": value for name, value in kernel_settings(kernel).items()},
+        "kernel's program": program_digest(kernel, position),
+        "position": [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(position)],
+        "clients": clients,
+        "num_chains": num_chains,
+        "probabilities": None if probabilities is None else probabilities.tolist(),
+    }
+
+
+def _names(clients: Any) -> list[str]:
+    if isinstance(clients, str | bytes | Mapping) or not isinstance(clients, Sequence):
+        raise TypeError(f"clients must be a list of different names, got {describe(clients)}.")
+    names = list(clients)
+    if not names or not all(isinstance(c, str) and c for c in names):
+        raise ValueError(f"clients must be a list of different names, got {describe(names)}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"clients must be different names, got {describe(names)}.")
+    return names
+
+
+def _probabilities(values: Any, count: int) -> np.ndarray:
+    p = check_array("probabilities", values).astype(np.float64)
+    if p.shape != (count,) or not np.all(p > 0) or not np.isclose(p.sum(), 1, rtol=1e-4):
+        raise ValueError(
+            f"probabilities must be {count} positive numbers that sum to one, got "
+            f"{describe(p.tolist())}."
+        )
+    return p / p.sum()

@@ -1,0 +1,246 @@
+"""The visits of chains to clients, each sent as soon as the last one is back."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flwr.app import Message
+from jaxtyping import PyTree
+
+from stochgrad.core import Draws, PRNGKey, key_words
+from stochgrad.interop.flower._likelihoods import Likelihoods
+from stochgrad.interop.flower._network import Network, log
+from stochgrad.interop.flower._protocol import OTHER_KERNEL, digest_of
+from stochgrad.interop.flower._wire import (
+    Refused,
+    check_reply,
+    metadata,
+    shape_bytes,
+    tree_limit,
+    unpack,
+)
+
+
+class Chain(NamedTuple):
+    """What the server keeps of a chain.
+
+    Attributes:
+        state: Its state after the last visit; None before the first.
+        draws: The draws of each visit.
+        clients: The client of each visit.
+        minibatches: How many each client has given to it.
+    """
+
+    state: PyTree
+    draws: list
+    clients: list[int]
+    minibatches: list[int]
+
+
+class Attempt(NamedTuple):
+    """The attempts at a chain's next visit.
+
+    Attributes:
+        since: When it was first due, in seconds.
+        failures: How many failed until now.
+        after: When to try again, in seconds.
+        reason: Why the last one failed.
+    """
+
+    since: float
+    failures: int = 0
+    after: float = 0.0
+    reason: str = "the client is not there"
+
+
+class Away(NamedTuple):
+    """A chain that a message has taken to a client's node, and when to give it up."""
+
+    chain: int
+    client: int
+    node: int
+    end: float
+
+
+class Visits:
+    """Chains on their way between clients; ``position`` and ``state`` are shapes."""
+
+    def __init__(
+        self,
+        network: Network,
+        settings: dict[str, Any],
+        likelihoods: Likelihoods,
+        shares: np.ndarray,
+        position: PyTree,
+        state: PyTree,
+        most_failures: int,
+        deadline: float,
+        save: Callable[[list[Chain]], None] | None,
+    ):
+        self.network, self.settings, self.shares = network, settings, shares
+        self.sums = {"origin": likelihoods.reference, "total": likelihoods.total}
+        arrays = [x.tobytes() for x in jax.tree.leaves((*self.sums.values(), shares))]
+        self.version = int(digest_of((repr(settings), arrays))[:7], 16)
+        draws = settings["steps"] // settings["thin"]
+        self.state = state
+        self.draws = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct((draws, *s.shape), s.dtype), position
+        )
+        self.limit = tree_limit(self.state, self.draws)
+        self.most_failures, self.deadline, self.save = most_failures, deadline, save
+        self.prepared: set[int] = set()
+        self.away: dict[str, Away] = {}
+        self.attempts: dict[int, Attempt] = {}
+        self.lost = 0
+
+    def run(self, chains: list[Chain], key: PRNGKey, num_visits: int) -> list[Chain]:
+        """The chains after so many visits of each."""
+        chains, network = list(chains), self.network
+        refreshed = time.monotonic()
+        while True:
+            due = [n for n, chain in enumerate(chains) if len(chain.clients) < num_visits]
+            self.send(chains, due, key)
+            if not self.away and not due:
+                return chains
+            replies = list(network.grid.pull_messages(list(self.away))) if self.away else []
+            for reply in replies:
+                away = self.away.pop(reply.metadata.reply_to_message_id)
+                try:
+                    chains[away.chain] = self.after_visit(reply, chains[away.chain], away.client)
+                    self.attempts.pop(away.chain, None)
+                except Refused as reason:
+                    self.fail(away, str(reason))
+            if replies and self.save is not None:
+                self.save(chains)
+            now = time.monotonic()
+            for message in [i for i, away in self.away.items() if now > away.end]:
+                self.fail(self.away.pop(message), "no reply in time")
+            complete = len(network.nodes) == len(network.clients)
+            if now - refreshed > max(5.0 if complete else 0.1, network.poll):
+                network.refresh_nodes()
+                refreshed = time.monotonic()
+            if not replies:
+                time.sleep(network.poll)
+
+    def send(self, chains: list[Chain], due: list[int], key: PRNGKey) -> None:
+        """Send the chains that are due to their next clients, as far as these are there."""
+        out = {away.chain for away in self.away.values()}
+        for number in due:
+            if number in out:
+                continue
+            now = time.monotonic()
+            client, turn = self.next_client(number, chains[number], key)
+            attempt = self.attempts.setdefault(number, Attempt(now))
+            seconds = now - attempt.since
+            if attempt.failures > self.most_failures or seconds > self.deadline:
+                if self.save is not None:
+                    self.save(chains)
+                raise RuntimeError(self.why_stop(number, client, seconds))
+            node = self.network.nodes.get(self.network.clients[client])
+            if node is None or now < attempt.after:
+                continue
+            message = self.request(number, chains[number], client, node, turn)
+            (sent,) = self.network.grid.push_messages([message])
+            self.away[sent] = Away(number, client, node, now + self.network.timeout)
+
+    def next_client(self, number: int, chain: Chain, key: PRNGKey) -> tuple[int, PRNGKey]:
+        """The client of a chain's next visit, by the shares, and the visit's key."""
+        for data in (number, len(chain.clients), 0):
+            key = jax.random.fold_in(key, data)
+        random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        return int(random.choice(len(self.shares), p=self.shares)), key
+
+    def request(self, number: int, chain: Chain, client: int, node: int, key: PRNGKey) -> Message:
+        """The message that sends a chain to a client."""
+        trees: dict[str, Any] = {"key": np.asarray(key_words(key))}
+        first = chain.state is None
+        trees |= {"position": self.sums["origin"]} if first else {"state": chain.state}
+        values: dict[str, Any] = {"chain": number, "version": self.version}
+        values["minibatches"] = chain.minibatches[client]
+        if node not in self.prepared:
+            trees |= self.sums
+            values |= {**self.settings, "share": float(self.shares[client])}
+            self.prepared.add(node)
+        return self.network.message(node, "train.visit", trees, values)
+
+    def after_visit(self, reply: Message, chain: Chain, client: int) -> Chain:
+        """The chain after a reply, which may be anything.
+
+        Raises:
+            Refused: it is no state of a chain.
+            ValueError: the client's kernel is another one than the server's.
+        """
+        try:
+            content = check_reply(reply, "train.visit", self.limit)
+        except Refused as reason:
+            if OTHER_KERNEL in str(reason):
+                raise ValueError(
+                    f"kernel is another one at client {self.network.clients[client]!r} than at the "
+                    "server: give client_app and federate the same."
+                ) from reason
+            raise
+        state = unpack(content, "state", self.state)
+        draws = unpack(content, "draws", self.draws)
+        minibatches = list(chain.minibatches)
+        minibatches[client] = metadata(content, minibatches=int)["minibatches"]
+        if not chain.minibatches[client] <= minibatches[client] < 2**32:
+            raise Refused("its number of minibatches is none")
+        return Chain(state, [*chain.draws, draws], [*chain.clients, client], minibatches)
+
+    def fail(self, away: Away, reason: str) -> None:
+        """Note that a visit failed, and when to try again."""
+        name = self.network.clients[away.client]
+        log.warning(
+            "the visit of chain %d to client %s is tried again: %s", away.chain, name, reason
+        )
+        self.lost += 1
+        self.prepared.discard(away.node)
+        self.network.refresh_nodes()
+        attempt = self.attempts[away.chain]
+        pause = min(self.network.poll * 2**attempt.failures, 60.0)
+        after = time.monotonic() + pause
+        self.attempts[away.chain] = Attempt(attempt.since, attempt.failures + 1, after, reason)
+
+    def why_stop(self, number: int, client: int, seconds: float) -> str:
+        """That a visit has failed too often or for too long."""
+        failures, reason = self.attempts[number].failures, self.attempts[number].reason
+        rest = (
+            "There was no checkpoint: with checkpoint= what was drawn would be kept."
+            if self.save is None
+            else "The checkpoint has all visits until now, and resume=True goes on from it."
+        )
+        return (
+            f"the visit of chain {number} to client {self.network.clients[client]} failed "
+            f"{failures} times within {seconds:.3g} s, at last because {reason}: the run stops "
+            f"here, as a visit to another client in its place would bias the draws. {rest}"
+        )
+
+    def as_draws(self, chains: list[Chain], num_visits: int, setup_bytes: int) -> Draws:
+        """The draws of the first visits of all chains."""
+        per_visit = self.settings["steps"] // self.settings["thin"]
+        size = num_visits * per_visit
+        joined = [jax.tree.map(lambda *x: np.concatenate(x)[:size], *c.draws) for c in chains]
+        positions = jax.tree.map(lambda *x: np.stack(x), *joined)
+        clients = np.array([c.clients[:num_visits] for c in chains], np.int32)
+        client = np.repeat(clients, per_visit, axis=1)
+        visits = np.broadcast_to(np.repeat(np.arange(1, num_visits + 1), per_visit), client.shape)
+        state, draws = (
+            sum(shape_bytes(leaf) for leaf in jax.tree.leaves(tree))
+            for tree in (self.state, self.draws)
+        )
+        stats = {
+            "client": client,
+            "visits": visits,
+            "bytes_up": visits * (state + draws),
+            "bytes_down": visits * state,
+        }
+        attrs = {
+            "method": "FSGLD",
+            **self.settings,
+            "lost_visits": self.lost,
+            "setup_bytes_up": setup_bytes,
+        }
+        bad = np.full(len(chains), -1, np.int32)
+        return Draws(positions, stats, np.ones(client.shape, bool), bad, attrs=attrs)
