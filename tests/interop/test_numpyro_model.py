@@ -26,7 +26,8 @@ def case(request):
 
 def whole(model, args, kwargs, z):
     """numpyro's own unconstrained log density on all the data."""
-    return jax.jit(lambda z: -potential_energy(model, args, {**kwargs, "b": None}, z))(z)
+    energy = lambda z, args: potential_energy(model, args, {**kwargs, "b": None}, z)
+    return -jax.jit(energy)(z, args)
 
 
 def epoch(target, position, count):
