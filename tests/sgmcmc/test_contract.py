@@ -159,8 +159,9 @@ def test_double_precision_is_kept(each_make):
 @pytest.mark.parametrize("order", ["reshuffled", "full"])
 def test_chains_together_equal_chains_alone(make, order, key):
     kernel = make(tree_target(order=order, batch_size=None if order == "full" else 5))
-    together = jax.vmap(kernel.init, in_axes=(None, 0))(position(), jax.random.split(key, 3))
-    together, _ = jax.vmap(kernel.step)(jax.random.split(key, 3), together)
+    start = jax.jit(jax.vmap(kernel.init, in_axes=(None, 0)))
+    together = start(position(), jax.random.split(key, 3))
+    together, _ = jax.jit(jax.vmap(kernel.step))(jax.random.split(key, 3), together)
     one = jax.jit(lambda k: kernel.step(k, kernel.init(position(), k))[0])
     for chain, k in enumerate(jax.random.split(key, 3)):
         alone = one(k)
