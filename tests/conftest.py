@@ -11,15 +11,17 @@ Z = 5.5
 
 
 MANY = 400
-"""Programs after which a process lets all go: with 2,500 alive each next compiles half as fast."""
+"""Programs after which a process lets all go: beside 2,500 the next compiles half as fast."""
 
 programs = []
 
 
-@jax.monitoring.register_event_duration_secs_listener
 def _count(event, duration, **_):
     if event == "/jax/core/compile/backend_compile_duration":
         programs.append(duration)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 @pytest.fixture(autouse=True, scope="module")
