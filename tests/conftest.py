@@ -10,6 +10,28 @@ Z = 5.5
 """Standard errors allowed in a statistical test: 4e-8 two-sided, for up to 250 comparisons."""
 
 
+MANY = 400
+"""Programs after which a process lets all go: beside 2,500 the next compiles half as fast."""
+
+programs = []
+
+
+def _count(event, duration, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        programs.append(duration)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _let_programs_go():
+    yield
+    if len(programs) > MANY:
+        programs.clear()
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _strict(request):
     """No silent promotion in our code; numpyro, flowjax, optax's schedules do promote."""

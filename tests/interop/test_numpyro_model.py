@@ -26,7 +26,8 @@ def case(request):
 
 def whole(model, args, kwargs, z):
     """numpyro's own unconstrained log density on all the data."""
-    return -potential_energy(model, args, {**kwargs, "b": None}, z)
+    energy = lambda z, args: potential_energy(model, args, {**kwargs, "b": None}, z)
+    return -jax.jit(energy)(z, args)
 
 
 def epoch(target, position, count):
@@ -47,7 +48,7 @@ def test_the_full_batch_is_numpyros_density(case):
         pytest.skip("numpyro scales the Jacobian as well; see the next test")
     target = stochgrad.from_numpyro(model, *args, **kwargs)
     z = target.initial(jax.random.key(1))
-    ours = target.log_density(z, target.batches.full)
+    ours = jax.jit(lambda z: target.log_density(z, target.batches.full))(z)
     np.testing.assert_allclose(ours, whole(model, args, kwargs, z), rtol=1e-5)
 
 
@@ -75,7 +76,8 @@ def test_an_epochs_average_is_the_full_score(case, layout):
     name, model, args, kwargs = case
     target = stochgrad.from_numpyro(model, *args, layout=layout, **kwargs)
     z = target.initial(jax.random.key(1))
-    expected = jax.value_and_grad(lambda z: target.log_density(z, target.batches.full))(z)
+    full = lambda z: target.log_density(z, target.batches.full)
+    expected = jax.jit(jax.value_and_grad(full))(z)
     if name in NESTED:  # all pairs of blocks appear over many epochs: a z-test
         values = jax.tree.map(np.asarray, epoch(target, z, 6000))
         blocks = jax.tree.map(lambda x: x.reshape(60, 100, *x.shape[1:]).mean(axis=1), values)

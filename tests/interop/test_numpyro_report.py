@@ -52,6 +52,7 @@ def test_chains_that_have_not_mixed_are_named():
     assert "'w'" in said[stochgrad.ConvergenceWarning]
 
 
+@pytest.mark.slow
 def test_the_defaults_sample_the_posterior_and_have_nothing_to_say():
     mcmc, said = run(SGHMC(model), num_samples=4000)
     assert said == {}

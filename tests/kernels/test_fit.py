@@ -39,11 +39,12 @@ def test_it_climbs_and_reports(key):
 def test_patience_ends_it_the_same_way_whatever_the_chunks(key):
     """The best of two runs that were cut differently is one and the same."""
     options = {"learning_rate": optax.constant_schedule(0.2), "every": 5, "progress": False}
-    long = stochgrad.fit(hill(), key, 4000, patience=4, **options)
+    climb = hill()
+    long = stochgrad.fit(climb, key, 4000, patience=4, **options)
     last = int(np.sum(~np.isnan(long.held_out)))
     assert last < 800
     assert last - long.best_step // 5 == 4
-    again = stochgrad.fit(hill(), key, 4000, patience=4, **options)
+    again = stochgrad.fit(climb, key, 4000, patience=4, **options)
     np.testing.assert_array_equal(long.position, again.position)
 
 
@@ -75,9 +76,10 @@ def test_training_that_breaks_returns_the_best_state_before(key):
 
 def test_it_goes_on_from_a_checkpoint(key, tmp_path):
     options = {"learning_rate": 0.1, "every": 20, "progress": False}
-    whole = stochgrad.fit(hill(), key, 200, **options)
-    stochgrad.fit(hill(), key, 200, checkpoint=tmp_path / "state", **options)
-    again = stochgrad.fit(hill(), key, 200, checkpoint=tmp_path / "state", resume=True, **options)
+    climb = hill()
+    whole = stochgrad.fit(climb, key, 200, **options)
+    stochgrad.fit(climb, key, 200, checkpoint=tmp_path / "state", **options)
+    again = stochgrad.fit(climb, key, 200, checkpoint=tmp_path / "state", resume=True, **options)
     np.testing.assert_array_equal(whole.position, again.position)
     np.testing.assert_array_equal(whole.held_out, again.held_out)
 
