@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+from stochgrad.core import _jit
+
 FALSE_ALARM = 1e-5
 """Probability, for the whole suite, that a right library fails one of its statistical tests."""
 
@@ -30,6 +32,7 @@ def _let_programs_go():
     if len(programs) > MANY:
         programs.clear()
         jax.clear_caches()
+        _jit._executables.clear()
 
 
 @pytest.fixture(autouse=True)
