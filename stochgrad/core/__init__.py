@@ -52,6 +52,7 @@ from stochgrad.core._jit import hoisted_jit as compiled  # noqa: F401
 from stochgrad.core._jit import hoisted_jit as hoisted_jit
 from stochgrad.core._jit import number as number
 from stochgrad.core._jit import remember as remember
+from stochgrad.core._jit import remembered as remembered
 from stochgrad.core._local import for_each_client as for_each_client
 from stochgrad.core._local import likelihood_sum as likelihood_sum
 from stochgrad.core._local import of_prior as of_prior

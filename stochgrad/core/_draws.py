@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +10,7 @@ from jaxtyping import PyTree
 
 from stochgrad.core._checks import describe, first_line
 from stochgrad.core._datatree import by_name
+from stochgrad.core._jit import hoisted_jit, remembered
 
 if TYPE_CHECKING:
     import xarray
@@ -249,6 +249,6 @@ def _last_finite(finite: np.ndarray) -> int:
     return int(alive[-1]) + 1 if alive.size else 0
 
 
-@lru_cache(maxsize=16)
+@remembered
 def _in_bulk(constrain):
-    return jax.jit(jax.vmap(jax.vmap(constrain)))
+    return hoisted_jit(jax.vmap(jax.vmap(constrain)))

@@ -10,6 +10,7 @@ data.
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import wraps
 from typing import Any, TypeVar
 
 import jax
@@ -51,7 +52,7 @@ def remember(owner: Any, key: Hashable, make: Callable[[], T], most: int = 16) -
     Args:
         owner: A function; where it has no room for attributes nothing is remembered.
         key: What tells one result from another.
-        make: Makes it. It must not hold on to the owner.
+        make: Makes it.
         most: How many results an owner remembers; the oldest go.
     """
     memory = getattr(owner, "__dict__", {}).get("_stochgrad_memory")
@@ -67,6 +68,16 @@ def remember(owner: Any, key: Hashable, make: Callable[[], T], most: int = 16) -
             memory.popitem(last=False)
     memory.move_to_end(key)
     return memory[key]
+
+
+def remembered(make: Callable[..., T]) -> Callable[..., T]:
+    """A function whose results its first argument, itself a function, remembers."""
+
+    @wraps(make)
+    def recall(owner, *args):
+        return remember(owner, (make, *args), lambda: make(owner, *args))
+
+    return recall
 
 
 class hoisted_jit:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from stochgrad.core import (
     check_key,
     check_number,
     check_path,
+    remembered,
     sample,
 )
 from stochgrad.potentials._inputs import (
@@ -160,7 +160,7 @@ class _Frozen:
         return isinstance(other, _Frozen) and self.key == other.key
 
 
-@lru_cache(maxsize=16)
+@remembered
 def _langevin(energy_fn, masses: _Frozen, kT, h, friction, frozen, static) -> Kernel:
     m, graph = masses.array, {name: value.array for name, value in frozen}
 

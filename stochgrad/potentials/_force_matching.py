@@ -1,7 +1,6 @@
 """The posterior of a network's weights, given reference forces."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -19,7 +18,9 @@ from stochgrad.core import (
     check_position,
     describe,
     first_line,
+    hoisted_jit,
     posterior,
+    remembered,
 )
 from stochgrad.potentials._configurations import Configurations
 from stochgrad.potentials._inputs import check_configurations, check_energy, warn_of_rounding
@@ -284,7 +285,7 @@ def _check_energy(energy_fn, params, dataset: Configurations) -> Any:
     return dtype
 
 
-@lru_cache(maxsize=16)
+@remembered
 def _indexed(energy_fn):
     def energy(params, positions, graph):
         return energy_fn(params, positions, **graph)
@@ -337,11 +338,11 @@ def _leaf_at(slopes: PyTree, row: int) -> str | None:
     return None
 
 
-@lru_cache(maxsize=16)
+@remembered
 def _gradients(energy_fn, strain):
     """Whether each row's forces, and their misfit's gradient by each leaf, are finite."""
 
-    @jax.jit
+    @hoisted_jit
     def of_block(params, block, shared):
         def of_row(row):
             graph = {k: v for k, v in row.items() if k not in ("positions", "target")}

@@ -1,7 +1,6 @@
 """Observables of frames, and their averages over trajectories."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,8 @@ from stochgrad.core import (
     check_instance,
     check_number,
     first_line,
+    hoisted_jit,
+    remembered,
 )
 from stochgrad.potentials._geometry import as_atoms, as_box, dihedral, displacement, distances
 
@@ -243,9 +244,9 @@ def _edges(box: Any) -> np.ndarray:
     return edges
 
 
-@lru_cache(maxsize=32)
+@remembered
 def _averages(of_frame: Callable):
-    @jax.jit
+    @hoisted_jit
     def over_trajectories(flat, weights):
         first = jax.eval_shape(of_frame, flat[0, 0])
         dtype = first.dtype if jnp.issubdtype(first.dtype, jnp.floating) else flat.dtype

@@ -1,7 +1,6 @@
 """Energies, forces and virials of an energy function."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from stochgrad.core import check_count
+from stochgrad.core import check_count, hoisted_jit, remembered
 from stochgrad.potentials._configurations import Configurations
 from stochgrad.potentials._inputs import check_configurations, check_energy, check_networks
 
@@ -116,11 +115,11 @@ def predict(
     return found._replace(forces=np.where(there, found.forces, found.forces.dtype.type(0)))
 
 
-@lru_cache(maxsize=16)
+@remembered
 def energies_of(energy_fn: Callable):
     """``(params, frames, graph) -> energies`` of every network on frames, (replicas, frames)."""
 
-    @jax.jit
+    @hoisted_jit
     def of_all(params, frames, graph):
         def of_draw(p):
             return lax.map(jax.vmap(lambda r: energy_fn(p, r, **graph)), frames)
@@ -130,9 +129,9 @@ def energies_of(energy_fn: Callable):
     return of_all
 
 
-@lru_cache(maxsize=16)
+@remembered
 def _many(energy_fn: Callable):
-    @jax.jit
+    @hoisted_jit
     def over_draws(params, batched, shared):
         def of_block(params, rows):
             def of_row(row):

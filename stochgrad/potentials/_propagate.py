@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from stochgrad.core import (
     check_path,
     describe,
     first_line,
+    remembered,
 )
 from stochgrad.potentials._dynamics import Trajectories, simulate
 from stochgrad.potentials._inputs import (
@@ -66,7 +66,7 @@ def mean_energy(energy_fn: Callable[..., Any]) -> Callable[..., Any]:
     return _mean_energy(energy_fn)
 
 
-@lru_cache(maxsize=16)
+@remembered
 def _mean_energy(energy_fn):
     def of_all(params, positions, **graph):
         return jnp.mean(jax.vmap(lambda p: energy_fn(p, positions, **graph))(params))
