@@ -38,7 +38,7 @@ def work(name, rounds):
         surrogates["full"] = federated.global_quadratic(target, init)
     gradients = {"none (DSGLD)": target, "none, data in one place": pooled}
     gradients |= {
-        form: stochgrad.gradients.conducive(target, made) for form, made in surrogates.items()
+        form: stochgrad.federated.conducive(target, made) for form, made in surrogates.items()
     }
     contenders = {
         form: sampler(stochgrad.sgld(gradient, 1e-7), init, 1)

@@ -23,7 +23,7 @@ import numpy as np
 
 import stochgrad
 from stochgrad import federated
-from stochgrad.core import clients_of
+from stochgrad.federated import clients_of
 from stochgrad.federated._qlsd import qlsd_costs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -11,15 +11,17 @@ def renamed(module: str, **names: str) -> Callable[[str], Any]:
 
     Args:
         module: The module's name.
-        names: The present name of each former one.
+        names: The present name of each former one, with its module if that is another.
     """
 
     def __getattr__(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        place, _, present = names[name].rpartition(".")
+        place = place or module
         warnings.warn(
-            f"{module}.{name} is now {module}.{names[name]}.", DeprecationWarning, stacklevel=2
+            f"{module}.{name} is now {place}.{present}.", DeprecationWarning, stacklevel=2
         )
-        return getattr(import_module(module), names[name])
+        return getattr(import_module(place), present)
 
     return __getattr__

@@ -134,7 +134,7 @@ def of_clients(factory, correct=None, visits=(), **options):
 
 def conducive(posterior):
     surrogates = federated.global_quadratic(posterior, jnp.ones(2))
-    return stochgrad.gradients.conducive(posterior, surrogates)
+    return stochgrad.federated.conducive(posterior, surrogates)
 
 
 def searched(tmp_path):

@@ -30,6 +30,18 @@ class Blocks(NamedTuple):
     at: Callable[[Any], Any]
 
 
+class Anchored(NamedTuple):
+    """What a function of a batch is on all data at some point.
+
+    Attributes:
+        values: Its value, or one for each owner of data.
+        at: ``batch_state -> value``, the one that goes with the minibatch that comes next.
+    """
+
+    values: Any
+    at: Callable[[Any], Any]
+
+
 class Batches(NamedTuple):
     """A stream of minibatches in some order.
 
@@ -48,7 +60,9 @@ class Batches(NamedTuple):
             several subsampled plates).
         stream: What brings the rows into memory, where not all are there; ``full`` is then None.
         mesh: The devices that the rows of each minibatch are spread over; ``full`` is then None.
-        clients: Who owns the rows, and who is visited when, where they belong to several.
+        anchored: ``(posterior, function, point) -> Anchored``, where no one place knows the
+            function's value on all data; None where ``on_all_data`` finds it.
+        owners: Who owns the rows, where that is more than one; for the floors above.
     """
 
     init: Callable[[PRNGKey], Any]
@@ -60,7 +74,8 @@ class Batches(NamedTuple):
     blocks: Blocks | None = None
     stream: Any = None
     mesh: Mesh | None = None
-    clients: Any = None
+    anchored: Callable[..., Anchored] | None = None
+    owners: Any = None
 
     @property
     def epoch(self) -> int:

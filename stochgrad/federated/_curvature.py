@@ -18,12 +18,11 @@ from stochgrad.core import (
     check_instance,
     describe,
     first_line,
-    for_each_client,
-    likelihood_sum,
     tree_size,
 )
+from stochgrad.federated._client_sums import for_each_client, likelihood_sum
+from stochgrad.federated._gaussians import Diagonal, Full, LowRank, Precision
 from stochgrad.federated._local import hessian_product, row_scores, weight_of_rows
-from stochgrad.gradients import Diagonal, Full, LowRank, Precision
 
 Form: TypeAlias = Literal["full", "diagonal", "low_rank"]
 

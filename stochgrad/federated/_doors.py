@@ -5,16 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stochgrad.core import (
-    Position,
-    Posterior,
-    check_instance,
-    check_position,
-    clients_of,
-    describe,
-    first_line,
-)
-from stochgrad.gradients import Surrogates, check_surrogates_fit
+from stochgrad.core import Position, Posterior, check_instance, check_position, describe, first_line
+from stochgrad.federated._clients import clients_of
+from stochgrad.federated._conducive import check_surrogates_fit
+from stochgrad.federated._gaussians import Surrogates
 
 WANTED = (
     "a Posterior of data that clients own, from stochgrad.federated.posterior or "

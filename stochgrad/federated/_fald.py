@@ -18,12 +18,12 @@ from stochgrad.core import (
     check_count,
     check_flag,
     check_number,
-    clients_of,
     noise_like,
     tree_bytes,
     tree_dot,
 )
-from stochgrad.federated._side_by_side import local_minibatches, local_score, on_own_data, start
+from stochgrad.federated._clients import clients_of
+from stochgrad.federated._parallel_clients import local_minibatches, local_score, on_own_data, start
 
 
 class FALDState(NamedTuple):

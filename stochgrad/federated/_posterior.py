@@ -5,7 +5,9 @@ from typing import Any
 
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from stochgrad.core import Order, Position, Posterior, client_batches, joint_density, visiting
+from stochgrad.core import Order, Position, Posterior, joint_density
+from stochgrad.federated._clients import client_batches
+from stochgrad.federated._schedule import visiting
 
 
 def posterior(
@@ -48,7 +50,7 @@ def posterior(
         ...     [jnp.zeros(30), jnp.ones(70)],
         ...     batch_size=10,
         ... )
-        >>> target.batches.clients.shares.tolist()
+        >>> target.batches.owners.shares.tolist()
         [0.3, 0.7]
     """
     log_density = joint_density(log_prior, log_likelihood)

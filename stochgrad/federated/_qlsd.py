@@ -17,13 +17,13 @@ from stochgrad.core import (
     StepSize,
     as_schedule,
     check_count,
-    clients_of,
     noise_like,
     tree_bytes,
     tree_dot,
     tree_size,
 )
-from stochgrad.federated._side_by_side import local_minibatches, local_score, on_own_data, start
+from stochgrad.federated._clients import clients_of
+from stochgrad.federated._parallel_clients import local_minibatches, local_score, on_own_data, start
 
 
 class QLSDState(NamedTuple):

@@ -8,15 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from stochgrad.core import (
-    Position,
-    Posterior,
-    check_count,
-    check_number,
-    clients_of,
-    hoisted_jit,
-    on_all_data,
-)
+from stochgrad.core import Position, Posterior, check_count, check_number, hoisted_jit, on_all_data
+from stochgrad.federated._clients import clients_of
 from stochgrad.federated._doors import as_reference, check_federated
 
 

@@ -19,7 +19,6 @@ from stochgrad.core import (
     Position,
     Posterior,
     PRNGKey,
-    Selection,
     check_callable,
     check_choice,
     check_count,
@@ -28,20 +27,21 @@ from stochgrad.core import (
     check_key,
     check_number,
     check_position,
-    clients_of,
     describe,
     first_line,
-    for_each_client,
-    likelihood_sum,
     tree_bytes,
-    visiting,
 )
 from stochgrad.core import sample as run
+from stochgrad.federated._client_sums import for_each_client, likelihood_sum
+from stochgrad.federated._clients import clients_of
+from stochgrad.federated._conducive import conducive
 from stochgrad.federated._doors import as_reference, check_surrogates, misfit
 from stochgrad.federated._fald import fald, fald_costs
+from stochgrad.federated._gaussians import Surrogates
 from stochgrad.federated._posterior import posterior
 from stochgrad.federated._qlsd import qlsd, qlsd_costs
 from stochgrad.federated._reference import Reference, find_reference
+from stochgrad.federated._schedule import Selection, visiting
 from stochgrad.federated._stability import check_on_unsafe, made_safe
 from stochgrad.federated._surrogates import (
     exact,
@@ -51,7 +51,7 @@ from stochgrad.federated._surrogates import (
     sampled,
 )
 from stochgrad.federated._visits import with_visits
-from stochgrad.gradients import Surrogates, as_gradient, conducive
+from stochgrad.gradients import as_gradient
 from stochgrad.gradients import control_variate as control_variate_gradient
 from stochgrad.integrators import integrator_of
 
@@ -117,7 +117,7 @@ def sample(
             ``"global_quadratic"``, ``"global_diagonal"``, ``"exact"``, ``"laplace_local"``,
             ``"sampled"``; surrogates; or a function ``(posterior, reference) -> surrogates``, as
             ``functools.partial(stochgrad.federated.global_quadratic, form="low_rank", rank=5)``.
-        strength: $\alpha$ of ``stochgrad.gradients.conducive``.
+        strength: $\alpha$ of ``stochgrad.federated.conducive``.
         local_steps: Steps of a visit, as in ``stochgrad.federated.visiting``.
         probabilities: Likewise.
         selection: Likewise.

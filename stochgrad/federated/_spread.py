@@ -9,18 +9,12 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from stochgrad.core import (
-    Kernel,
-    Posterior,
-    clients_of,
-    hoisted_jit,
-    likelihood_sum,
-    of_prior,
-    tree_size,
-)
+from stochgrad.core import Kernel, Posterior, hoisted_jit, tree_size
+from stochgrad.federated._client_sums import likelihood_sum, of_prior
+from stochgrad.federated._clients import clients_of
 from stochgrad.federated._curvature import fisher, hessian, precisions
+from stochgrad.federated._gaussians import Diagonal, Full, Precision, Surrogates
 from stochgrad.federated._local import hessian_product
-from stochgrad.gradients import Diagonal, Full, Precision, Surrogates
 
 _DENSE = 100
 """Dimensions up to which curvatures are matrices, and not diagonals of the Fisher information."""

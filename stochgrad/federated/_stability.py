@@ -9,19 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from stochgrad.core import (
-    Kernel,
-    Posterior,
-    check_choice,
-    check_flag,
-    clients_of,
-    hoisted_jit,
-    likelihood_sum,
-    of_prior,
-    tree_size,
-)
+from stochgrad.core import Kernel, Posterior, check_choice, check_flag, hoisted_jit, tree_size
+from stochgrad.federated._client_sums import likelihood_sum, of_prior
+from stochgrad.federated._clients import clients_of
 from stochgrad.federated._curvature import extreme_eigenvalues
 from stochgrad.federated._doors import check_federated, check_surrogates
+from stochgrad.federated._gaussians import Precision, Surrogates
 from stochgrad.federated._local import hessian_product
 from stochgrad.federated._spread import (
     Spread,
@@ -30,7 +23,6 @@ from stochgrad.federated._spread import (
     spread_of_draws,
     step_time,
 )
-from stochgrad.gradients import Precision, Surrogates
 
 _TOLERANCE, _SHRINK, _ROUNDS = 1e-3, 0.7, 40
 _MOST_DIMENSIONS = 1000

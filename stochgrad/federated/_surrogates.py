@@ -20,19 +20,17 @@ from stochgrad.core import (
     check_key,
     check_number,
     check_position,
-    clients_of,
-    for_each_client,
     hoisted_jit,
-    likelihood_sum,
-    of_prior,
     sample,
 )
+from stochgrad.federated._client_sums import for_each_client, likelihood_sum, of_prior
+from stochgrad.federated._clients import clients_of
 from stochgrad.federated._curvature import as_curvature, check_form, precisions
 from stochgrad.federated._doors import as_reference, check_federated, check_surrogates
+from stochgrad.federated._gaussians import Diagonal, Full, Surrogates
 from stochgrad.federated._local import hessian_product
+from stochgrad.federated._parallel_clients import side_by_side
 from stochgrad.federated._reference import local_modes
-from stochgrad.federated._side_by_side import side_by_side
-from stochgrad.gradients import Diagonal, Full, Surrogates
 from stochgrad.sgmcmc import sghmc
 
 _FLOOR = 1e-4

@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Int, UInt32
 
-from stochgrad.core import Kernel, describe, visit_in
+from stochgrad.core import Kernel, describe
+from stochgrad.federated._clients import visit_in
 
 
 class VisitInfo(NamedTuple):

@@ -1,13 +1,11 @@
 """Stochastic estimates of gradients."""
 
+from stochgrad._deprecations import renamed as _renamed
 from stochgrad.gradients._blend import directional_derivatives as directional_derivatives
 from stochgrad.gradients._blend import (
     leave_one_out_coefficients as leave_one_out_coefficients,
 )
 from stochgrad.gradients._blend import measured_coefficients as measured_coefficients
-from stochgrad.gradients._conducive import check_surrogates_fit as check_surrogates_fit
-from stochgrad.gradients._conducive import conducive as conducive
-from stochgrad.gradients._conducive import with_conducive as with_conducive
 from stochgrad.gradients._control_variate import control_variate as control_variate
 from stochgrad.gradients._like import check_like as check_like
 from stochgrad.gradients._like import evaluated as evaluated
@@ -31,10 +29,15 @@ from stochgrad.gradients._saga import saga as saga
 from stochgrad.gradients._score_function import Baseline as Baseline
 from stochgrad.gradients._score_function import leave_one_out as leave_one_out
 from stochgrad.gradients._score_function import score_function as score_function
-from stochgrad.gradients._surrogates import Diagonal as Diagonal
-from stochgrad.gradients._surrogates import Full as Full
-from stochgrad.gradients._surrogates import LowRank as LowRank
-from stochgrad.gradients._surrogates import Precision as Precision
-from stochgrad.gradients._surrogates import Surrogates as Surrogates
 from stochgrad.gradients._svrg import SVRGState as SVRGState
 from stochgrad.gradients._svrg import svrg as svrg
+
+__getattr__ = _renamed(
+    __name__,
+    conducive="stochgrad.federated.conducive",
+    Surrogates="stochgrad.federated.Surrogates",
+    Precision="stochgrad.federated.Precision",
+    Diagonal="stochgrad.federated.Diagonal",
+    Full="stochgrad.federated.Full",
+    LowRank="stochgrad.federated.LowRank",
+)

@@ -5,23 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from stochgrad.core import (
+    Anchored,
     Gradient,
     Position,
     Posterior,
     check_position,
-    clients_of,
     first_line,
-    for_each_client,
-    likelihood_sum,
-    of_prior,
     on_all_data,
-    visit_in,
 )
-from stochgrad.gradients._centred import centred
+from stochgrad.gradients._control_variate_score import centered
 from stochgrad.gradients._like import check_like
 from stochgrad.gradients._minibatch import check_posterior
 from stochgrad.gradients._mode_check import check_center
@@ -61,13 +56,10 @@ def control_variate(posterior: Posterior, center: Any) -> Gradient:
     value_and_gradient = jax.value_and_grad(posterior.log_density)
     anchor = _anchor(posterior, check_center("center", center))
     try:
-        if batches.clients is None:
-            whole = on_all_data(posterior, value_and_gradient)(anchor)
-        else:
-            whole = _by_client(posterior, value_and_gradient, anchor)
+        whole = (batches.anchored or _on_all_data)(posterior, value_and_gradient, anchor)
     except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         raise ValueError(f"center does not fit the posterior: {first_line(error)}.") from error
-    _check_whole(whole)
+    _check_whole(whole.values)
 
     def init(key, position):
         check_like("center", anchor, position, "the chain's position")
@@ -76,14 +68,14 @@ def control_variate(posterior: Posterior, center: Any) -> Gradient:
     def next(key, position, state):
         check_like("center", anchor, position, "the chain's position")
         batch, state = batches.next(state)
-        there = (
-            whole
-            if batches.clients is None
-            else jax.tree.map(lambda x: x[visit_in(state).client], whole)
-        )
-        return centred(value_and_gradient, batch, anchor, there), state
+        return centered(value_and_gradient, batch, anchor, whole.at(state)), state
 
     return Gradient(init, next, posterior)
+
+
+def _on_all_data(posterior: Posterior, function: Callable, point: Position) -> Anchored:
+    value = on_all_data(posterior, function)(point)
+    return Anchored(value, lambda state: value)
 
 
 def _anchor(posterior: Posterior, center: Any) -> Position:
@@ -108,16 +100,3 @@ def _check_whole(whole: Any) -> None:
         if not jnp.all(jnp.isfinite(leaf)):
             where = "center" + jax.tree_util.keystr(path)
             raise ValueError(f"{where}: the gradient of the log density there is not finite.")
-
-
-def _by_client(posterior: Posterior, function: Callable, anchor: Position) -> Any:
-    """A function of a batch, on the prior and all data of each client over its share."""
-    shares = clients_of(posterior).shares.astype(np.float32)
-    own = for_each_client(posterior, likelihood_sum(posterior, function), anchor)
-    prior = of_prior(posterior, function)(anchor)
-
-    def together(own, prior):
-        over = jnp.asarray(shares.reshape(-1, *(1,) * (own.ndim - 1)), own.dtype)
-        return prior[None] + own / over
-
-    return jax.tree.map(together, own, prior)

@@ -63,6 +63,8 @@ def saga(posterior: Posterior, *, memory_limit: float = 1e9) -> Gradient:
         instead = "layout='blocks' and one subsampled plate, or svrg or control_variate"
         if posterior.batches.stream is not None:
             instead = "control_variate, which streamed data allow,"
+        elif posterior.batches.anchored is not None:
+            instead = "control_variate, which asks each owner of data once,"
         raise ValueError(
             "posterior: saga keeps a gradient for each minibatch, and these are never the same "
             "twice: use "

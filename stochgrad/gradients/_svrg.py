@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from stochgrad.core import Gradient, Position, Posterior, Shared, check_count, in_one_block
-from stochgrad.gradients._centred import centred
+from stochgrad.gradients._control_variate_score import centered
 from stochgrad.gradients._minibatch import check_posterior
 
 
@@ -55,6 +55,12 @@ def svrg(posterior: Posterior, *, period: int | None = None) -> Gradient:
             "posterior: svrg passes over all data within the loop, which streamed data do not "
             "allow: take control_variate with the centre that stochgrad.find_center finds."
         )
+    if batches.anchored is not None:
+        raise ValueError(
+            "posterior: svrg passes over the data of all owners each time its anchor moves, which "
+            "is what visits to one at a time are to save: take control_variate with the mode that "
+            "stochgrad.federated.find_reference finds."
+        )
     period = batches.epoch if period is None else check_count("period", period)
     value_and_gradient = jax.value_and_grad(posterior.log_density)
     whole = in_one_block(posterior, value_and_gradient)
@@ -77,7 +83,7 @@ def svrg(posterior: Posterior, *, period: int | None = None) -> Gradient:
         )
 
         following = jnp.where(count == period, 1, count + 1).astype(np.int32)
-        score = centred(value_and_gradient, batch, anchor, whole)
+        score = centered(value_and_gradient, batch, anchor, whole)
         return score, SVRGState(batch_state, anchor, whole, Shared(following))
 
     return Gradient(init, next, posterior)

@@ -9,7 +9,7 @@ import pytest
 
 import stochgrad
 from stochgrad import federated
-from stochgrad.gradients import Diagonal, Full, Surrogates
+from stochgrad.federated import Diagonal, Full, Surrogates
 from tests.bad_inputs import harness
 from tests.federated.toys import gaussian_mean, log_likelihood, log_prior, rows
 
@@ -233,7 +233,7 @@ def table():
         },
     )
     yield (
-        stochgrad.gradients.conducive,
+        stochgrad.federated.conducive,
         {"target": target(), "surrogates": FIRST},
         {
             "target": (*POSTERIORS, "plain"),

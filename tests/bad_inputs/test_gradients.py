@@ -8,7 +8,7 @@ from flowjax import bijections as bij
 
 import stochgrad
 from stochgrad import Gradient, gradients, integrators
-from stochgrad.gradients import Diagonal, Full, LowRank, Surrogates
+from stochgrad.federated import Diagonal, Full, LowRank, Surrogates
 from stochgrad.kernels import systematic
 from tests.bad_inputs.test_flows import (
     CLASS,

@@ -11,7 +11,7 @@ import pytest
 
 import stochgrad
 from stochgrad import federated
-from stochgrad.core import visit_in
+from stochgrad.federated import visit_in
 from tests.conftest import Z
 from tests.federated.toys import gaussian_mean, rows
 
@@ -76,7 +76,7 @@ def test_visits_last_as_long_as_they_should_and_come_as_often():
     share = np.bincount(clients[starts]) / len(starts)
     assert np.all(np.abs(share - [0.2, 0.3, 0.5]) < Z * np.sqrt(0.25 / len(starts)))
     shares = np.array([0.4, 0.9, 2.5])
-    np.testing.assert_allclose(target.batches.clients.shares, shares / shares.sum())
+    np.testing.assert_allclose(target.batches.owners.shares, shares / shares.sum())
 
 
 def test_permuted_visits_come_once_a_round():

@@ -66,7 +66,7 @@ def test_fsgld_with_exact_surrogates_has_the_law_of_the_closed_form(visits):
     draws, data = run("FSGLD", **visits)
     shares = federated.visiting(
         gaussian_mean()[0], **{k: v for k, v in visits.items() if k != "surrogate"}
-    ).batches.clients.shares
+    ).batches.owners.shares
     _, _, mean = gaussian_mean()
     if visits.get("surrogate") == "global_first_order":
         # each client's own curvature, its mean right: within a visit a Gaussian of that curvature

@@ -226,7 +226,7 @@ def test_every_dynamics_takes_a_conducive_gradient(number):
     target, _, _ = gaussian_mean(batch_size=5)
     target = federated.visiting(target, local_steps=3)
     surrogates = federated.global_quadratic(target, jnp.zeros(2))
-    gradient = stochgrad.gradients.conducive(target, surrogates)
+    gradient = stochgrad.federated.conducive(target, surrogates)
     kernel = list(kernels(gradient))[number]
     run = partial(stochgrad.sample, jax.random.key(0), kernel, init=jnp.zeros(2), progress=False)
     several = run(num_samples=12, num_chains=3)

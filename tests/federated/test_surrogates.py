@@ -7,7 +7,7 @@ import pytest
 
 import stochgrad
 from stochgrad import federated
-from stochgrad.gradients import Diagonal, Full, LowRank, Surrogates, conducive
+from stochgrad.federated import Diagonal, Full, LowRank, Surrogates, conducive
 from tests.federated.toys import gaussian_mean, logistic, logistic_likelihood, logistic_posterior
 
 
@@ -118,7 +118,7 @@ def precision_of(form, count=3, d=6, seed=0):
 def test_a_conducive_gradient_is_its_formula_and_averages_to_zero(form):
     """Weighed by the shares of steps; by the clients' number, say, it would not vanish."""
     target, _, _ = gaussian_mean(dim=6)
-    shares = target.batches.clients.shares
+    shares = target.batches.owners.shares
     rng = np.random.default_rng(1)
     origin = jnp.asarray(rng.normal(size=6), jnp.float32)
     slope = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)

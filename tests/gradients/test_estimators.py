@@ -7,11 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stochgrad.gradients import (
-    leave_one_out_coefficients,
-    measured_coefficients,
-    score_function,
-)
+from stochgrad.gradients import leave_one_out_coefficients, measured_coefficients, score_function
 
 LOGITS = np.array([0.3, -1.0, 0.5])
 

@@ -21,16 +21,21 @@ from stochgrad.core import (
     check_callable,
     check_instance,
     check_position,
-    clients_of,
     compiled,
     describe,
+)
+from stochgrad.federated import (
+    Surrogates,
+    clients_of,
+    global_first_order,
+    global_quadratic,
     likelihood_sum,
     of_prior,
     visit_in,
+    with_conducive,
     with_share,
 )
-from stochgrad.federated import global_first_order, global_quadratic
-from stochgrad.gradients import Surrogates, control_variate, minibatch, with_conducive
+from stochgrad.gradients import control_variate, minibatch
 from stochgrad.interop.flower._protocol import (
     OTHER_KERNEL,
     SETTINGS,

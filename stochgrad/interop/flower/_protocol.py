@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from stochgrad.core import Gradient, Kernel, Posterior, describe, first_line
-from stochgrad.gradients import Diagonal, Full
+from stochgrad.federated import Diagonal, Full
 
 MakeKernel = Callable[[Gradient], Kernel]
 

@@ -15,13 +15,11 @@ from stochgrad.core import (
     Rows,
     check_batch_size,
     check_no_mesh,
-    client_rows,
     describe,
-    given_as,
-    pooled,
     row_batches,
     streamed_rows,
 )
+from stochgrad.federated import client_rows, given_as, pooled
 from stochgrad.interop.numpyro._handler import LaidOut, Streamed
 from stochgrad.interop.numpyro._sites import Plate
 

@@ -22,8 +22,8 @@ from stochgrad.core import (
     check_count,
     check_instance,
     describe,
-    visiting,
 )
+from stochgrad.federated import visiting
 from stochgrad.interop.numpyro._arguments import Arguments, as_arguments, check_call
 from stochgrad.interop.numpyro._explain import explained
 from stochgrad.interop.numpyro._handler import Streamed, give_rows

@@ -19,7 +19,7 @@ from stochgrad.core import (
     tree_bytes,
     tree_dot,
 )
-from stochgrad.gradients._like import check_like
+from stochgrad.gradients import check_like
 
 
 class Diagonal(NamedTuple):

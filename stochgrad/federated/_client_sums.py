@@ -9,9 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
-from stochgrad.core._clients import clients_of
-from stochgrad.core._jit import hoisted_jit
-from stochgrad.core._protocols import Posterior
+from stochgrad.core import Anchored, Position, Posterior, hoisted_jit
+from stochgrad.federated._clients import clients_of, visit_in
 
 
 def likelihood_sum(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,3 +45,20 @@ def for_each_client(posterior: Posterior, function: Callable[..., Any], *args: A
     """``function(client, *args)`` for each client, one after the other, as arrays over clients."""
     numbers = np.arange(clients_of(posterior).count, dtype=np.int32)
     return hoisted_jit(lambda *args: lax.map(lambda s: function(s, *args), numbers))(*args)
+
+
+def anchored_by_client(posterior: Posterior, function: Callable, point: Position) -> Anchored:
+    """A function of a batch at a point, on the prior and all data of the client that is visited.
+
+    A client knows its own part only, over its share of the steps.
+    """
+    shares = clients_of(posterior).shares.astype(np.float32)
+    own = for_each_client(posterior, likelihood_sum(posterior, function), point)
+    prior = of_prior(posterior, function)(point)
+
+    def together(own, prior):
+        over = jnp.asarray(shares.reshape(-1, *(1,) * (own.ndim - 1)), own.dtype)
+        return prior[None] + own / over
+
+    values = jax.tree.map(together, own, prior)
+    return Anchored(values, lambda state: jax.tree.map(lambda x: x[visit_in(state).client], values))

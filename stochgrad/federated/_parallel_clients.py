@@ -15,10 +15,10 @@ from stochgrad.core import (
     Position,
     Posterior,
     Shared,
-    clients_of,
     key_words,
     permuted,
 )
+from stochgrad.federated._clients import clients_of
 
 
 def side_by_side(posterior: Posterior, *, prior: bool = True) -> Gradient:

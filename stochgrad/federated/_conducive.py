@@ -6,18 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochgrad.core import (
-    Gradient,
-    Target,
-    check_instance,
-    check_number,
-    check_position,
-    clients_of,
-    describe,
-    visit_in,
-)
-from stochgrad.gradients._minibatch import as_gradient
-from stochgrad.gradients._surrogates import (
+from stochgrad.core import Gradient, Target, check_instance, check_number, check_position, describe
+from stochgrad.federated._clients import clients_of, visit_in
+from stochgrad.federated._gaussians import (
     Diagonal,
     Full,
     LowRank,
@@ -25,6 +16,7 @@ from stochgrad.gradients._surrogates import (
     mended,
     quadratic,
 )
+from stochgrad.gradients import as_gradient
 
 
 def conducive(target: Target, surrogates: Surrogates, *, strength: float = 1.0) -> Gradient:
@@ -129,7 +121,7 @@ def check_surrogates_fit(surrogates: Any, count: int) -> Surrogates:
         right = right and jnp.shape(precision.factors)[-1:] == (size,)
     elif precision is not None:
         raise TypeError(
-            "surrogates must have a precision of stochgrad.gradients.Diagonal, Full, LowRank or "
+            "surrogates must have a precision of stochgrad.federated.Diagonal, Full, LowRank or "
             f"None, got {describe(precision)}."
         )
     if not right:

@@ -1,4 +1,4 @@
-"""A minibatch estimate, centred at a point where all is known."""
+"""A minibatch estimate, centered at a point where all is known."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import jax
 from stochgrad.core import Position, Score
 
 
-def centred(
+def centered(
     value_and_gradient: Callable[[Position, Any], Any], batch: Any, anchor: Position, whole: Any
 ) -> Score:
     r"""$\theta \mapsto \hat g_b(\theta) - \hat g_b(\tilde\theta) + \nabla\log\pi(\tilde\theta)$.
