@@ -133,7 +133,7 @@ PROBLEMS = {
 class Method(NamedTuple):
     estimator: em.Estimator
     questions: int
-    colour: str
+    color: str
     line: str = "-"
 
     @property
@@ -297,20 +297,20 @@ def label_ends(ax, ends, size=8.5, gap=0.062):
     for x, y, _, _ in ends:
         heights.append(ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1])
     places = apart(np.clip(heights, 0, 1), gap, 0.0, 1.0)
-    for (_, _, name, colour), height, place in zip(ends, heights, places, strict=True):
+    for (_, _, name, color), height, place in zip(ends, heights, places, strict=True):
         ax.annotate(
             name,
             xy=(1.0, np.clip(height, 0, 1)),
             xycoords="axes fraction",
             xytext=(1.06, place),
             textcoords="axes fraction",
-            color=colour,
+            color=color,
             fontsize=size,
             va="center",
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
-                "color": colour,
+                "color": color,
                 "linewidth": 0.7,
                 "relpos": (0, 0.5),
                 "shrinkA": 0,
@@ -341,9 +341,9 @@ def learning_picture(results, steps, path):
                     y, low, high = ((-v if row == 0 else 1 - v) for v in (y, low, high))
                 method = METHODS[name]
                 x = BUDGET * at[1:]
-                ax.plot(x, y[1:], method.line, color=method.colour, linewidth=1.9)
-                ax.fill_between(x, low[1:], high[1:], color=method.colour, alpha=0.08, linewidth=0)
-                ends.append((x[-1], y[-1], name, method.colour))
+                ax.plot(x, y[1:], method.line, color=method.color, linewidth=1.9)
+                ax.fill_between(x, low[1:], high[1:], color=method.color, alpha=0.08, linewidth=0)
+                ends.append((x[-1], y[-1], name, method.color))
             ax.set_xscale("log")
             ax.set_xlim(BUDGET * 2, BUDGET * steps)
             ax.set_xlabel("sampled rationales")
@@ -555,16 +555,16 @@ def bias_picture(results, points, at, path):
         ends = []
         for name, row in rows.items():
             method = METHODS["TRICE" if name == AS_RUN else name]
-            colour, line = (method.colour, method.line) if name != AS_RUN else ("#3f8fd9", "--")
+            color, line = (method.color, method.line) if name != AS_RUN else ("#3f8fd9", "--")
             value, error = np.array(row).T
             # a cosine with more noise than this says nothing
             seen = error < UNSURE
             x, y = np.arange(len(at))[seen], value[seen]
             ax.errorbar(
-                x, y, error[seen], fmt=line, color=colour, linewidth=1.9, marker="o", markersize=3.5
+                x, y, error[seen], fmt=line, color=color, linewidth=1.9, marker="o", markersize=3.5
             )
             label = "TRICE at posterior" if name == "TRICE" else name
-            ends.append((len(at) - 1, y[-1], label, colour))
+            ends.append((len(at) - 1, y[-1], label, color))
         ax.set_xticks(np.arange(len(at)), [str(t) for t in at])
         ax.set_xlim(-0.15, len(at) - 0.85)
         ax.set_xlabel("steps of TRICE before")
@@ -577,9 +577,9 @@ def bias_picture(results, points, at, path):
     for name, row in points.items():
         x, y, error = np.array(row).T
         method = METHODS[name]
-        ax.errorbar(x, y, error, fmt=method.line, color=method.colour, marker="o", markersize=4)
+        ax.errorbar(x, y, error, fmt=method.line, color=method.color, marker="o", markersize=4)
         title = {"TRICE": "leave-one-out"}.get(name, name.removeprefix("TRICE, "))
-        ends.append((x[-1], y[-1], title, method.colour))
+        ends.append((x[-1], y[-1], title, method.color))
     ax.set(xscale="log", yscale="log", xlabel="1 - mean p", ylabel="variance of the gradient")
     ax.invert_xaxis()
     ax.set_xlim(right=min(x))
@@ -812,7 +812,7 @@ def gvm_picture(results, path):
     for ax, where in zip(np.atleast_1d(axes), places, strict=True):
         numbers = [n for w, n in results if w == where]
         ends = []
-        for key, (name, colour, line) in styles.items():
+        for key, (name, color, line) in styles.items():
             value = np.array([np.atleast_1d(results[where, n][key])[0] for n in numbers])
             base = np.array([results[where, n]["uniform exact"] for n in numbers])
             error = np.array([np.append(results[where, n][key], 0.0)[1] for n in numbers])
@@ -821,11 +821,11 @@ def gvm_picture(results, path):
                 value / base,
                 error / base,
                 fmt=line,
-                color=colour,
+                color=color,
                 marker="o",
                 markersize=4,
             )
-            ends.append((numbers[-1], value[-1] / base[-1], name, colour))
+            ends.append((numbers[-1], value[-1] / base[-1], name, color))
         ax.set_xscale("log", base=2)
         ax.set_xticks(numbers, [str(n) for n in numbers])
         ax.set_xlim(right=numbers[-1] * 1.02)

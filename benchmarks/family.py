@@ -423,7 +423,7 @@ class Problem(NamedTuple):
     test: tuple[np.ndarray, np.ndarray]
     where: Layout
     data: tuple[np.ndarray, np.ndarray]
-    setup: float  # gradients spent on mass, step size and centre's gradient, by chain
+    setup: float  # gradients spent on mass, step size and center's gradient, by chain
 
 
 def flights_problem(options):
@@ -440,7 +440,7 @@ def flights_problem(options):
     target = targets["reshuffled"]
     check_same(target, train, sizes, where)
     center = stochgrad.find_center(target, jax.random.key(0), init=jnp.zeros(where.size))
-    note(f"centre, {center.distance:.2f} posterior sds from the mode")
+    note(f"center, {center.distance:.2f} posterior sds from the mode")
     mass = stochgrad.find_mass(target, jax.random.key(1), center)
     reference = flights_reference(target, center.position, options["reference"])
     note(f"reference: smallest ESS {ess(reference).min():.0f}")
@@ -461,7 +461,7 @@ def our_flights(problem, options):
     """Contenders of this library, one run at a time."""
     center, mass = problem.center, problem.mass
     budget = options["budget"] - problem.setup
-    centred = {o: stochgrad.control_variate(t, center) for o, t in problem.targets.items()}
+    centered = {o: stochgrad.control_variate(t, center) for o, t in problem.targets.items()}
     base = problem.targets["reshuffled"]
     key = jax.random.key(2)
 
@@ -486,7 +486,7 @@ def our_flights(problem, options):
         for integrator in chosen:
             per_step = 6 if integrator == "MT3" else 2
             label = "control variate", order
-            yield langevin(centred[order], integrator, label, per_step, seed := seed + 1)
+            yield langevin(centered[order], integrator, label, per_step, seed := seed + 1)
     others = {
         "svrg": (stochgrad.svrg(base), 3),
         "saga": (stochgrad.saga(base), 2),
@@ -499,7 +499,7 @@ def our_flights(problem, options):
         return
     yield langevin(problem.targets["iid"], "BAOAB", ("plain", "iid"), 1, seed := seed + 1)
 
-    gradient, label = centred["reshuffled"], ("control variate", "reshuffled")
+    gradient, label = centered["reshuffled"], ("control variate", "reshuffled")
     found = stochgrad.find_step_size(gradient, key, center)
     h = found.step_size
     yield go(("sgld", *label), stochgrad.sgld(gradient, h), h, 2, seed + 1)
@@ -637,7 +637,7 @@ def flights_part(options):
         "",
         f"- Squared bias of sds, best `blackjax.sghmc` over our default: {chen['sd']:.2g} / "
         f"{ours['sd']:.2g} = **{chen['sd'] / ours['sd']:.1f}** (asked: at least 20). With a control "
-        f"variate at the same centre it is {helped['sd']:.2g}, {helped['sd'] / ours['sd']:.1f} "
+        f"variate at the same center it is {helped['sd']:.2g}, {helped['sd'] / ours['sd']:.1f} "
         f"times ours; rescaled by our mass as well, {scaled['sd']:.2g}, "
         f"{scaled['sd'] / ours['sd']:.1f} times. Ours has a floor of {ours['sd_floor']:.2g}.",
         f"- Effective draws a second, our default over HMCECS: "
@@ -922,13 +922,13 @@ evaluate the same number of minibatch gradients.
 minibatch gradient counts one, a control variate two, SVRG three, SAGA two, and three-stage MT3
 three of whatever its gradient costs; each inner step of `blackjax.sghmc` counts, and each leapfrog
 step of HMCECS counts two (its proxy's cost is not charged, nor its accept steps). In the logistic
-regression the cost of `find_mass`, `find_step_size` and the gradient at the centre is charged to
-our samplers' budgets, shared by the chains. The centre itself (3,000 gradients) is given to all:
+regression the cost of `find_mass`, `find_step_size` and the gradient at the center is charged to
+our samplers' budgets, shared by the chains. The center itself (3,000 gradients) is given to all:
 every chain starts there.
 
 **Step sizes.** Ours come from `find_step_size` and are used as found. Each blackjax sampler runs at
 six step sizes, and the one that turns out nearest to the reference is shown: hindsight that no user
-has, in the rival's favour. It runs in the same compiled loop, on the same gradient code and
+has, in the rival's favor. It runs in the same compiled loop, on the same gradient code and
 minibatches, with its own default settings otherwise.
 
 **Floor.** Squared bias of sds is the mean over parameters of (sd / reference sd - 1)², that of means

@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 ERROR, PRIOR_SD, BATCH = 0.1, 2.0, 500
 CHOOSING, REPORTED = 8, 16  # chains
 TOLERANCES = (0.1, 0.2, np.inf)  # how wrong sds may be: root mean square of the log of ratios
-COLOURS = {
+COLORS = {
     "FSGLD, curvature": "#b5341d",
     "FSGLD, first order": "#e8894a",
     "DSGLD": "#7a7a7a",
@@ -194,7 +194,7 @@ def run(problem, reference, method, settings, seed, chains, shrink=1):
     }
     key, step_size = jax.random.key(seed), settings["h"] * problem.unit
     if method == "QLSD++":
-        draws = quantised(key, problem.target, step_size, settings["levels"], reference, options)
+        draws = quantized(key, problem.target, step_size, settings["levels"], reference, options)
     else:
         draws = federated.sample(
             key,
@@ -234,7 +234,7 @@ def surrogate_bytes(settings, clients, d, visited):
     return 4 * (clients * own + total * np.sum(seen, axis=0))
 
 
-def quantised(key, target, step_size, levels, reference, options):
+def quantized(key, target, step_size, levels, reference, options):
     """QLSD++ with any number of levels."""
     kernel = federated.qlsd(target, step_size, levels=levels)
     draws = stochgrad.sample(key, kernel, init=reference, **options)
@@ -322,8 +322,8 @@ def picture(right, anyhow, path):
     for method, c, line in lines:
         width = 2.4 if method == "FSGLD, curvature" else 1.6
         label = method if line == "-" else f"{method}, sds {c.sd_ratio:.1f} times too large"
-        ax.plot(c.bytes / 1e6, c.error, line, label=label, color=COLOURS[method], linewidth=width)
-        ax.plot(c.reached / 1e6, ERROR, "o", color=COLOURS[method], markersize=6, zorder=3)
+        ax.plot(c.bytes / 1e6, c.error, line, label=label, color=COLORS[method], linewidth=width)
+        ax.plot(c.reached / 1e6, ERROR, "o", color=COLORS[method], markersize=6, zorder=3)
     ax.set(xscale="log", yscale="log", xlim=(0.03, 30), ylim=(0.04, 1.5))
     ax.set_xlabel("MB sent for one chain, with all preparations")
     ax.set_ylabel("error of the means / posterior sd")

@@ -56,7 +56,7 @@ RATE = {"reverse": 2e-3, "forward": 1e-3}
 LAMBDA, CHAINS = 0.022, 1000
 RIVAL = {"reverse": "total", "forward": "ml"}
 NAMES = {"path": "path", "total": "total", "ml": "maximum likelihood"}
-COLOURS = {"path": "#b5341d", "total": "#1f6f8b", "ml": "#1f6f8b"}
+COLORS = {"path": "#b5341d", "total": "#1f6f8b", "ml": "#1f6f8b"}
 ESS_TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 KL_TICKS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 KINDS = {
@@ -72,7 +72,7 @@ class Problem(NamedTuple):
     ``flow`` takes a key and whether the inverse is the cheap direction; ``samples`` a key and a
     number, and gives the samples with words on where they are from. ``rows`` is the number of
     samples of the density that forward training has, ``points`` how often is looked on the way, by
-    as many draws and held-out samples as ``judged``. ``log_z`` is the density's normaliser where it
+    as many draws and held-out samples as ``judged``. ``log_z`` is the density's normalizer where it
     is known; where not, the density is even.
     """
 
@@ -146,8 +146,8 @@ def phi4(size, kappa, place, steps=1600):
 
     def log_density(x):
         field = x[back].reshape(size, size)
-        neighbours = jnp.roll(field, 1, 0) + jnp.roll(field, 1, 1)
-        each = (1 - 2 * LAMBDA) * field**2 + LAMBDA * field**4 - 2 * kappa * field * neighbours
+        neighbors = jnp.roll(field, 1, 0) + jnp.roll(field, 1, 1)
+        each = (1 - 2 * LAMBDA) * field**2 + LAMBDA * field**4 - 2 * kappa * field * neighbors
         return -jnp.sum(each)
 
     return Problem(
@@ -356,7 +356,7 @@ def judged_by(model, problem, held_out):
     return judge
 
 
-def normalised(problem, curves):
+def normalized(problem, curves):
     """Divergences and shares of Z, by the known log Z or that of the best reverse flow."""
     last = curves["reverse"]["path"]
     log_z = problem.log_z
@@ -475,7 +475,7 @@ def picture(kind, found, path):
 def draw(panels, way, both):
     for name, curve in both.items():
         values = np.clip(curve.ess_q, 1e-3, 0.9995) if way == "reverse" else curve.kl
-        middle, color = np.median(values, axis=0), COLOURS[name]
+        middle, color = np.median(values, axis=0), COLORS[name]
         for ax, x in zip(panels, (1.0, curve.seconds / curve.steps[-1]), strict=True):
             ax.plot(x * curve.steps[1:], values[:, 1:].T, color=color, linewidth=0.7, alpha=0.55)
             ax.plot(x * curve.steps[1:], middle[1:], color=color, linewidth=2.4)
@@ -522,7 +522,7 @@ def work(kind, smoke, output):
             clock = time.perf_counter()
             curves[way] = compare(problem, way, train, held_out)
             print(f"{problem.name}, {way}: {time.perf_counter() - clock:.0f} s", flush=True)
-        curves = normalised(problem, curves)
+        curves = normalized(problem, curves)
         print("\n".join(verdict(way, pair) for way, pair in curves.items()), flush=True)
         found.append((problem, curves))
         lines += section(problem, origin, curves)
@@ -540,9 +540,9 @@ INTRODUCTION = (
     "the same number of steps. Training samples are common to all seeds. ESS is relative, of "
     f"{JUDGED:,} draws of the flow (under q) or {JUDGED:,} samples of the density that training "
     "has not seen (under p). KL(p, q) is the forward divergence in nats on the latter. Z found is "
-    "the mean weight of the flow's draws over the density's normaliser, the median of seeds: where "
+    "the mean weight of the flow's draws over the density's normalizer, the median of seeds: where "
     "it is well below 1, the flow misses a part of the density, and its ESS under q is that of the "
-    "rest. The normaliser is known for mixtures and gauge theory; for φ⁴ theory it is from the "
+    "rest. The normalizer is known for mixtures and gauge theory; for φ⁴ theory it is from the "
     "flow that path gradients of the reverse divergence trained best, its draws with signs at "
     "random. Figures are of the last step: the median in bold, and each seed in order. "
     '"Where stopped" are medians of where KL(p, q) was least, of '

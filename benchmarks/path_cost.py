@@ -97,7 +97,7 @@ def log_density(x):
 
 
 def climbing(objective, params, rounds=None):
-    """What stochgrad's optimisers and samplers ask of an objective at a step."""
+    """What stochgrad's optimizers and samplers ask of an objective at a step."""
 
     def gradient(params, key):
         score, _ = objective.next(key, params, objective.init(key, params))

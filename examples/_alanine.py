@@ -103,13 +103,13 @@ def energy_of(train: potentials.Configurations, widths=(64, 64), turns: bool = T
     bent, loose, _, s = map(np.asarray, jax.vmap(internal)(jnp.asarray(train.positions)))
     stiff = np.concatenate([bent, s[:, 2:]], 1)
     middle, spread = stiff.mean(0), stiff.std(0)
-    centre, scale = loose.mean(0), loose.std(0)
+    center, scale = loose.mean(0), loose.std(0)
     closest = 0.9 * loose.min(0)
 
     def features(positions):
         bent, loose, c, s = internal(positions)
         white = (jnp.concatenate([bent, s[2:]]) - middle) / spread
-        apart = (loose - centre) / scale
+        apart = (loose - center) / scale
         prior = 0.5 * jnp.sum(white**2) + jnp.sum((closest / loose) ** 12)
         if not turns:
             return prior, apart

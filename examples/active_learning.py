@@ -6,7 +6,7 @@
 A network potential of alanine dipeptide has seen 100 frames of the helical basin only. A pool of
 frames without forces comes from a helix too, but one in twenty is from the sheets. Each round an
 ensemble of eight networks scores the pool by `potentials.novelty`, the 20 strangest frames are
-labelled and the ensemble is trained anew; a second learner takes 20 frames at random. Both are
+labeled and the ensemble is trained anew; a second learner takes 20 frames at random. Both are
 judged by the forces of held-out frames from the sheets.
 """
 
@@ -44,7 +44,7 @@ def rounds_of(strategy, frames, helix, pool, test, rounds: int, steps: int):
     """Negative log likelihoods after each round, and which frames of the pool were chosen."""
     rng = np.random.default_rng(1)
     known, left, history = helix[:100], pool, []
-    energy, init = energy_of(frames[known])  # the prior energy's constants, from what is labelled
+    energy, init = energy_of(frames[known])  # the prior energy's constants, from what is labeled
     for n in range(rounds + 1):
         members = trained(jax.random.key(n), frames[known], energy, init, steps)
         predict = partial(potentials.predict, energy, members["params"])
@@ -84,17 +84,17 @@ def main() -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), dpi=120, layout="constrained")
     right.plot(phi[pool], psi[pool], ".", color="0.8", ms=3, label="pool")
-    for strategy, colour, marker in (("random", "C1", "x"), ("novelty", "C0", "o")):
+    for strategy, color, marker in (("random", "C1", "x"), ("novelty", "C0", "o")):
         history, chosen = rounds_of(strategy, frames, helix, pool, test, rounds, steps)
         share = np.isin(chosen, sheets).mean()
         print(f"{strategy}: NLL on sheets {history.round(2).tolist()}, sheets chosen {share:.2f}")
         label = f"by {strategy}" if strategy == "novelty" else "at random"
         left.plot(
-            100 + EACH * np.arange(rounds + 1), history, marker + "-", color=colour, label=label
+            100 + EACH * np.arange(rounds + 1), history, marker + "-", color=color, label=label
         )
-        right.plot(phi[chosen], psi[chosen], marker, color=colour, ms=4, label=label)
+        right.plot(phi[chosen], psi[chosen], marker, color=color, ms=4, label=label)
     left.set(
-        xlabel="labelled frames",
+        xlabel="labeled frames",
         ylabel="NLL of forces on held-out sheets",
         title="What was never seen is learned when it is asked for",
     )

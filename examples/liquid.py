@@ -43,7 +43,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CUTOFF, CLOSEST, KNOTS = 2.1, 0.65, 128
-CENTRES, WIDTH, HIDDEN = np.linspace(0.8, CUTOFF, 16, dtype=np.float32), 0.1, 32
+CENTERS, WIDTH, HIDDEN = np.linspace(0.8, CUTOFF, 16, dtype=np.float32), 0.1, 32
 FRAMES, BATCH, NOISE = 12, 4, 16.0  # the forces' own standard deviation is 16
 CHAINS, LEVEL, BINS = 8, 0.9, 40
 METHODS = ("8 chains", "1 chain", "Deep Ensemble", "right form")
@@ -95,7 +95,7 @@ STRIDE = SQUARES[1] - SQUARES[0]
 
 def pair(params, r):
     """A wall and a network of radial basis functions, which end smoothly at the cut-off."""
-    x = jnp.exp(-(((r - CENTRES) / WIDTH) ** 2))
+    x = jnp.exp(-(((r - CENTERS) / WIDTH) ** 2))
     out = jnp.tanh(x @ params["w"] + params["b"]) @ params["out"]
     return (r**-12 + out) * (1 - (r / CUTOFF) ** 2) ** 2
 
@@ -103,7 +103,7 @@ def pair(params, r):
 def init(key):
     """Random weights."""
     one, other = jax.random.split(key)
-    w = jax.random.normal(one, (len(CENTRES), HIDDEN)) / np.sqrt(len(CENTRES))
+    w = jax.random.normal(one, (len(CENTERS), HIDDEN)) / np.sqrt(len(CENTERS))
     out = jax.random.normal(other, (HIDDEN,)) / np.sqrt(HIDDEN)
     return {"w": w, "b": jnp.zeros(HIDDEN), "out": out}
 

@@ -8,7 +8,7 @@ eigenvalue. Each client has pairs of three kinds of digits and few of the others
 
 The posterior of all pairs in one place is sampled with all of them at each step; DSGLD and FSGLD
 leave the pairs where they are, and a chain stays with a client for 50 steps. On held-out digits the
-metric tells like from unlike better than the Euclidean one; it finds no better neighbours.
+metric tells like from unlike better than the Euclidean one; it finds no better neighbors.
 
 Run ``python examples/metric_learning.py``; ``--smoke`` is a short version of the same.
 """
@@ -41,9 +41,9 @@ def load():
     order = np.random.default_rng(0).permutation(len(digits.target))
     x, y = digits.data[order] / 8, digits.target[order]
     test = len(y) // 3
-    centre = x[test:].mean(axis=0)
-    v = np.linalg.svd(x[test:] - centre, full_matrices=False)[2][:COMPONENTS]
-    z = (x - centre) @ v.T
+    center = x[test:].mean(axis=0)
+    v = np.linalg.svd(x[test:] - center, full_matrices=False)[2][:COMPONENTS]
+    z = (x - center) @ v.T
     return v, (z[test:], y[test:]), (z[:test], y[:test])
 
 
@@ -96,7 +96,7 @@ def sample(clients, target, reference, draws, chains):
 
 
 def judge(weights, train, test):
-    """How well a metric tells like from unlike pairs (area under the curve), finds neighbours."""
+    """How well a metric tells like from unlike pairs (area under the curve), finds neighbors."""
     (z, y), (z_test, y_test) = train, test
     i, j = np.random.default_rng(2).integers(0, len(y_test), (2, 20_000))
     i, j = i[i != j], j[i != j]

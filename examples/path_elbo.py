@@ -8,7 +8,7 @@ has a funnel: the effects of the destinations are small and may all be nearly ze
 Two guides, a coupling flow of flowjax (``AutoFlow``) and numpyro's ``AutoIAFNormal``, are each
 fitted with three gradients of the same bound: ``PathGradientELBO`` as it comes, which measures how
 much of the score to keep; the path gradient alone (``score_coef=0.0``); and numpyro's
-``Trace_ELBO``. Starts, optimiser, particles and number of steps are the same. Shown are the gap
+``Trace_ELBO``. Starts, optimizer, particles and number of steps are the same. Shown are the gap
 between the bound and the log evidence, by steps and by seconds, the variances of the gradients
 along the way, Pareto's k of the fitted guides, and their means and sds against NUTS.
 
@@ -123,9 +123,9 @@ def flat(samples):
 
 
 def reference(args, num_warmup, num_samples):
-    """NUTS on the same posterior, sampled with standardised effects, which has no funnel."""
-    standardised = {name: LocScaleReparam(0.0) for name in ("carrier_effect", "dest_effect")}
-    kernel = NUTS(reparam(model, config=standardised), target_accept_prob=0.9)
+    """NUTS on the same posterior, sampled with standardized effects, which has no funnel."""
+    standardized = {name: LocScaleReparam(0.0) for name in ("carrier_effect", "dest_effect")}
+    kernel = NUTS(reparam(model, config=standardized), target_accept_prob=0.9)
     mcmc = MCMC(
         kernel,
         num_warmup=num_warmup,
@@ -168,11 +168,11 @@ class Contest:
 
     def __init__(self, kind, args, steps, draws):
         self.kind, self.args, self.draws = kind, args, draws
-        self.optimiser = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+        self.optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
         self.guide = make_guide(kind, 0)
         self.steppers, self.compiling = {}, {}
         for name, loss in LOSSES.items():
-            self.svi = SVI(model, self.guide, self.optimiser, loss=loss)
+            self.svi = SVI(model, self.guide, self.optimizer, loss=loss)
             state = self.svi.init(jax.random.key(0), *args)
             begun = time.perf_counter()
             advance = jax.jit(partial(self._advance, self.svi))
@@ -198,7 +198,7 @@ class Contest:
 
     def start(self, number):
         """Where a race starts, the same for all."""
-        svi = SVI(model, make_guide(self.kind, number), self.optimiser, loss=Trace_ELBO())
+        svi = SVI(model, make_guide(self.kind, number), self.optimizer, loss=Trace_ELBO())
         return svi.init(jax.random.key(number), *self.args)
 
     def race(self, number, marks):

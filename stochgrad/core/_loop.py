@@ -78,7 +78,7 @@ def sample(
             ``num_chains`` for each, or a function ``key -> position``. May be left out where the
             kernel's posterior knows (a numpyro model); each chain then starts somewhere else. A
             vector as long as there are chains is one position, if it fits the model as such. What
-            has a ``position``, as the centre that ``stochgrad.find_center`` found, stands for it.
+            has a ``position``, as the center that ``stochgrad.find_center`` found, stands for it.
         num_samples: Draws to keep, per chain.
         num_warmup: Draws to discard before them, per chain.
         thin: Steps per draw.

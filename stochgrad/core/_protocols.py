@@ -87,7 +87,7 @@ class Posterior(NamedTuple):
     """What a numpyro model or a plain density becomes.
 
     Attributes:
-        log_density: ``(position, batch) -> scalar``, the unnormalised log density in unconstrained
+        log_density: ``(position, batch) -> scalar``, the unnormalized log density in unconstrained
             space, unbiased for the full data over the batches.
         batches: The stream of minibatches.
         initial: ``key -> position``, or None where only the user knows one.

@@ -5,7 +5,7 @@ from stochgrad.diagnostics._calibration import calibration as calibration
 from stochgrad.diagnostics._calibration import interval_coverage as interval_coverage
 from stochgrad.diagnostics._errors import mcse as mcse
 from stochgrad.diagnostics._errors import rhat as rhat
-from stochgrad.diagnostics._neighbours import knn_divergence as knn_divergence
+from stochgrad.diagnostics._neighbors import knn_divergence as knn_divergence
 from stochgrad.diagnostics._richardson import Extrapolated as Extrapolated
 from stochgrad.diagnostics._richardson import richardson as richardson
 from stochgrad.diagnostics._stein import ksd as ksd

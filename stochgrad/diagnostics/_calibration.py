@@ -119,8 +119,8 @@ def calibration(
         u = ndtr(z).mean(axis=0)
         log_density = logsumexp(-0.5 * z**2 - np.log(s), axis=0) - np.log(len(m))
         crps, nll = _mixture_crps(m - y, s), 0.5 * np.log(2 * np.pi) - np.mean(log_density)
-    ends, off_centre = np.pad(p, 1, constant_values=(0, 1)), np.sort(np.abs(u - 0.5), axis=None)
-    coverage = np.searchsorted(off_centre, ends / 2 + _ROUNDING, side="right") / y.size
+    ends, off_center = np.pad(p, 1, constant_values=(0, 1)), np.sort(np.abs(u - 0.5), axis=None)
+    coverage = np.searchsorted(off_center, ends / 2 + _ROUNDING, side="right") / y.size
     error, sd = np.abs(m.mean(axis=0) - y), np.sqrt(variance)
     varied = all(np.ptp(x) > _ROUNDING * np.max(x) for x in (error, sd))
     return Calibration(

@@ -84,11 +84,11 @@ def _line(log_density: Callable):
     weight = np.exp(log_w - log_w.max())
     weight /= weight.sum()
     degree = _DEGREES[0]
-    centre, scale = np.zeros(degree), np.zeros(degree)
+    center, scale = np.zeros(degree), np.zeros(degree)
     before, now, norm = np.zeros_like(q), np.ones_like(q), 0.0
     for n in range(degree):  # Stieltjes
-        centre[n] = weight @ (q * now * now)
-        following = (q - centre[n]) * now - norm * before
+        center[n] = weight @ (q * now * now)
+        following = (q - center[n]) * now - norm * before
         norm = np.sqrt(weight @ following**2)
         scale[n] = norm
         before, now = now, following / norm
@@ -97,7 +97,7 @@ def _line(log_density: Callable):
         values = [jnp.ones_like(x)]
         previous = jnp.zeros_like(x)
         for n in range(degree - 1):
-            following = (x - centre[n]) * values[n]
+            following = (x - center[n]) * values[n]
             following = following - (scale[n - 1] if n else 0.0) * previous
             previous = values[n]
             values.append(following / scale[n])

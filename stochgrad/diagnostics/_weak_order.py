@@ -302,7 +302,7 @@ def _visits(problem: Problem) -> list[list[int]]:
 
 
 def _second_moment_operator(m: Affine) -> np.ndarray:
-    """What a step does to the ravelled second moments of (z, 1)."""
+    """What a step does to the raveled second moments of (z, 1)."""
     n = len(m.offset)
     homogeneous = np.zeros((n + 1, n + 1))
     homogeneous[:n, :n], homogeneous[:n, n], homogeneous[n, n] = m.matrix, m.offset, 1.0

@@ -127,7 +127,7 @@ def check_surrogates_fit(surrogates: Any, count: int) -> Surrogates:
     if not right:
         raise ValueError(
             f"surrogates of positions of shape {shapes} must have slopes and precisions of these "
-            f"shapes with a leading axis of {count} clients (matrices over the ravelled position)."
+            f"shapes with a leading axis of {count} clients (matrices over the raveled position)."
         )
     if precision is not None:
         check_position(precision, "surrogates.precision")

@@ -33,7 +33,7 @@ class FALDState(NamedTuple):
         position: The last average of the clients' positions.
         replicas: The clients' positions, with a leading axis of clients.
         batch_state: The clients' streams.
-        anchor: Where gradients are centred, or None.
+        anchor: Where gradients are centered, or None.
         mean_gradient: The mean of the clients' gradients there.
         count: Number of steps taken.
     """
@@ -86,7 +86,7 @@ def fald(
     draws have a bias of order $b h$ times the local steps, in the mean as well.
 
     With ``variance_reduced`` (VR-FALD*, Plassier et al., AISTATS 2023) the clients use
-    $\hat g_i(\theta_i) - \hat g_i(\tilde\theta) + \frac1b\sum_j g_j(\tilde\theta)$, centred at the
+    $\hat g_i(\theta_i) - \hat g_i(\tilde\theta) + \frac1b\sum_j g_j(\tilde\theta)$, centered at the
     chain's position ``refresh_every`` rounds ago or less, which holds the drift up.
 
     Args:
@@ -94,7 +94,7 @@ def fald(
         step_size: h, time in the dynamics of the mean. The step $\gamma$ of the papers' code is
             $b h$.
         local_steps: Steps between two averages.
-        variance_reduced: Whether to centre the gradients.
+        variance_reduced: Whether to center the gradients.
         refresh_every: Averages between two anchors.
         common_noise: $\tau$, from zero to one.
 

@@ -49,7 +49,7 @@ class Diagonal(NamedTuple):
 
 
 class Full(NamedTuple):
-    """Full precision matrices over the ravelled position, one for each client."""
+    """Full precision matrices over the raveled position, one for each client."""
 
     matrices: Float[Array, "clients d d"]
 
@@ -70,7 +70,7 @@ class LowRank(NamedTuple):
     r"""Precisions $U_s^\top \operatorname{diag}(w_s) U_s + \operatorname{diag}(d_s)$.
 
     Attributes:
-        factors: $U_s$, rows over the ravelled position; or one matrix for all clients.
+        factors: $U_s$, rows over the raveled position; or one matrix for all clients.
         values: $w_s$.
         diagonal: $d_s$.
     """

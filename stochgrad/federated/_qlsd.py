@@ -32,7 +32,7 @@ class QLSDState(NamedTuple):
     Attributes:
         position: The position, at the server.
         batch_state: The clients' streams.
-        anchor: Where the clients' gradients are centred.
+        anchor: Where the clients' gradients are centered.
         at_anchor: Their gradients there, on all of their data.
         memory: What server and clients take a client's gradient to be before it comes.
         count: Number of steps taken.
@@ -62,7 +62,7 @@ class QLSDInfo(NamedTuple):
     rounds: Array
 
 
-def quantised(key: Any, x: Float[Array, " d"], levels: int) -> Float[Array, " d"]:
+def quantized(key: Any, x: Float[Array, " d"], levels: int) -> Float[Array, " d"]:
     r"""A vector rounded at random to multiples of $|x| / s$, right on average.
 
     $$Q(x)_j = |x|\, \operatorname{sign}(x_j)\, \frac{\lfloor r_j \rfloor +
@@ -77,8 +77,8 @@ def quantised(key: Any, x: Float[Array, " d"], levels: int) -> Float[Array, " d"
     return norm * jnp.sign(x) * (low + up.astype(x.dtype)) / levels
 
 
-def quantised_bits(size: int, levels: int) -> float:
-    """Bits of a quantised vector: the smallest of its sender's codes, of plain ones and of none."""
+def quantized_bits(size: int, levels: int) -> float:
+    """Bits of a quantized vector: the smallest of its sender's codes, of plain ones and of none."""
     s, d = float(levels), float(size)
     sparse = s * (s + np.sqrt(d))
     elias = 3 * sparse * (1 + 0.5 * np.log2(2 * (s**2 + d) / sparse)) + 32
@@ -90,20 +90,20 @@ def quantised_bits(size: int, levels: int) -> float:
 def qlsd(
     posterior: Posterior, step_size: StepSize, *, levels: int = 16, refresh_every: int = 100
 ) -> Kernel:
-    r"""Quantised Langevin stochastic dynamics, QLSD++ (Vono et al., AISTATS 2022).
+    r"""Quantized Langevin stochastic dynamics, QLSD++ (Vono et al., AISTATS 2022).
 
     $$\theta' = \theta + h \sum_i \left(\eta_i + Q(\hat g_i(\theta) - \eta_i)\right) +
       \sqrt{2h}\,\xi, \qquad \eta_i' = \eta_i + a\,Q(\hat g_i(\theta) - \eta_i)$$
 
-    with $\hat g_i$ the client's minibatch gradient, centred at an anchor that moves to the chain's
-    position every ``refresh_every`` steps, the unbiased quantiser Q, applied once, and
+    with $\hat g_i$ the client's minibatch gradient, centered at an anchor that moves to the chain's
+    position every ``refresh_every`` steps, the unbiased quantizer Q, applied once, and
     $a = 1/(1 + \min(\omega, \omega^2))$ for $\omega = \sqrt d/s$. Every step is a round of
     communication with all clients. The step h is the papers' $\gamma$.
 
     Args:
         posterior: A posterior of data that clients own.
         step_size: h.
-        levels: s, levels of the quantiser.
+        levels: s, levels of the quantizer.
         refresh_every: Steps between two anchors.
 
     Raises:
@@ -138,7 +138,7 @@ def qlsd(
             there = local_score(posterior, True, state.anchor, batch)[1]
             change = jax.tree.map(lambda x, y, w, m: x - y + w - m, here, there, whole, memory)
             flat, unravel = ravel_pytree(change)
-            return value, unravel(quantised(key, flat, levels))
+            return value, unravel(quantized(key, flat, levels))
 
         keys = jax.random.split(jax.random.fold_in(rng_key, 1), clients.count)
         values, q = jax.vmap(sent)(keys, batches, state.at_anchor, state.memory)
@@ -168,5 +168,5 @@ def qlsd(
 def qlsd_costs(posterior: Posterior, position: Position, levels: int) -> dict[str, tuple[int, int]]:
     """Bytes up and down of each round."""
     count = clients_of(posterior).count
-    up = int(np.ceil(quantised_bits(tree_size(position), levels) / 8))
+    up = int(np.ceil(quantized_bits(tree_size(position), levels) / 8))
     return {"rounds": (count * up, count * tree_bytes(position))}

@@ -124,7 +124,7 @@ def sample(
         step_size: h of Langevin dynamics. For other dynamics give the kernel.
         kernel: ``gradient -> kernel``, as ``lambda g: stochgrad.sghmc(g, 0.1, friction=2.0)``. The
             momentum travels with the chain.
-        control_variate: Whether clients centre their minibatch gradients at the reference, which
+        control_variate: Whether clients center their minibatch gradients at the reference, which
             costs them a second gradient and nothing in communication.
         reference: A position near the mode; found by default, from ``init``.
         init: Where to start: a position, or one for each chain. By default the reference.

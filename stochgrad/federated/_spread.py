@@ -242,7 +242,7 @@ def _worst(origin: Any, ratio: float, coordinate: int, curvatures, times) -> Spr
 
 
 def coordinate_names(position: Any) -> Sequence[str]:
-    """Each coordinate of the ravelled position in words."""
+    """Each coordinate of the raveled position in words."""
     names = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(position):
         where = jax.tree_util.keystr(path)

@@ -205,8 +205,8 @@ def sampled(
             "step_size, or surrogate='global_first_order', which needs none."
         )
     of_chain = jax.tree.map(lambda x: x[0], draws.positions)
-    ravelled = jax.vmap(jax.vmap(lambda p: ravel_pytree(p)[0]))(of_chain)
-    flat = np.asarray(ravelled, np.float64)
+    raveled = jax.vmap(jax.vmap(lambda p: ravel_pytree(p)[0]))(of_chain)
+    flat = np.asarray(raveled, np.float64)
     mean = jax.tree.map(lambda x: jnp.asarray(x[0].mean(axis=0)), draws.positions)
     covariances = [np.atleast_2d(np.cov(flat[:, s].T)) for s in range(count)]
     for s, covariance in enumerate(covariances):
@@ -221,7 +221,7 @@ def gaussian(mean: Position, precision: Any, *, origin: Position | None = None) 
 
     Args:
         mean: $\mu_s$, a tree of the position's structure with a leading axis of clients.
-        precision: $\Lambda_s$, an array (clients, d, d) over the ravelled position, or a tree like
+        precision: $\Lambda_s$, an array (clients, d, d) over the raveled position, or a tree like
             ``mean`` of diagonals.
         origin: About where to hold them; the mean of the means by default.
 
@@ -277,7 +277,7 @@ def fisher_merge(
     communication: a baseline, and a place to start from.
 
     Returns:
-        The mean, a position, and the covariance of the ravelled position.
+        The mean, a position, and the covariance of the raveled position.
 
     Raises:
         ValueError: the sum of the precisions is not positive definite.

@@ -46,14 +46,14 @@ def renyi_bound(
       \nabla\mathcal L_\alpha = \mathbb E\sum_i\bigl[\alpha\tilde w_i + (1-\alpha)\tilde w_i^2\bigr]
       P_i, \quad \tilde w = \mathrm{softmax}((1-\alpha)\log w).$$
 
-    The second is the doubly reparameterised gradient [Tucker et al. 2019], unbiased; to stop the
+    The second is the doubly reparameterized gradient [Tucker et al. 2019], unbiased; to stop the
     parameters in $\log q$ without those coefficients is not. Negative orders bound from above in
     the limit of many draws only, and a few draws can be made to look better by running away; for
     the chi-square divergence there is ``alpha_divergence``.
 
     Args:
         flow: A flowjax distribution.
-        log_density: ``x -> scalar``, unnormalised.
+        log_density: ``x -> scalar``, unnormalized.
         alpha: Order, not negative; 1 is the evidence lower bound itself, see ``reverse_kl``.
         estimator: ``"path"``, or ``"total"`` for the plain derivative.
         num_importance: Draws of one bound, K.
@@ -103,11 +103,11 @@ def alpha_divergence(
 
     Args:
         flow: A flowjax distribution.
-        log_density: ``x -> scalar``, unnormalised.
+        log_density: ``x -> scalar``, unnormalized.
         alpha: Order, not negative.
         estimator: ``"path"``, or ``"total"`` for the plain derivative.
         num_samples: Draws of a step.
-        log_z: Log of the normaliser, if known. Otherwise it is estimated by the same draws, which
+        log_z: Log of the normalizer, if known. Otherwise it is estimated by the same draws, which
             biases gradients by the order of one over their number.
         condition: The condition of a conditional flow.
 
@@ -150,7 +150,7 @@ def jensen_shannon(
 
     Args:
         flow: A flowjax distribution.
-        log_density: ``x -> scalar``, unnormalised.
+        log_density: ``x -> scalar``, unnormalized.
         estimator: ``"path"``, or ``"total"`` for the plain derivative.
         num_samples: Draws of a step.
         log_z: As in ``alpha_divergence``.
@@ -177,7 +177,7 @@ def _divergence(
 ) -> Gradient:
     r"""$\mathbb E_q[f(u)]$, whose negative gradient is $\mathbb E_q[u^2 f''(u)\,P]$.
 
-    For the reparameterised gradient of $f(u)$ is $f'(u)\,u\,(P - \partial_\theta\log q|_x)$, and
+    For the reparameterized gradient of $f(u)$ is $f'(u)\,u\,(P - \partial_\theta\log q|_x)$, and
     by parts $\mathbb E_q[g\,\partial_\theta\log q|_x]$ is the path gradient of $g = f'(u)\,u$.
     """
     log_weights = _log_weights(flow, log_density, estimator, condition)

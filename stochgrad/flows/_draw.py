@@ -130,7 +130,7 @@ def score_of(distribution, x, condition):
 
 
 def parameters(flow: AbstractDistribution) -> Any:
-    """The trainable arrays of a flow, everything else None: a position to optimise.
+    """The trainable arrays of a flow, everything else None: a position to optimize.
 
     Args:
         flow: A flowjax distribution.

@@ -47,7 +47,7 @@ def forward_kl(
       \nabla_z\log(q_0/p_{\theta,0})(z)\bigr].$$
 
     It vanishes sample by sample where the flow fits, and does not pull the flow towards the few
-    samples there are [Vaitl et al. 2024, section 4]. It is a regulariser, not the gradient of the
+    samples there are [Vaitl et al. 2024, section 4]. It is a regularizer, not the gradient of the
     samples' log likelihood. The flow's inverse should be the cheap direction (flowjax:
     ``invert=True``).
 

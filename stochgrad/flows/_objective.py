@@ -23,7 +23,7 @@ from stochgrad.flows._draw import check_flow, one_draw, split_flow, unwrap_flow
 from stochgrad.gradients import beyond_the_path, depends, freeze
 
 LogDensity = Callable[[Array], Scalar]
-"""``x -> scalar``: an unnormalised log density at one point."""
+"""``x -> scalar``: an unnormalized log density at one point."""
 
 
 def objective(

@@ -35,7 +35,7 @@ def reverse_kl(
     whose negative, the evidence lower bound, is the value that is climbed. Estimators:
 
     - ``"path"``: $\frac1n\sum_i P_i$. Its variance vanishes where the flow fits.
-    - ``"total"``: the reparameterised gradient of the integrand, with the term
+    - ``"total"``: the reparameterized gradient of the integrand, with the term
       $-\partial_\theta\log q_\theta(x)|_x$ of mean zero.
     - a number c between: $P_i - c\,\partial_\theta\log q_\theta(x_i)|_{x_i}$; 1 is ``"total"``.
     - ``"auto"``: c of least variance, measured at each step on some of the draws, each draw's from
@@ -47,7 +47,7 @@ def reverse_kl(
 
     Args:
         flow: A flowjax distribution, drawn from by its forward map.
-        log_density: ``x -> scalar`` for one point of the flow's shape, unnormalised.
+        log_density: ``x -> scalar`` for one point of the flow's shape, unnormalized.
         estimator: As above.
         num_samples: Draws of a step, n.
         condition: The condition of a conditional flow, one for all draws.

@@ -37,11 +37,11 @@ class WeightedDraws(NamedTuple):
 
     Attributes:
         value: The draws, of shape (n, \*shape).
-        log_weight: $\log p - \log q$ at each, unnormalised.
+        log_weight: $\log p - \log q$ at each, unnormalized.
         smoothed: Log weights that sum to one, the largest smoothed by a Pareto tail.
         khat: Shape of that tail. Below 0.7 the weights can be trusted, above they cannot, however
             high the effective sample size [Vehtari et al. 2024].
-        log_z: Log of the normaliser of p, $\log\frac1n\sum_i w_i$.
+        log_z: Log of the normalizer of p, $\log\frac1n\sum_i w_i$.
         log_z_error: Its standard error, by the delta method.
         key: What ``resample`` draws with.
     """
@@ -128,7 +128,7 @@ def sample(
         flow: A flowjax distribution, or a ``Fit`` whose model is one.
         key: A PRNG key.
         num_samples: How many draws.
-        log_density: ``x -> scalar``, unnormalised.
+        log_density: ``x -> scalar``, unnormalized.
         condition: The condition of a conditional flow.
 
     Raises:
@@ -196,7 +196,7 @@ def ess_under_target(
     Args:
         flow: A flowjax distribution, or a ``Fit`` whose model is one.
         samples: Samples of the density.
-        log_density: ``x -> scalar``, unnormalised.
+        log_density: ``x -> scalar``, unnormalized.
         condition: The condition of a conditional flow.
 
     Raises:
@@ -235,14 +235,14 @@ def _ess_under_target(flow, x, log_density, condition):
 def metropolis(
     flow: AbstractDistribution, log_density: LogDensity, condition: Any = None
 ) -> Kernel:
-    """Metropolised independence sampling with a flow's draws as proposals.
+    """Metropolized independence sampling with a flow's draws as proposals.
 
     Exact, whatever the flow; how well it moves is the acceptance rate. For ``stochgrad.sample``,
     started at draws of the flow unless told otherwise.
 
     Args:
         flow: A flowjax distribution, or a ``Fit`` whose model is one.
-        log_density: ``x -> scalar``, unnormalised.
+        log_density: ``x -> scalar``, unnormalized.
         condition: The condition of a conditional flow.
 
     Raises:

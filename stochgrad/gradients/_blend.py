@@ -74,7 +74,7 @@ def leave_one_out_coefficients(
       {\sum_{j\ne i}\|s_j - \bar s\|^2}, \qquad
       1 - c_i = \hat d_i \Bigl(1 - \frac{e_i^2}{\hat d_i^2}\Bigr)_+ \text{ within } [0, 1].$$
 
-    $\hat d_i$ minimises the variance between the other draws; $e_i$ is its standard error, with as
+    $\hat d_i$ minimizes the variance between the other draws; $e_i$ is its standard error, with as
     many degrees of freedom as there are draws left, so that where they say little c is 1, the total
     gradient.
 

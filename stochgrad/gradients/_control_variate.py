@@ -1,4 +1,4 @@
-"""Minibatch gradients centred at a fixed point."""
+"""Minibatch gradients centered at a fixed point."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ def control_variate(posterior: Posterior, center: Any) -> Gradient:
     $$\hat g(\theta) = \hat g_b(\theta) - \hat g_b(\theta_0) + \nabla\log\pi(\theta_0),$$
 
     with one and the same minibatch $b$ in both estimates (Baker, Fearnhead, Fox & Nemeth, Stat.
-    Comput. 2019). Unbiased for any centre. Its variance falls with the squared distance from
+    Comput. 2019). Unbiased for any center. Its variance falls with the squared distance from
     $\theta_0$, so that near the posterior's mode it is smaller than the plain estimate's by about
     the ratio of parameters to rows; far from it, it may be larger. A step costs two minibatch
     gradients, the factory one pass over the data.

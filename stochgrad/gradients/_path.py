@@ -247,7 +247,7 @@ def path_log_density(
     $$(\partial_\theta T_\theta(z))^\top s(x) + c\,\partial_\theta\log q_\theta(x)\big|_x,$$
 
     the first term being the path, the second, of mean zero, the score: $c = 1$ is the ordinary
-    reparameterised gradient, $c = 0$ the path gradient.
+    reparameterized gradient, $c = 0$ the path gradient.
 
     Args:
         value: Draws, with a gradient in the parameters, of shape (n, ...).

@@ -12,7 +12,7 @@ def beyond_the_path(draw: Callable[[PyTree], tuple[PyTree, Array]], parameters: 
     """Names of the arrays that move the log density of a draw but never the draw itself.
 
     The weights of a mixture are such: they decide which component is drawn, and a decision has no
-    derivative. A path gradient leaves them where they are, and the reparameterised gradient gives
+    derivative. A path gradient leaves them where they are, and the reparameterized gradient gives
     them noise of mean zero. Nothing is computed; the derivative's program is looked at.
 
     Args:

@@ -28,7 +28,7 @@ class SAGAState(NamedTuple):
 
 
 def saga(posterior: Posterior, *, memory_limit: float = 1e9) -> Gradient:
-    r"""The minibatch gradient, centred at what the same minibatch gave last time.
+    r"""The minibatch gradient, centered at what the same minibatch gave last time.
 
     With a table $\alpha$ of the last gradient of each of the K minibatches (Defazio, Bach &
     Lacoste-Julien, NeurIPS 2014; for sampling Dubey et al., NeurIPS 2016),
@@ -40,7 +40,7 @@ def saga(posterior: Posterior, *, memory_limit: float = 1e9) -> Gradient:
     as usual, an order without replacement would always visit the entries that are older than the
     table is on average. What they lag behind acts as a force along the momentum; on a regression
     with epochs as long as the chain's memory it made variances a fifth too small.) Unbiased given
-    the table. It needs no centre, so that it helps where there is none: for several modes, or a
+    the table. It needs no center, so that it helps where there is none: for several modes, or a
     chain that is still on its way. Its noise is larger than a control variate's, since each entry
     stems from a draw of its own. A step costs two minibatch gradients, starting one pass over the
     data a chain.

@@ -1,4 +1,4 @@
-"""Score-function gradients: for what cannot be reparameterised."""
+"""Score-function gradients: for what cannot be reparameterized."""
 
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ def score_function(
     $$\hat g = \frac1n\sum_i (f_i - b_i)\,\nabla_\theta\log q_\theta(x_i).$$
 
     ``"leave_one_out"`` takes for $b_i$ the mean of the other rewards; ``"optimal"``, coordinate by
-    coordinate, the value that minimises the variance,
+    coordinate, the value that minimizes the variance,
     $b_i = \sum_{j\ne i} f_j s_j^2 / \sum_{j\ne i} s_j^2$ with $s_j = \partial\log q_\theta(x_j)$,
     from the other draws as well. Both are unbiased [Ranganath et al. 2014; Kool et al. 2019].
 

@@ -1,4 +1,4 @@
-"""Gradients centred at a point of the chain's own past."""
+"""Gradients centered at a point of the chain's own past."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ class SVRGState(NamedTuple):
 
     Attributes:
         batch_state: The stream's state.
-        anchor: Where the gradient is centred.
+        anchor: Where the gradient is centered.
         whole: Value and gradient there, on all data.
         count: Steps since the anchor was set; all chains move theirs at once.
     """
@@ -30,14 +30,14 @@ class SVRGState(NamedTuple):
 
 
 def svrg(posterior: Posterior, *, period: int | None = None) -> Gradient:
-    r"""The minibatch gradient, centred at an anchor that moves along with the chain.
+    r"""The minibatch gradient, centered at an anchor that moves along with the chain.
 
     $$\hat g(\theta) = \hat g_b(\theta) - \hat g_b(\tilde\theta) + \nabla\log\pi(\tilde\theta)$$
 
     with one minibatch b in both estimates (Johnson & Zhang, NeurIPS 2013; for sampling Dubey et
     al., NeurIPS 2016). Every ``period`` steps the anchor $\tilde\theta$ becomes the chain's
     position, at the cost of one pass over the data. It is the control variate for those who have
-    no centre: unbiased given the anchor, the better the shorter the period. With the default, one
+    no center: unbiased given the anchor, the better the shorter the period. With the default, one
     epoch, a step costs three minibatch gradients on average.
 
     Args:
@@ -53,7 +53,7 @@ def svrg(posterior: Posterior, *, period: int | None = None) -> Gradient:
     if batches.stream is not None:
         raise ValueError(
             "posterior: svrg passes over all data within the loop, which streamed data do not "
-            "allow: take control_variate with the centre that stochgrad.find_center finds."
+            "allow: take control_variate with the center that stochgrad.find_center finds."
         )
     if batches.anchored is not None:
         raise ValueError(

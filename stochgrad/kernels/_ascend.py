@@ -1,4 +1,4 @@
-"""An optimiser as a dynamics."""
+"""An optimizer as a dynamics."""
 
 from typing import Any, NamedTuple
 
@@ -11,11 +11,11 @@ from stochgrad.gradients import as_gradient, evaluated
 
 
 class AscendState(NamedTuple):
-    """State of an optimisation.
+    """State of an optimization.
 
     Attributes:
         position: The position.
-        optimizer_state: The optimiser's own state.
+        optimizer_state: The optimizer's own state.
         gradient_state: The gradient's own state.
     """
 
@@ -37,7 +37,7 @@ class AscendInfo(NamedTuple):
 
 
 def ascend(target: Target, optimizer: Any) -> Kernel:
-    r"""Climb a stochastic gradient with an optax optimiser.
+    r"""Climb a stochastic gradient with an optax optimizer.
 
     $$\theta' = \theta + \mathrm{update}(-\hat g(\theta)).$$
 
@@ -48,9 +48,9 @@ def ascend(target: Target, optimizer: Any) -> Kernel:
         optimizer: An ``optax.GradientTransformation``, whose updates are added to the position.
 
     Raises:
-        TypeError: the optimiser is none of optax's, or the target is neither a posterior nor a
+        TypeError: the optimizer is none of optax's, or the target is neither a posterior nor a
             gradient.
-        ValueError: when run: the optimiser fails on the position (one that needs the objective's
+        ValueError: when run: the optimizer fails on the position (one that needs the objective's
             value, such as ``optax.lbfgs``, does), or the target does.
 
     Example:
@@ -98,7 +98,7 @@ def check_optimizer(optimizer: Any) -> None:
     parts = (getattr(optimizer, name, None) for name in ("init", "update"))
     if isinstance(optimizer, type) or not all(callable(part) for part in parts):
         raise TypeError(
-            "optimizer must be an optax optimiser, a GradientTransformation such as "
+            "optimizer must be an optax optimizer, a GradientTransformation such as "
             f"optax.adam(1e-3) returns, got {describe(optimizer)}."
         )
 

@@ -1,4 +1,4 @@
-"""Training: an objective climbed by an optimiser, its best state on held-out estimates kept."""
+"""Training: an objective climbed by an optimizer, its best state on held-out estimates kept."""
 
 import warnings
 from collections.abc import Callable
@@ -93,7 +93,7 @@ def fit(
     checkpoint: str | Path | None = None,
     resume: bool = False,
 ) -> Fit:
-    r"""Climb an objective with an optimiser, and keep the best of what is met.
+    r"""Climb an objective with an optimizer, and keep the best of what is met.
 
     Each ``every`` steps a held-out value is estimated, with the same random numbers each time so
     that two positions can be compared, and the best position is kept. Training ends early where the
@@ -108,7 +108,7 @@ def fit(
         num_steps: Steps, rounded down to a multiple of ``every``.
         learning_rate: Of Adam's: a number, from which it falls to zero as a cosine, or an optax
             schedule. Gradients are clipped at a norm of 100.
-        optimizer: Any optax optimiser instead, its learning rate included.
+        optimizer: Any optax optimizer instead, its learning rate included.
         init: Where to start, or ``key -> position``, called for every restart; where the objective
             starts by default. What holds arrays is a position, even if it can be called (an
             equinox module). A ``Fit`` stands for its position.
@@ -123,7 +123,7 @@ def fit(
         resume: Whether to go on from there.
 
     Raises:
-        TypeError: the key is not a typed PRNG key, the objective not a gradient, or the optimiser
+        TypeError: the key is not a typed PRNG key, the objective not a gradient, or the optimizer
             none of optax's.
         ValueError: a number is out of range; no ``init``, or one of another structure than the
             objective's position; ``held_out`` takes other positions; the objective, or

@@ -1,4 +1,4 @@
-"""Metropolised independence sampling."""
+"""Metropolized independence sampling."""
 
 from collections.abc import Callable
 from typing import NamedTuple

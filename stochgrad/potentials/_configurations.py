@@ -108,7 +108,7 @@ def configurations(
         mask: Which atoms there are, shape (N, atoms), if configurations are padded to one size.
             What positions, forces and species hold elsewhere is of no account.
         cutoff: Where interactions end; a box has to be twice as wide.
-        graph: Further arrays for the energy function, one row for each configuration: neighbours,
+        graph: Further arrays for the energy function, one row for each configuration: neighbors,
             charges, features.
 
     Raises:
@@ -307,7 +307,7 @@ def _check_box(box, virials, cutoff) -> None:
 
 
 def _refuse_overlap(positions, mask, box) -> None:
-    """Raise where two atoms are nearer than a hundredth of what neighbours usually are."""
+    """Raise where two atoms are nearer than a hundredth of what neighbors usually are."""
     nearest = np.full(positions.shape[:2], np.inf)
     for n, frame in enumerate(positions):
         there = slice(None) if mask is None else mask[n]

@@ -79,7 +79,7 @@ def rdf(box: Any, *, r_max: float | None = None, bins: int = 50) -> Observable:
 
 
 def adf(box: Any = None, *, cutoff: float, bins: int = 60) -> Observable:
-    r"""Angles between neighbours: how many an atom has, per radian.
+    r"""Angles between neighbors: how many an atom has, per radian.
 
     The number of triples i, j, k with both distances to j below the cut-off, by the angle at j,
     over the number of atoms and the width of a bin. Divided by its integral it is the usual
@@ -87,7 +87,7 @@ def adf(box: Any = None, *, cutoff: float, bins: int = 60) -> Observable:
 
     Args:
         box: Edge lengths, or None.
-        cutoff: How far a neighbour may be.
+        cutoff: How far a neighbor may be.
         bins: Bins of equal width on $(0, \pi)$.
 
     Raises:
@@ -110,8 +110,8 @@ def adf(box: Any = None, *, cutoff: float, bins: int = 60) -> Observable:
         one, other = jnp.triu_indices(atoms, 1)
         edge = None if box is None else jnp.asarray(box, frame.dtype)
 
-        def about(centre):
-            delta = displacement(jnp.broadcast_to(centre, frame.shape), frame, edge)
+        def about(center):
+            delta = displacement(jnp.broadcast_to(center, frame.shape), frame, edge)
             r = jnp.sqrt(jnp.sum(delta**2, -1))
             near = (r > 0) & (r < cutoff)
             unit = delta / jnp.where(near, r, 1)[:, None]

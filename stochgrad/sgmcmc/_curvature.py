@@ -41,7 +41,7 @@ def curvature_and_noise(
     The curvature is the largest eigenvalue of $M^{-1/2} H M^{-1/2}$, by power iteration on
     Hessian-vector products of successive minibatches, at the position itself and at a few points
     one standard deviation of each coordinate (given the others) away: a funnel is stiffer inside
-    than at the mode, and a control variate has no noise at its centre. The variance is that of
+    than at the mode, and a control variate has no noise at its center. The variance is that of
     minibatch gradients at those points, for estimates with a memory (SVRG, SAGA) of another.
 
     Returns:

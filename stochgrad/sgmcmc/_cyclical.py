@@ -50,7 +50,7 @@ def cyclical(
 
     $$h_k = \frac{h_0}{2}\left[\cos\left(\pi\,\frac{k \bmod L}{L}\right) + 1\right],$$
 
-    and the temperature is zero in the first share of the cycle, where the kernel is an optimiser
+    and the temperature is zero in the first share of the cycle, where the kernel is an optimizer
     with momentum that looks for another mode, and T in the rest, where it samples around it. The
     snapshots are the draws of the sampling stage, ``draws[draws.stats["sampling"][0]]``; draws of
     one cycle belong to one mode, so the number of modes seen is at most that of the cycles. The

@@ -17,7 +17,7 @@ class Moments(NamedTuple):
         count: Number of draws, n.
         mean: Their mean.
         scatter: $\sum_i (\theta_i - \bar\theta)^2$, leaf by leaf; of a full covariance the matrix
-            $\sum_i (\theta_i - \bar\theta)(\theta_i - \bar\theta)^\top$ over the ravelled position.
+            $\sum_i (\theta_i - \bar\theta)(\theta_i - \bar\theta)^\top$ over the raveled position.
     """
 
     count: Int[Array, ""]
@@ -46,7 +46,7 @@ def moments(*, full: bool = False) -> Online:
     ``Draws.summary``, as ``Moments``.
 
     Args:
-        full: Whether to keep the full covariance of the ravelled position.
+        full: Whether to keep the full covariance of the raveled position.
 
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad

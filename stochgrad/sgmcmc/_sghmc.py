@@ -84,7 +84,7 @@ def sghmc(
         target: A posterior, or a gradient.
         step_size: h, a positive number or an optax-style schedule ``step -> float``.
         friction: C, a number, a tree of the position's structure with a number or an array for each
-            leaf (a diagonal), or a (d, d) matrix over the ravelled position of d numbers.
+            leaf (a diagonal), or a (d, d) matrix over the raveled position of d numbers.
         mass: M, likewise. Inverse posterior variances (or the inverse covariance) make all
             directions equally fast; a friction of ``rate * mass`` then damps them all at that rate.
         noise_estimate: $\hat B$, the diffusion $hV/2$ that the gradient noise of independent

@@ -63,7 +63,7 @@ def test_without_noise_ranks_are_uniform(d):
 
 
 def test_ties_count_by_half():
-    """An observation amid draws equal to it is at their centre, not at an end."""
+    """An observation amid draws equal to it is at their center, not at an end."""
     draws = np.array([[0.0], [1.0], [1.0], [2.0]])
     np.testing.assert_array_equal(calibration([1.0], draws).coverage, 1)
     assert calibration([1.0], draws).miscalibration_area == pytest.approx(0.5)

@@ -56,7 +56,7 @@ def test_the_stein_discrepancy_tells_right_draws_from_wrong_ones(scores):
     assert min(found[1:]) > 2 * abs(found[0])
 
 
-def test_the_neighbour_divergence_has_its_closed_form():
+def test_the_neighbor_divergence_has_its_closed_form():
     """Between Gaussians: KL(N(m, s^2) | N(0, 1)) = (s^2 + m^2 - 1) / 2 - log s, twice over."""
     m, s, n = 0.7, 0.6, 4000
     x = m + s * RNG.normal(size=(2, n // 2, 2))
@@ -105,8 +105,8 @@ def test_temperatures_of_each_chain():
     target = exact_gradient(lambda q: -0.5 * jnp.sum(q**2))
     t = temperatures(draws, target, jax.random.key(0), per_chain=True)
     assert np.all(np.abs(t.kinetic - heat[:, 0]) < Z * t.kinetic_error)
-    centred_on_all = t.configurational - heat[:, 0]
-    assert np.all(np.abs(centred_on_all) < Z * t.configurational_error)
+    centered_on_all = t.configurational - heat[:, 0]
+    assert np.all(np.abs(centered_on_all) < Z * t.configurational_error)
     through = temperatures(draws.to_arviz(), target, jax.random.key(0), per_chain=True)
     np.testing.assert_allclose(through.kinetic, t.kinetic, rtol=1e-6)
 

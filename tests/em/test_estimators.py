@@ -136,9 +136,9 @@ def test_grpo_and_bnpo_against_their_formulas():
         inside = np.clip(means, 1e-6, 1 - 1e-6)
         beta = inside ** (a - 1) * (1 - inside) ** (b - 1)
         if a != 1 or b != 1:
-            from scipy.special import beta as normaliser
+            from scipy.special import beta as normalizer
 
-            beta = beta / normaliser(a, b)
+            beta = beta / normalizer(a, b)
         weights = {
             "grpo": (r - means[:, None]) / (r.std(axis=1, keepdims=True) + 1e-4),
             "bnpo": (r - means[:, None]) / beta[:, None],
@@ -201,7 +201,7 @@ def weights_of(estimator, rewards):
     return np.asarray(estimator.weights(minibatch)[1])
 
 
-def test_equal_rewards_standardised_are_zero_and_large_ones_do_not_overflow():
+def test_equal_rewards_standardized_are_zero_and_large_ones_do_not_overflow():
     """Rounding of their mean, over the rounding of their deviation, would be a weight of one."""
     for reward in (0.1, 1.0, 1234.567, -3e20):
         assert not np.any(weights_of(em.grpo(), [reward] * 3))

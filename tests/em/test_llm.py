@@ -175,7 +175,7 @@ def test_logits_of_every_token(tmp_path):
     np.testing.assert_allclose(found, numpy_logits(tensors, tokens), rtol=0, atol=2e-5)
 
 
-def test_quantised_weights_are_scale_times_integer(tmp_path):
+def test_quantized_weights_are_scale_times_integer(tmp_path):
     tensors, name = weights(True), "token_embd.weight"
     kind = gguf.GGMLQuantizationType.Q8_0
     packed = gguf.quants.quantize(tensors[name], kind)

@@ -9,7 +9,7 @@ import pytest
 
 import stochgrad
 from stochgrad import federated
-from stochgrad.federated._qlsd import quantised, quantised_bits
+from stochgrad.federated._qlsd import quantized, quantized_bits
 from tests.conftest import Z
 from tests.federated.toys import (
     gaussian_mean,
@@ -144,22 +144,22 @@ def test_what_is_sent_is_counted():
     assert rounds >= 2
     averaged = run(step_size=1e-3, method="FALD", local_steps=4, thin=4)
     assert averaged.stats["bytes_up"][0, -1] == 3 * 8 * 20
-    quantised_run = run(step_size=1e-3, method="QLSD++")
-    assert quantised_run.stats["bytes_up"][0, -1] == 3 * 20 * np.ceil(quantised_bits(2, 16) / 8)
+    quantized_run = run(step_size=1e-3, method="QLSD++")
+    assert quantized_run.stats["bytes_up"][0, -1] == 3 * 20 * np.ceil(quantized_bits(2, 16) / 8)
     tree = draws.to_datatree()
     assert {"client", "visits", "bytes_up", "bytes_down"} <= set(tree["sample_stats"])
 
 
-def test_the_quantiser_is_unbiased_and_on_its_grid():
+def test_the_quantizer_is_unbiased_and_on_its_grid():
     x = jnp.array([1.0, -2.0, 0.0, 0.3])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    q = np.asarray(jax.vmap(lambda key: quantised(key, x, 4))(keys))
+    q = np.asarray(jax.vmap(lambda key: quantized(key, x, 4))(keys))
     error = q.std(axis=0) / np.sqrt(len(q))
     assert np.all(np.abs(q.mean(axis=0) - x) < Z * error + 1e-6)
     steps = q * 4 / np.linalg.norm(x)
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
-    assert not np.any(np.asarray(quantised(keys[0], jnp.zeros(4), 4)))
-    assert quantised_bits(1000, 1) < quantised_bits(1000, 16) <= 32 * 1000
+    assert not np.any(np.asarray(quantized(keys[0], jnp.zeros(4), 4)))
+    assert quantized_bits(1000, 1) < quantized_bits(1000, 16) <= 32 * 1000
 
 
 def test_data_prior_and_likelihood_are_enough():

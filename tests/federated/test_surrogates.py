@@ -163,20 +163,20 @@ def test_its_value_is_what_its_gradient_is_the_gradient_of():
 def test_with_a_control_variate_and_first_order_surrogates_there_is_no_noise_at_the_reference(
     federation,
 ):
-    """The clients' own centres and the conducive gradient have to fit together."""
+    """The clients' own centers and the conducive gradient have to fit together."""
     _, target, reference = federation
-    centred = stochgrad.control_variate(target, reference)
+    centered = stochgrad.control_variate(target, reference)
     surrogates = federated.global_first_order(target, reference)
-    gradient = conducive(centred, surrogates)
+    gradient = conducive(centered, surrogates)
     at = reference.position
     state = gradient.init(jax.random.key(0), at)
     found, alone = [], []
     for _ in range(20):
         score, state = gradient.next(jax.random.key(0), at, state)
         found.append(np.asarray(score(at)[1]))
-    state = centred.init(jax.random.key(0), at)
+    state = centered.init(jax.random.key(0), at)
     for _ in range(20):
-        score, state = centred.next(jax.random.key(0), at, state)
+        score, state = centered.next(jax.random.key(0), at, state)
         alone.append(np.asarray(score(at)[1]))
     exact = jax.grad(target.log_density)(at, target.batches.full)
     np.testing.assert_allclose(found, np.broadcast_to(exact, (20, 3)), atol=0.05)

@@ -185,15 +185,15 @@ def test_gradients_that_cannot_be_are_refused(key):
             factory(stochgrad.gradients.minibatch(logistic()))
 
 
-def test_a_control_variate_has_no_noise_at_its_centre_and_little_nearby():
+def test_a_control_variate_has_no_noise_at_its_center_and_little_nearby():
     target = logistic()
     gradient = stochgrad.control_variate(target, CENTER)
     _, at_center = estimates(gradient, CENTER, 50)
     assert np.abs(at_center - np.asarray(full(target, CENTER)[1])).max() < 1e-3
     near = CENTER + 0.05
     _, plain = estimates(stochgrad.gradients.minibatch(target), near, 400)
-    _, centred = estimates(gradient, near, 400)
-    assert np.all(centred.var(axis=0) < 0.01 * plain.var(axis=0))
+    _, centered = estimates(gradient, near, 400)
+    assert np.all(centered.var(axis=0) < 0.01 * plain.var(axis=0))
 
 
 def test_a_control_variate_needs_a_posterior():

@@ -74,7 +74,7 @@ def test_the_first_kick_of_a_chain_uses_the_gradient_at_its_start():
 @pytest.mark.parametrize(
     ("word", "symmetric"), [("BAOAB", True), ("UBU", True), ("BABO", False), ("BAO", False)]
 )
-def test_symmetric_words_are_recognised(word, symmetric):
+def test_symmetric_words_are_recognized(word, symmetric):
     assert splitting(word).symmetric is symmetric
     assert splitting(word).keeps_gradient is (word in ("BAOAB", "BABO"))
     assert INTEGRATORS["SSI"].symmetric

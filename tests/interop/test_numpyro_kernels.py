@@ -77,7 +77,7 @@ def test_every_kernel_has_its_numpyro_form(name):
 
 @pytest.mark.slow
 def test_a_model_alone_is_enough():
-    """Centre, mass, friction and step size are found; the posterior is NUTS's."""
+    """Center, mass, friction and step size are found; the posterior is NUTS's."""
     kernel = stochgrad.numpyro.SGHMC(
         m.regression, integrator="BAOAB", order="symmetric", gradient="control_variate"
     )

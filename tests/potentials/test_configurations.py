@@ -70,8 +70,8 @@ BAD = {
     ),
     "species of floats": ({"species": np.array([0.0, 1, 1, 0])}, "species must be integers from 0"),
     "a graph without rows": (
-        {"neighbours": np.zeros((2, 4))},
-        "neighbours must have a row for each",
+        {"neighbors": np.zeros((2, 4))},
+        "neighbors must have a row for each",
     ),
     "atoms on each other": (
         {"positions": with_value(R, (3, 2), R[3, 0])},

@@ -21,7 +21,7 @@ def mlp(params, positions):
 
 
 CHAINS, DRAWS, HIDDEN = 4, 200, 6
-CENTRE = {
+CENTER = {
     "w": np.linspace(0.3, 2, HIDDEN),
     "b": np.linspace(-2, 1, HIDDEN),
     "out": np.linspace(1, -2, HIDDEN),
@@ -33,7 +33,7 @@ def independent():
     """Draws of one law in every chain."""
     return {
         name: (x + 0.1 * np.random.default_rng(3).normal(size=(CHAINS, DRAWS, HIDDEN))).astype("f4")
-        for name, x in CENTRE.items()
+        for name, x in CENTER.items()
     }
 
 

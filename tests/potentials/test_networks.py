@@ -174,7 +174,7 @@ def test_the_same_key_gives_the_same_run(found, target, alike):
     assert_equal(again.positions, found["SGLD"].positions)
 
 
-def test_chains_start_as_widely_as_their_initialisation(target):
+def test_chains_start_as_widely_as_their_initialization(target):
     """64 starts have its mean and variance: none is another's copy."""
     start = potentials.networks(jax.random.key(5), target, num_chains=64, train_steps=0)
     rows = flat(start.trained["params"]).astype(float)

@@ -35,7 +35,7 @@ def lattice(dim, edge=4):
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_lattice_has_its_counts(dim):
-    """Neighbours at 1, sqrt(2) and sqrt(3), across the boundaries too."""
+    """Neighbors at 1, sqrt(2) and sqrt(3), across the boundaries too."""
     at, bins = lattice(dim), 8  # of width a quarter
     g = average(rdf(np.full(dim, 4.0), bins=bins), at[None])
     edges = np.linspace(0, 2, bins + 1)
@@ -69,7 +69,7 @@ def test_a_square_lattice_has_its_angles():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(a.at[0], (np.arange(bins) + 0.5) * width)
     wider = average(adf(box, cutoff=1.7, bins=14), at[None]) * np.pi / 14
-    wide = np.zeros(14)  # 28 pairs of 8 neighbours at multiples of 45 degrees: 8, 8, 8 and 4
+    wide = np.zeros(14)  # 28 pairs of 8 neighbors at multiples of 45 degrees: 8, 8, 8 and 4
     for degrees, count in ((45, 8), (135, 8), (180, 4)):
         wide[min(int(degrees / 180 * 14), 13)] += count
     right = wider[6] + wider[7]  # on an edge

@@ -111,8 +111,8 @@ def test_conjugate_linear_regression():
     )
     value, error = mean_and_error(draws.positions)
     assert np.all(np.abs(value - mean) < Z * error)
-    centred = draws.positions - mean.astype(np.float32)
-    products = centred[..., :, None] * centred[..., None, :]
+    centered = draws.positions - mean.astype(np.float32)
+    products = centered[..., :, None] * centered[..., None, :]
     value, error = mean_and_error(products.reshape(*products.shape[:2], 9))
     bias = 0.004**2 * np.linalg.eigvalsh(precision).max() / 4 + np.mean(draws.stats["noise_ratio"])
     assert np.all(np.abs(value - covariance.ravel()) < Z * error + bias * np.diag(covariance).max())

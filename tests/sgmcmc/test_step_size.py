@@ -78,8 +78,8 @@ def test_the_bias_of_gradient_noise_is_predicted(key):
     np.testing.assert_allclose(found.curvature, precision, rtol=1e-3)
     swept, _, _ = gaussian_posterior(num_rows=400, dim=3, batch_size=20, order="reshuffled")
     assert find(swept, key, jnp.asarray(mean)).step_size > 2 * found.step_size
-    centred = stochgrad.control_variate(target, jnp.asarray(mean))
-    assert find(centred, key, jnp.asarray(mean)).noise_bias < 1e-6  # one curvature for all rows
+    centered = stochgrad.control_variate(target, jnp.asarray(mean))
+    assert find(centered, key, jnp.asarray(mean)).noise_bias < 1e-6  # one curvature for all rows
 
 
 def test_a_mass_makes_the_curvature_one(key):

@@ -1,4 +1,4 @@
-"""The divergence between two sets of draws, from distances to neighbours."""
+"""The divergence between two sets of draws, from distances to neighbors."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ from stochgrad.diagnostics._inputs import arrays_of, flattened
 
 
 def knn_divergence(draws: Any, reference: Any, *, k: int = 5) -> float:
-    r"""Kullback-Leibler divergence from one set of draws to another, by nearest neighbours.
+    r"""Kullback-Leibler divergence from one set of draws to another, by nearest neighbors.
 
     $$\widehat{\mathrm{KL}} = \frac dn\sum_{i=1}^n \log\frac{\nu_k(x_i)}{\rho_k(x_i)}
       + \log\frac{m}{n-1},$$
 
-    with the distance $\rho_k$ from a draw to its k-th neighbour among the other n - 1 draws, and
+    with the distance $\rho_k$ from a draw to its k-th neighbor among the other n - 1 draws, and
     $\nu_k$ to its k-th among the m of the reference (Wang, Kulkarni & Verdú, IEEE Trans. Inf.
     Theory 2009). Good in a few dimensions; in many, compare a few numbers of interest at a time.
     Coordinates are scaled by the reference's standard deviations. Draws that repeat another are
-    left out. Autocorrelated draws are each other's neighbours: thin them first.
+    left out. Autocorrelated draws are each other's neighbors: thin them first.
 
     Args:
         draws: ``stochgrad.Draws`` or an ArviZ object, with the same variables as ``reference``.
         reference: Likewise.
-        k: Which neighbour; more is smoother and more biased.
+        k: Which neighbor; more is smoother and more biased.
 
     Raises:
         TypeError: they are neither draws nor ArviZ objects.
