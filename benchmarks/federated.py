@@ -23,7 +23,7 @@ import numpy as np
 
 import stochgrad
 from stochgrad import federated
-from stochgrad.federated import clients_of
+from stochgrad.federated import require_clients
 from stochgrad.federated._qlsd import qlsd_costs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -210,7 +210,7 @@ def run(problem, reference, method, settings, seed, chains, shrink=1):
     sent = sum(draws.stats[f"bytes_{way}"] for way in ("up", "down")).astype(np.float64)
     sent += reference.bytes_up + reference.bytes_down
     if method.startswith("FSGLD"):
-        clients = clients_of(problem.target).count
+        clients = require_clients(problem.target).count
         sent += surrogate_bytes(settings, clients, len(problem.mean), draws.stats["client"])
     return curve(problem, settings, draws.positions, np.median(sent, axis=0))
 

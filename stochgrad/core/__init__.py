@@ -36,7 +36,10 @@ from stochgrad.core._checks import first_line as first_line
 from stochgrad.core._checks import is_function as is_function
 from stochgrad.core._datatree import by_name as by_name
 from stochgrad.core._draws import Draws as Draws
-from stochgrad.core._identity import refuse_other_run as refuse_other_run
+from stochgrad.core._fingerprint import check_same_run as check_same_run
+from stochgrad.core._full_data import full_data_mean as full_data_mean
+from stochgrad.core._full_data import full_data_mean_traceable as full_data_mean_traceable
+from stochgrad.core._full_data import resident_block as resident_block
 from stochgrad.core._jit import hoisted_jit as compiled  # noqa: F401
 from stochgrad.core._jit import hoisted_jit as hoisted_jit
 from stochgrad.core._jit import number as number
@@ -85,6 +88,3 @@ from stochgrad.core._warnings import GradientNoiseWarning as GradientNoiseWarnin
 from stochgrad.core._warnings import InterruptWarning as InterruptWarning
 from stochgrad.core._warnings import PrecisionWarning as PrecisionWarning
 from stochgrad.core._warnings import warn_of_noise as warn_of_noise
-from stochgrad.core._whole import in_one_block as in_one_block
-from stochgrad.core._whole import on_all_data as on_all_data
-from stochgrad.core._whole import one_block_at_hand as one_block_at_hand

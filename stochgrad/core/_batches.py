@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 from stochgrad.core._arrays import as_data, data_rows
 from stochgrad.core._checks import check_choice, check_instance, describe
-from stochgrad.core._hosts import place
+from stochgrad.core._distributed import put_global
 from stochgrad.core._noise import key_words
 from stochgrad.core._orders import ORDERS, permuted
 from stochgrad.core._protocols import Batches, Blocks, PRNGKey
@@ -87,7 +87,7 @@ class Partition(NamedTuple):
                 rows = np.take(np.asarray(leaf), self.order, axis=axis)
                 shape = (*rows.shape[:axis], -1, self.batch_size, *rows.shape[axis + 1 :])
                 spec = PartitionSpec(*(None,) * (axis + 1), "data")
-                return place(rows.reshape(shape), NamedSharding(self.mesh, spec))
+                return put_global(rows.reshape(shape), NamedSharding(self.mesh, spec))
             if isinstance(leaf, jax.Array):
                 return jnp.take(leaf, self.order, axis=axis)
             return jnp.asarray(np.take(np.asarray(leaf), self.order, axis=axis))
@@ -246,7 +246,7 @@ def check_no_mesh(mesh: Mesh | None) -> None:
     """Raise a ValueError if there is a mesh, which streamed data do not know what to do with."""
     if mesh is not None:
         raise ValueError(
-            "mesh is for data in memory: every device holds a streamed super-block whole."
+            "mesh cannot be combined with order='streamed': every device holds a super-block whole."
         )
 
 

@@ -12,16 +12,16 @@ _CACHE_BYTES = 2**15
 _MANY = 8
 
 
-def over_chains(step: Callable, state: PyTree, share: bool, in_turn: bool) -> Callable:
+def map_chains(step: Callable, state: PyTree, share: bool, sequential: bool) -> Callable:
     """``(keys, states) -> (states, infos)``, with what is shared held once.
 
     Args:
         step: ``(key, state) -> (state, info)`` of one chain.
         state: Shapes of one chain's state.
         share: Whether chains share what they may.
-        in_turn: Take the chains one after another (``lax.map``), not all at once (``vmap``).
+        sequential: Take the chains one after another (``lax.map``), not all at once (``vmap``).
     """
-    if not in_turn:
+    if not sequential:
         axes = shared_axes(state, share)
         return jax.vmap(step, in_axes=(0, axes), out_axes=(axes, 0))
     is_own = own_parts(state, share)
@@ -53,7 +53,7 @@ def over_chains(step: Callable, state: PyTree, share: bool, in_turn: bool) -> Ca
     return advance
 
 
-def best_in_turn(state: PyTree, share: bool, largest: int) -> bool:
+def prefer_sequential(state: PyTree, share: bool, largest: int) -> bool:
     """Whether chains that hold minibatches of their own run faster one after another.
 
     On a CPU they do where reading the minibatch is the cost of a step: where the largest array that

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from stochgrad.core._archive import damaged, load_notes, load_tree, save_tree
-from stochgrad.core._identity import refuse_other_run
+from stochgrad.core._fingerprint import check_same_run
 from stochgrad.core._lock import Lock
 from stochgrad.core._warnings import CheckpointWarning
 
@@ -36,8 +36,8 @@ class Saved(NamedTuple):
 class Checkpoint:
     """A directory with the last state of a run, and the draws up to it unless a store has them.
 
-    Draws are written in pieces, each before the state that counts it, and every file under its
-    final name at once: whenever the process dies, the state and the pieces that it counts are
+    Draws are written in pieces, each before the state that counts it, and files are renamed
+    atomically: whenever the process dies, the state and the pieces that it counts are
     those of some moment of the run.
 
     Args:
@@ -49,7 +49,7 @@ class Checkpoint:
 
     Raises:
         OSError: the directory cannot be written, or another run writes there.
-        ValueError: it holds another run, or this one without ``resume``; it is damaged.
+        ValueError: a different run wrote it, or this one without ``resume``; it is damaged.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Checkpoint:
             state = path / _STATE
             self._notes = load_notes(state) if state.exists() else None
             if self._notes is not None:
-                refuse_other_run(name, self._notes.get("run"), run, resume)
+                check_same_run(name, self._notes.get("run"), run, resume)
                 self._counted, self.done = self._notes["kept"], self._notes["done"]
                 self.stored = self._notes["stored"]
         except BaseException:
@@ -100,7 +100,7 @@ class Checkpoint:
             return None
         pieces, kept = [], 0
         while kept < self._counted:
-            path = self._piece(kept)
+            path = self._run_one_chunk(kept)
             if load_notes(path).get("run") != _digest(self._run):
                 raise ValueError(damaged(path, "belongs to another run"))
             pieces.append(load_tree(path, piece))
@@ -137,7 +137,7 @@ class Checkpoint:
             kept = self._counted
             if pieces:
                 piece = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
-                save_tree(self._piece(kept), piece, {"run": _digest(self._run)})
+                save_tree(self._run_one_chunk(kept), piece, {"run": _digest(self._run)})
                 kept += len(jax.tree.leaves(piece)[0])
             notes = {"done": done, "kept": kept, "stored": stored, "run": self._run}
             save_tree(self.path / _STATE, state, notes)
@@ -157,7 +157,7 @@ class Checkpoint:
         if self._lock is not None:
             self._lock.release()
 
-    def _piece(self, first: int) -> Path:
+    def _run_one_chunk(self, first: int) -> Path:
         return self.path / f"draws-{first:010d}.npz"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from stochgrad.core._checks import describe, first_line
-from stochgrad.core._identity import package_version
+from stochgrad.core._fingerprint import package_version
 
 if TYPE_CHECKING:
     import xarray

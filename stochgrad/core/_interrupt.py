@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def heed_interrupts(terminate: bool = False) -> Iterator[Callable[[], bool]]:
+def defer_interrupts(terminate: bool = False) -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether Ctrl-C has been pressed; pressed again, it raises.
 
     An interrupt in the middle of a chunk would lose the carry that the chunk has consumed, so the

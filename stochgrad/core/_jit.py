@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from stochgrad.core._checks import describe
-from stochgrad.core._hosts import place
+from stochgrad.core._distributed import put_global
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ class hoisted_jit:
         if self._mesh is not None:
             replicated = NamedSharding(self._mesh, PartitionSpec())
             lies = lambda c: getattr(getattr(c, "sharding", None), "mesh", None) == self._mesh
-            return [c if lies(c) else place(c, replicated) for c in closed.consts], jitted, out
+            return [c if lies(c) else put_global(c, replicated) for c in closed.consts], jitted, out
         constants = [jnp.asarray(c) for c in closed.consts]
         inputs = constants, jax.tree.leaves(args[:1]), jax.tree.leaves(args[1:])
         traced = jitted.trace(*inputs)

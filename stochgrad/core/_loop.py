@@ -24,16 +24,16 @@ from stochgrad.core._checks import (
     is_function,
     is_ours,
 )
+from stochgrad.core._distributed import is_lead_process, put_global, to_host
 from stochgrad.core._draws import Draws, run_attributes
-from stochgrad.core._hosts import is_writer, place, to_host
-from stochgrad.core._identity import identity
-from stochgrad.core._journey import Journey
-from stochgrad.core._keep import Keeper, check_places
+from stochgrad.core._fingerprint import identity
 from stochgrad.core._noise import key_words
 from stochgrad.core._program import build, chain_axis, chain_sharding, position_of, trace
 from stochgrad.core._progress import progress_bar
 from stochgrad.core._protocols import Kernel, Online, Position, PRNGKey
 from stochgrad.core._report import report
+from stochgrad.core._run_loop import RunLoop
+from stochgrad.core._sinks import Sink, check_places
 from stochgrad.core._store import Store
 from stochgrad.core._stream import Supply
 from stochgrad.core._verdict import check_start
@@ -77,8 +77,9 @@ def sample(
         init: Where the chains start: one position for all, one with a leading axis of
             ``num_chains`` for each, or a function ``key -> position``. May be left out where the
             kernel's posterior knows (a numpyro model); each chain then starts somewhere else. A
-            vector as long as there are chains is one position, if it fits the model as such. What
-            has a ``position``, as the center that ``stochgrad.find_center`` found, stands for it.
+            vector whose length equals ``num_chains`` is one position if the model accepts it. An
+            object with a ``position``, such as the result of ``stochgrad.find_center``, is
+            accepted.
         num_samples: Draws to keep, per chain.
         num_warmup: Draws to discard before them, per chain.
         thin: Steps per draw.
@@ -106,7 +107,7 @@ def sample(
     Raises:
         TypeError: the key is not a typed PRNG key, the kernel not a kernel.
         ValueError: a number is out of range, or ``init`` does not fit the model or is not finite;
-            the run has more than 2^31 - 1 steps; the store or the checkpoint holds another run, or
+            the run has more than 2^31 - 1 steps; the store or the checkpoint was written by a different run, or
             this one without ``resume``, or lacks draws that the other counts; the checkpoint is
             damaged; streamed data hold NaN, change their length or cannot be read.
         OSError: the store or the checkpoint cannot be written, or another run writes there; the
@@ -186,20 +187,20 @@ def sample(
         several=num_chains > 1,
         run=run,
     )
-    keeper = Keeper(as_draws, program.shapes, online)
+    sink = Sink(as_draws, program.shapes, online)
     first_of_chains = jax.tree.map(lambda x: x[0], positions) if num_chains > 1 else positions
     keys, init_keys = _chain_keys(run_key, num_chains), _chain_keys(init_key, num_chains)
     everywhere = by_chain = None
     if mesh is not None:
         everywhere = NamedSharding(mesh, PartitionSpec())
         by_chain = NamedSharding(mesh, chain_axis(mesh)) if num_chains > 1 else everywhere
-        positions, keys, init_keys = place((positions, keys, init_keys), by_chain)
+        positions, keys, init_keys = put_global((positions, keys, init_keys), by_chain)
     supply = None
     try:
         if store is not None or checkpoint is not None:
-            told = {**run_attributes(kernel, run), "num_chains": num_chains, "collect": collect}
-            keeper.open(
-                identity(program.traced, told, example, stream),
+            metadata = {**run_attributes(kernel, run), "num_chains": num_chains, "collect": collect}
+            sink.open(
+                identity(program.traced, metadata, example, stream),
                 store,
                 checkpoint,
                 every,
@@ -212,7 +213,7 @@ def sample(
         shapes = partial(
             jax.eval_shape, program.start, positions, init_keys, stream and stream.shapes()
         )
-        saved = keeper.load(shapes, num_warmup)
+        saved = sink.load(shapes, num_warmup)
         if saved is None:
             if supply is not None:
                 supply.left(0)
@@ -225,24 +226,28 @@ def sample(
         if mesh is not None:
             one = num_chains == 1
             shardings = everywhere if one else chain_sharding(carry, share_batches, mesh)
-            carry = place(carry, shardings)
+            carry = put_global(carry, shardings)
 
         total = num_warmup + num_samples
-        bar = progress_bar(total * thin, num_warmup * thin) if progress and is_writer() else None
-        journey = Journey(program, keys, supply, thin, num_warmup, total, chunk_size)
+        bar = (
+            progress_bar(total * thin, num_warmup * thin)
+            if progress and is_lead_process()
+            else None
+        )
+        run_loop = RunLoop(program, keys, supply, thin, num_warmup, total, chunk_size)
         with bar or nullcontext() as update:
-            carry, seconds = journey.run(
+            carry, seconds = run_loop.run(
                 carry,
                 saved.done if saved is not None else 0,
-                keeper,
+                sink,
                 lambda n: update and update(n * thin),
             )
     finally:
-        keeper.close()
+        sink.close()
         if supply is not None:
             supply.close()
 
-    draws = keeper.draws(
+    draws = sink.draws(
         state=carry.state,
         summary=to_host(carry.summary),
         first_bad=np.atleast_1d(to_host(carry.first_bad)),
@@ -254,7 +259,7 @@ def sample(
 
 
 def initial_of(kernel: Any) -> Callable[[Any], Any] | None:
-    """Where a kernel starts unless told otherwise: its own answer, or its posterior's."""
+    """Where a kernel starts unless metadata otherwise: its own answer, or its posterior's."""
     posterior, initial = getattr(kernel, "posterior", None), getattr(kernel, "initial", None)
     return posterior.initial if initial is None and posterior is not None else initial
 
@@ -264,7 +269,7 @@ def _starting_points(key, kernel, init, num_chains, stream):
     initial = initial_of(kernel)
     if init is None:
         if initial is None:
-            raise ValueError("init is needed: this kernel's target does not know where to start.")
+            raise ValueError("init is needed: the kernel's target defines no starting point.")
         init = initial
     init = getattr(init, "position", init)
     if is_function(init):

@@ -19,7 +19,7 @@ from stochgrad.core._noise import mix, threefry
 _ROUNDS = 8
 
 
-class Visit(NamedTuple):
+class Slot(NamedTuple):
     """Which permutation, and which slot of it."""
 
     permutation: UInt32[Array, ""]
@@ -28,31 +28,31 @@ class Visit(NamedTuple):
 
 Size: TypeAlias = int | UInt32[Array, ""]
 
-Order: TypeAlias = Callable[[Array, Size], Visit]
+OrderFunction: TypeAlias = Callable[[Array, Size], Slot]
 
 
-def iid(t: UInt32[Array, ""], num_batches: Size) -> Visit:
+def iid(t: UInt32[Array, ""], num_batches: Size) -> Slot:
     """A fresh draw each step, independent of all before."""
-    return Visit(t, jnp.zeros_like(t))
+    return Slot(t, jnp.zeros_like(t))
 
 
-def reshuffled(t: UInt32[Array, ""], num_batches: Size) -> Visit:
+def reshuffled(t: UInt32[Array, ""], num_batches: Size) -> Slot:
     """Each minibatch once an epoch, in a new random order each epoch."""
     k = jnp.asarray(num_batches, np.uint32)
-    return Visit(t // k, t % k)
+    return Slot(t // k, t % k)
 
 
-def symmetric(t: UInt32[Array, ""], num_batches: Size) -> Visit:
+def symmetric(t: UInt32[Array, ""], num_batches: Size) -> Slot:
     """A sweep in random order, then the same sweep backwards; a new order every two sweeps.
 
     The minibatch at a turning point is visited twice in a row.
     """
     k = jnp.asarray(num_batches, np.uint32)
     i = t % (k + k)
-    return Visit(t // (k + k), jnp.where(i < k, i, k + k - np.uint32(1) - i))
+    return Slot(t // (k + k), jnp.where(i < k, i, k + k - np.uint32(1) - i))
 
 
-ORDERS: dict[str, Order] = {"iid": iid, "reshuffled": reshuffled, "symmetric": symmetric}
+ORDERS: dict[str, OrderFunction] = {"iid": iid, "reshuffled": reshuffled, "symmetric": symmetric}
 
 
 def permuted(

@@ -13,17 +13,17 @@ from jax.core import eval_jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
-from stochgrad.core._chains import best_in_turn, over_chains
+from stochgrad.core._chains import map_chains, prefer_sequential
 from stochgrad.core._checks import describe, first_line, is_ours
 from stochgrad.core._jit import hoisted_jit, remember
 from stochgrad.core._protocols import Online
 from stochgrad.core._stream import Stream
 from stochgrad.core._trees import (
-    fill,
+    insert_resident,
     is_shared,
+    remove_resident,
     share_first,
     shared_axes,
-    strip,
     tree_bytes,
     tree_isfinite,
     tree_probe,
@@ -137,11 +137,11 @@ def _trace(init: Callable, step: Callable, example: tuple[Any, tuple, Any], stre
 
     def start(position, key, resident):
         with nullcontext() if stream is None else stream.supplying(resident):
-            return strip(init(position, key))
+            return remove_resident(init(position, key))
 
     def advance(resident, key, state):
-        state, info = step(key, fill(state, resident))
-        return strip(state), info
+        state, info = step(key, insert_resident(state, resident))
+        return remove_resident(state), info
 
     state = jax.eval_shape(start, position, key, resident)
     if not hasattr(state, "position"):
@@ -200,11 +200,11 @@ def _build(
         summary = (jax.vmap(online.init) if several else online.init)(states.position)
         return Carry(states, jnp.full(keys.shape, -1, jnp.int32), summary)
 
-    in_turn = several and mesh is None and best_in_turn(traced.state, share, traced.largest)
+    sequential = several and mesh is None and prefer_sequential(traced.state, share, traced.largest)
 
     def advance(resident, keys, state):
         one = partial(traced.step, resident)
-        return (over_chains(one, traced.state, share, in_turn) if several else one)(keys, state)
+        return (map_chains(one, traced.state, share, sequential) if several else one)(keys, state)
 
     keep = jax.vmap(keep_of_one, in_axes=(axes,)) if several else keep_of_one
 

@@ -61,7 +61,7 @@ class Batches(NamedTuple):
         stream: What brings the rows into memory, where not all are there; ``full`` is then None.
         mesh: The devices that the rows of each minibatch are spread over; ``full`` is then None.
         anchored: ``(posterior, function, point) -> Anchored``, where no one place knows the
-            function's value on all data; None where ``on_all_data`` finds it.
+            function's value on all data; None where ``full_data_mean`` finds it.
         owners: Who owns the rows, where that is more than one; for the floors above.
     """
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from stochgrad.core._checks import check_choice, check_path, first_line
 from stochgrad.core._datatree import Group
-from stochgrad.core._identity import refuse_other_run
+from stochgrad.core._fingerprint import check_same_run
 from stochgrad.core._lock import LOCK, Lock
 from stochgrad.core._stream import step_aside
 
@@ -24,7 +24,7 @@ _CHUNK_BYTES = 2**20
 _MOST_DRAWS = 2**14
 _SECONDS_BETWEEN_WRITES = 1.0
 _REST = 80
-"""How much longer than a write the pause after it is."""
+"""Minimum ratio of idle time to write time."""
 _RUN = "stochgrad_run"
 _ALL_CHUNKS = {"write_empty_chunks": True}
 """Chunks of nothing but the fill value are written too, so that a missing file is a loss."""
@@ -37,8 +37,8 @@ class Store:
     Attributes:
         path: A directory, made by the run: a zarr group that ``xarray.open_datatree`` and ArviZ
             read, while the run goes on as well. Kept as an absolute path.
-        dtype: None keeps the type of the draws. ``"float16"`` halves them, and refuses what is
-            beyond its 65504. ``"bfloat16"`` rounds to eight leading bits and stores the result in
+        dtype: None keeps the type of the draws. ``"float16"`` halves them, and raises for values
+            above its maximum, 65504. ``"bfloat16"`` rounds to eight leading bits and stores the result in
             single precision, whose zeros compress away, so that every reader knows it.
 
     Raises:
@@ -384,7 +384,7 @@ def _open(path: Path, run: dict[str, Any], resume: bool) -> tuple[Any, Lock]:
     zarr = _zarr()
     name = f"store={str(path)!r}"
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{name} exists and is no zarr group: name another path.")
+        raise ValueError(f"{name} exists but is not a zarr group: choose another path.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         others = any(
@@ -392,7 +392,7 @@ def _open(path: Path, run: dict[str, Any], resume: bool) -> tuple[Any, Lock]:
             for file in path.iterdir()
         )
         if others and not (path / "zarr.json").exists():
-            raise ValueError(f"{name} exists and is no zarr group: name another path.")
+            raise ValueError(f"{name} exists but is not a zarr group: choose another path.")
         lock = Lock(path, name)
     except OSError as error:
         if not error.strerror:
@@ -418,8 +418,8 @@ def _go_on(path: Path, name: str, run: dict[str, Any], resume: bool) -> Any:
     try:
         root = _zarr().open_group(path, mode="r+", use_consolidated=False)
     except Exception as error:
-        raise ValueError(f"{name} exists and is no zarr group: name another path.") from error
-    refuse_other_run(name, root.attrs.get(_RUN), run, resume)
+        raise ValueError(f"{name} exists but is not a zarr group: choose another path.") from error
+    check_same_run(name, root.attrs.get(_RUN), run, resume)
     for group in root.group_keys():
         for variable in root[group].array_keys():
             array = root[f"{group}/{variable}"]

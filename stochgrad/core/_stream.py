@@ -21,10 +21,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from stochgrad.core._checks import check_count, describe, first_line
-from stochgrad.core._hosts import place, to_host
+from stochgrad.core._distributed import put_global, to_host
 from stochgrad.core._noise import key_words
 from stochgrad.core._orders import permuted
-from stochgrad.core._trees import Constant, Shared
+from stochgrad.core._trees import HostProvided, Shared
 
 _SEGMENTS = 16
 _NICE = 10
@@ -57,7 +57,7 @@ class StreamState(NamedTuple):
 
     words: Shared
     count: Shared
-    resident: Constant
+    resident: HostProvided
 
 
 class Source(NamedTuple):
@@ -266,7 +266,7 @@ class Stream:
             )
         words = Shared(key_words(key), optional=True)
         first = jnp.asarray(self._supplied.first)
-        return StreamState(words, Shared(first), Constant(self._supplied))
+        return StreamState(words, Shared(first), HostProvided(self._supplied))
 
     def next(self, state: StreamState) -> tuple[tuple[Array, Resident], StreamState]:
         """Number of the next minibatch in the super-block, the super-block, and the state."""
@@ -344,7 +344,9 @@ class Supply:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _place(self, block: Resident) -> Resident:
-        return jax.device_put(block) if self._sharding is None else place(block, self._sharding)
+        return (
+            jax.device_put(block) if self._sharding is None else put_global(block, self._sharding)
+        )
 
     def _begin(self, number: int) -> None:
         self._number = number

@@ -38,28 +38,28 @@ class Shared:
 
 
 @jax.tree_util.register_pytree_node_class
-class Constant(Shared):
+class HostProvided(Shared):
     """Shared, and never changed by a step: the loop alone puts it in, between chunks.
 
     It is taken out of the states that the loop carries, saves and gives back.
     """
 
 
-def fill(state: PyTree, value: Any) -> PyTree:
+def insert_resident(state: PyTree, value: Any) -> PyTree:
     """Put a value into the empty places that ``strip`` left."""
-    return _at_constants(state, Constant(value))
+    return _at_constants(state, HostProvided(value))
 
 
-def strip(state: PyTree) -> PyTree:
+def remove_resident(state: PyTree) -> PyTree:
     """Take what is constant out of a state."""
-    return _at_constants(state, Constant(None))
+    return _at_constants(state, HostProvided(None))
 
 
 def _at_constants(state, constant):
     return jax.tree.map(
-        lambda node: constant if isinstance(node, Constant) else node,
+        lambda node: constant if isinstance(node, HostProvided) else node,
         state,
-        is_leaf=lambda node: isinstance(node, Constant),
+        is_leaf=lambda node: isinstance(node, HostProvided),
     )
 
 

@@ -14,7 +14,7 @@ from stochgrad.core import (
     check_array,
     describe,
     first_line,
-    one_block_at_hand,
+    resident_block,
 )
 from stochgrad.gradients import as_gradient
 
@@ -108,7 +108,7 @@ def check_fit(gradient: Gradient, positions: PyTree) -> None:
         return score(position)[1]
 
     try:
-        with one_block_at_hand(gradient.posterior):
+        with resident_block(gradient.posterior):
             found = jax.eval_shape(score_at, jax.random.key(0), example)
     except Exception as error:
         shapes = jax.tree.map(lambda x: x.shape, example)

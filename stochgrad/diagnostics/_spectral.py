@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochgrad.kernels import OpenStep
+from stochgrad.kernels import NoiseExposedStep
 
 _DEGREES = (36, 14)
 _NODES = {"q": 160, "p": 28}
 _NOISE_NODES = {1: 8, 2: 6, 3: 5, 4: 4}
 
 
-def spectral_moments(opened: OpenStep, log_density: Callable) -> tuple[float, float]:
+def spectral_moments(opened: NoiseExposedStep, log_density: Callable) -> tuple[float, float]:
     r"""Variance of the position and second moment of the momentum under a chain's stationary law.
 
     The transition operator $(Pf)(q, p) = E f(\Phi(q, p, \xi))$ of the step $\Phi$ is projected on

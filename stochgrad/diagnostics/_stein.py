@@ -11,9 +11,9 @@ from stochgrad.core import (
     Target,
     check_choice,
     check_key,
+    full_data_mean_traceable,
     hoisted_jit,
-    in_one_block,
-    one_block_at_hand,
+    resident_block,
 )
 from stochgrad.diagnostics._inputs import check_fit, flattened, gradient_of, positions_of
 
@@ -70,7 +70,7 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
             raise ValueError(
                 "scores='full' need data in memory: take minibatch scores of a stream."
             )
-        full_score = in_one_block(posterior, jax.grad(posterior.log_density))
+        full_score = full_data_mean_traceable(posterior, jax.grad(posterior.log_density))
     flat = flattened(positions)
     if len(flat) < 2:
         raise ValueError(f"draws: ksd needs two draws or more, got {len(flat)}.")
@@ -85,7 +85,7 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
 
     merged = jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:])), positions)
     keys = jax.random.split(key, len(flat))
-    with one_block_at_hand(gradient.posterior):
+    with resident_block(gradient.posterior):
         found = hoisted_jit(lambda *x: jax.lax.map(score_at, x, batch_size=16))(keys, merged)
     bad = ~np.isfinite(np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)]))
     if bad.any():

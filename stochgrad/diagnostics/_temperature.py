@@ -13,7 +13,7 @@ from stochgrad.core import (
     check_flag,
     check_key,
     hoisted_jit,
-    one_block_at_hand,
+    resident_block,
     tree_dot,
 )
 from stochgrad.diagnostics._errors import error_of_mean
@@ -79,7 +79,7 @@ def temperatures(
     centered = jax.tree.map(lambda x: x - x.mean(axis=0, keepdims=True), flat)
     dimension = sum(leaf[0].size for leaf in jax.tree.leaves(flat))
     keys = jax.random.split(key, chains * length)
-    with one_block_at_hand(gradient.posterior):
+    with resident_block(gradient.posterior):
         virial = hoisted_jit(lambda *x: jax.lax.map(at, x, batch_size=64))(keys, flat, centered)
     virial = np.asarray(virial).reshape(chains, length) / dimension
     kinetic = _kinetic(draws)

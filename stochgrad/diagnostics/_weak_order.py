@@ -21,7 +21,7 @@ from stochgrad.core import (
     first_line,
 )
 from stochgrad.diagnostics._spectral import spectral_moments
-from stochgrad.kernels import Affine, KernelFactory, OpenStep, affine_steps, open_step
+from stochgrad.kernels import Affine, KernelFactory, NoiseExposedStep, affine_steps, expose_noise
 
 _MOST_BATCHES = 5
 
@@ -226,10 +226,10 @@ def _precision(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     return -hessian, np.linalg.solve(-hessian, slope)
 
 
-def _opened(factory, problem: Problem, h: float) -> tuple[OpenStep, list[Affine] | None]:
+def _opened(factory, problem: Problem, h: float) -> tuple[NoiseExposedStep, list[Affine] | None]:
     example = jnp.zeros(problem.dimension)
     try:
-        opened = open_step(factory, h, problem.log_density, example)
+        opened = expose_noise(factory, h, problem.log_density, example)
     except Exception as error:
         raise ValueError(
             f"kernel_factory makes no kernel of a gradient and the step size {h:g}: "
@@ -320,7 +320,7 @@ def _product(operators: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
-def _moments(second: np.ndarray, step: OpenStep, mean: np.ndarray) -> tuple[Any, Any]:
+def _moments(second: np.ndarray, step: NoiseExposedStep, mean: np.ndarray) -> tuple[Any, Any]:
     """Second moments of the position about ``mean`` and of the momentum about zero."""
     square = second.reshape(*(round(np.sqrt(second.size)),) * 2)
     q = step.position

@@ -1,14 +1,14 @@
 """Sampling from the posterior of data that stay with their owners."""
 
 from stochgrad.federated._client_sums import likelihood_sum as likelihood_sum
-from stochgrad.federated._client_sums import of_prior as of_prior
+from stochgrad.federated._client_sums import prior_only as prior_only
 from stochgrad.federated._clients import Clients as Clients
 from stochgrad.federated._clients import Visit as Visit
 from stochgrad.federated._clients import client_rows as client_rows
-from stochgrad.federated._clients import clients_of as clients_of
-from stochgrad.federated._clients import given_as as given_as
-from stochgrad.federated._clients import pooled as pooled
-from stochgrad.federated._clients import visit_in as visit_in
+from stochgrad.federated._clients import concatenate_clients as concatenate_clients
+from stochgrad.federated._clients import current_visit as current_visit
+from stochgrad.federated._clients import map_batches as map_batches
+from stochgrad.federated._clients import require_clients as require_clients
 from stochgrad.federated._conducive import conducive as conducive
 from stochgrad.federated._conducive import with_conducive as with_conducive
 from stochgrad.federated._curvature import gauss_newton as gauss_newton
@@ -24,8 +24,8 @@ from stochgrad.federated._reference import Reference as Reference
 from stochgrad.federated._reference import find_reference as find_reference
 from stochgrad.federated._reference import maximize_over_clients as maximize_over_clients
 from stochgrad.federated._sample import sample as sample
+from stochgrad.federated._schedule import set_share as set_share
 from stochgrad.federated._schedule import visiting as visiting
-from stochgrad.federated._schedule import with_share as with_share
 from stochgrad.federated._stability import Stability as Stability
 from stochgrad.federated._stability import StabilityWarning as StabilityWarning
 from stochgrad.federated._stability import capped as capped

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from stochgrad.core import Anchored, Position, Posterior, hoisted_jit
-from stochgrad.federated._clients import clients_of, visit_in
+from stochgrad.federated._clients import current_visit, require_clients
 
 
 def likelihood_sum(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,7 +18,7 @@ def likelihood_sum(posterior: Posterior, function: Callable[..., Any]) -> Callab
 
     The function must be affine in the rows' weights, as a log density and its derivatives are.
     """
-    clients = clients_of(posterior)
+    clients = require_clients(posterior)
 
     def run(client, *args):
         count = jnp.asarray(clients.blocks)[client]
@@ -27,7 +27,7 @@ def likelihood_sum(posterior: Posterior, function: Callable[..., Any]) -> Callab
             batch = clients.at(client, block, jnp.float32(1))
             return jax.tree.map(jnp.add, total, function(*args, batch))
 
-        prior = of_prior(posterior, function)(*args)
+        prior = prior_only(posterior, function)(*args)
         zeros = jax.tree.map(jnp.zeros_like, prior)
         total = lax.fori_loop(jnp.zeros_like(count), count, add, zeros)
         return jax.tree.map(lambda x, p: x - count.astype(x.dtype) * p, total, prior)
@@ -35,15 +35,15 @@ def likelihood_sum(posterior: Posterior, function: Callable[..., Any]) -> Callab
     return run
 
 
-def of_prior(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
+def prior_only(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
     """``(*args) -> function(*args, batch)`` with the prior alone."""
-    none = clients_of(posterior).at(np.int32(0), np.int32(0), np.float32(0))
+    none = require_clients(posterior).at(np.int32(0), np.int32(0), np.float32(0))
     return lambda *args: function(*args, none)
 
 
 def for_each_client(posterior: Posterior, function: Callable[..., Any], *args: Any) -> PyTree:
     """``function(client, *args)`` for each client, one after the other, as arrays over clients."""
-    numbers = np.arange(clients_of(posterior).count, dtype=np.int32)
+    numbers = np.arange(require_clients(posterior).count, dtype=np.int32)
     return hoisted_jit(lambda *args: lax.map(lambda s: function(s, *args), numbers))(*args)
 
 
@@ -52,13 +52,15 @@ def anchored_by_client(posterior: Posterior, function: Callable, point: Position
 
     A client knows its own part only, over its share of the steps.
     """
-    shares = clients_of(posterior).shares.astype(np.float32)
+    shares = require_clients(posterior).shares.astype(np.float32)
     own = for_each_client(posterior, likelihood_sum(posterior, function), point)
-    prior = of_prior(posterior, function)(point)
+    prior = prior_only(posterior, function)(point)
 
     def together(own, prior):
         over = jnp.asarray(shares.reshape(-1, *(1,) * (own.ndim - 1)), own.dtype)
         return prior[None] + own / over
 
     values = jax.tree.map(together, own, prior)
-    return Anchored(values, lambda state: jax.tree.map(lambda x: x[visit_in(state).client], values))
+    return Anchored(
+        values, lambda state: jax.tree.map(lambda x: x[current_visit(state).client], values)
+    )

@@ -9,10 +9,20 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, PyTree, UInt32
 
-from stochgrad.core._arrays import as_data, data_rows
-from stochgrad.core._batches import Batch, Order, Partition, Rows, check_batch_size, check_order
-from stochgrad.core._checks import check_instance, describe
-from stochgrad.core._protocols import Batches, Posterior
+from stochgrad.core import (
+    Batch,
+    Batches,
+    Order,
+    Partition,
+    Posterior,
+    Rows,
+    as_data,
+    check_batch_size,
+    check_instance,
+    check_order,
+    data_rows,
+    describe,
+)
 
 _PARTITION_SEED = 20130101
 
@@ -64,7 +74,7 @@ class Visit(NamedTuple):
     handed_out: UInt32[Array, " clients"]
 
 
-def visit_in(state: Any) -> Visit:
+def current_visit(state: Any) -> Visit:
     """The visit that is somewhere in the state of a gradient or of a kernel.
 
     Raises:
@@ -77,20 +87,20 @@ def visit_in(state: Any) -> Visit:
     ]
     if not found:
         raise TypeError(
-            "the target's data belong to no clients: make it with stochgrad.federated.posterior, "
+            "the target is not federated: build it with stochgrad.federated.posterior, "
             "or with stochgrad.from_numpyro(model, clients=[...])."
         )
     return found[0]
 
 
-def clients_of(posterior: Posterior | None) -> Clients:
+def require_clients(posterior: Posterior | None) -> Clients:
     """The clients whose data a posterior has, or a TypeError."""
     if posterior is not None:
         wanted = "a Posterior of data that clients own, from stochgrad.federated.posterior"
         check_instance("posterior", posterior, Posterior, wanted)
     clients = None if posterior is None else posterior.batches.owners
     if clients is None:
-        visit_in(())
+        current_visit(())
     assert clients is not None
     return clients
 
@@ -143,7 +153,9 @@ def client_batches(clients: Sequence[PyTree], batch_size: int | None, order: Ord
             in structure, dtype or trailing shape; the batch size does not fit.
     """
     _check_list(clients)
-    data, sizes = pooled([as_data(client, f"clients[{s}]") for s, client in enumerate(clients)])
+    data, sizes = concatenate_clients(
+        [as_data(client, f"clients[{s}]") for s, client in enumerate(clients)]
+    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
         if not _has_rows(leaf):
             name = "clients[...]" + jax.tree_util.keystr(path)
@@ -165,17 +177,17 @@ def client_batches(clients: Sequence[PyTree], batch_size: int | None, order: Ord
     def of(rows):
         return Batch(jax.tree.map(lambda x: partition.fetch(x, rows.block), data), rows.weight)
 
-    return given_as(batches, of, full)
+    return map_batches(batches, of, full)
 
 
-def given_as(batches: Batches, of: Callable[[Rows], Any], full: Any) -> Batches:
+def map_batches(batches: Batches, of: Callable[[Rows], Any], full: Any) -> Batches:
     """A stream of clients' rows with each minibatch in another form."""
     at = batches.owners.at
     clients = batches.owners._replace(at=lambda *which: of(at(*which)))
     return batches._replace(full=full, owners=clients)
 
 
-def pooled(clients: Sequence[PyTree]) -> tuple[PyTree, list[int]]:
+def concatenate_clients(clients: Sequence[PyTree]) -> tuple[PyTree, list[int]]:
     """The clients' arrays one after the other, and how many rows each has.
 
     What is not an array with rows must be the same for all.

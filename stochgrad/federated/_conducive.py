@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from stochgrad.core import Gradient, Target, check_instance, check_number, check_position, describe
-from stochgrad.federated._clients import clients_of, visit_in
+from stochgrad.federated._clients import current_visit, require_clients
 from stochgrad.federated._gaussians import (
     Diagonal,
     Full,
     LowRank,
     Surrogates,
-    mended,
+    conducive_parameters,
     quadratic,
 )
 from stochgrad.gradients import as_gradient
@@ -45,12 +45,12 @@ def conducive(target: Target, surrogates: Surrogates, *, strength: float = 1.0) 
         position stands for.
 
     Raises:
-        TypeError: the target's data belong to no clients; ``surrogates`` are none.
+        TypeError: the target's data are not federated; ``surrogates`` are none.
         ValueError: the surrogates are those of another number of clients or of other positions, or
             the strength is negative.
     """
     inner = as_gradient(target)
-    clients = clients_of(inner.posterior)
+    clients = require_clients(inner.posterior)
     strength = check_number("strength", strength, zero=True)
     check_surrogates_fit(surrogates, clients.count)
     return with_conducive(inner, surrogates, clients.shares, strength)
@@ -64,7 +64,7 @@ def with_conducive(
     There may be more surrogates than clients at hand: a client that holds its own data only has
     its own surrogate first, and the product of all others' second.
     """
-    slope, precision = mended(surrogates, shares)
+    slope, precision = conducive_parameters(surrogates, shares)
     origin = jax.tree.map(jnp.asarray, surrogates.origin)
     shapes = jax.tree.map(jnp.shape, origin)
 
@@ -78,7 +78,7 @@ def with_conducive(
 
     def next(key, position, state):
         score, state = inner.next(key, position, state)
-        client = visit_in(state).client
+        client = current_visit(state).client
 
         def corrected(position):
             delta = jax.tree.map(jnp.subtract, position, origin)

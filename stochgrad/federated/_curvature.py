@@ -22,7 +22,7 @@ from stochgrad.core import (
 )
 from stochgrad.federated._client_sums import for_each_client, likelihood_sum
 from stochgrad.federated._gaussians import Diagonal, Full, LowRank, Precision
-from stochgrad.federated._local import hessian_product, row_scores, weight_of_rows
+from stochgrad.federated._rows import hessian_product, row_scores, weight_of_rows
 
 Form: TypeAlias = Literal["full", "diagonal", "low_rank"]
 

@@ -22,8 +22,13 @@ from stochgrad.core import (
     tree_bytes,
     tree_dot,
 )
-from stochgrad.federated._clients import clients_of
-from stochgrad.federated._parallel_clients import local_minibatches, local_score, on_own_data, start
+from stochgrad.federated._clients import require_clients
+from stochgrad.federated._parallel_clients import (
+    client_gradients,
+    local_minibatches,
+    local_score,
+    start,
+)
 
 
 class FALDState(NamedTuple):
@@ -99,10 +104,10 @@ def fald(
         common_noise: $\tau$, from zero to one.
 
     Raises:
-        TypeError: the posterior's data belong to no clients.
+        TypeError: the posterior's data are not federated.
         ValueError: a number is out of range.
     """
-    clients = clients_of(posterior)
+    clients = require_clients(posterior)
     b = clients.count
     schedule, _ = as_schedule(step_size)
     local_steps = check_count("local_steps", local_steps)
@@ -118,7 +123,7 @@ def fald(
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (b, *x.shape)), position)
 
     def anchored(position):
-        whole = on_own_data(posterior, spread(position))
+        whole = client_gradients(posterior, spread(position))
         return position, jax.tree.map(lambda g: jnp.mean(g, axis=0), whole)
 
     def init(position: Position, rng_key) -> FALDState:
@@ -179,5 +184,5 @@ def fald(
 
 def fald_costs(posterior: Posterior, position: Position) -> dict[str, tuple[int, int]]:
     """Bytes up and down of each round and of each refresh."""
-    size = clients_of(posterior).count * tree_bytes(position)
+    size = require_clients(posterior).count * tree_bytes(position)
     return {"rounds": (size, size), "refreshes": (size, size)}

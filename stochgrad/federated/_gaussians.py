@@ -35,9 +35,9 @@ class Diagonal(NamedTuple):
         """The product of a client's precision with a vector."""
         return jax.tree.map(lambda p, x: p[client] * x, self.values, v)
 
-    def mended(self, shares: Float[np.ndarray, " clients"]) -> "Diagonal":
+    def conducive_parameters(self, shares: Float[np.ndarray, " clients"]) -> "Diagonal":
         r"""$\sum_t \Lambda_t - \Lambda_s / f_s$ for each client."""
-        return Diagonal(jax.tree.map(lambda p: _mended(p, shares), self.values))
+        return Diagonal(jax.tree.map(lambda p: _conducive_parameters(p, shares), self.values))
 
     def total(self, v: Position) -> Position:
         r"""$\sum_t \Lambda_t v$."""
@@ -56,8 +56,8 @@ class Full(NamedTuple):
     def times(self, client: Int[Array, ""], v: Position) -> Position:
         return _flat(lambda x: self.matrices[client] @ x, v)
 
-    def mended(self, shares: Float[np.ndarray, " clients"]) -> "Full":
-        return Full(_mended(self.matrices, shares))
+    def conducive_parameters(self, shares: Float[np.ndarray, " clients"]) -> "Full":
+        return Full(_conducive_parameters(self.matrices, shares))
 
     def total(self, v: Position) -> Position:
         return _flat(lambda x: jnp.sum(self.matrices, axis=0) @ x, v)
@@ -87,16 +87,16 @@ class LowRank(NamedTuple):
 
         return _flat(product, v)
 
-    def mended(self, shares: Float[np.ndarray, " clients"]) -> "LowRank | Full":
+    def conducive_parameters(self, shares: Float[np.ndarray, " clients"]) -> "LowRank | Full":
         count, rank, d = self.factors.shape
         if count * rank >= d:
-            return self.full().mended(shares)
+            return self.full().conducive_parameters(shares)
         own = np.eye(count)[:, :, None] / shares[:, None, None]
         values = jnp.asarray(1 - own, self.values.dtype) * self.values[None]
         return LowRank(
             self.factors.reshape(count * rank, d),
             values.reshape(count, count * rank),
-            _mended(self.diagonal, shares),
+            _conducive_parameters(self.diagonal, shares),
         )
 
     def full(self) -> Full:
@@ -247,14 +247,16 @@ def quadratic(slope: PyTree, precision: Precision | None, client: Any, delta: Po
     return tree_dot(jax.tree.map(lambda a, g: (a + g) / 2, a, g), delta), g
 
 
-def mended(surrogates: Surrogates, shares: Float[np.ndarray, " clients"]) -> tuple[PyTree, Any]:
+def conducive_parameters(
+    surrogates: Surrogates, shares: Float[np.ndarray, " clients"]
+) -> tuple[PyTree, Any]:
     r"""Slopes and precisions of $\log q - \log q_s / f_s$ for each client, with $q = \prod q_t$."""
-    slope = jax.tree.map(lambda a: _mended(a, shares), surrogates.slope)
+    slope = jax.tree.map(lambda a: _conducive_parameters(a, shares), surrogates.slope)
     precision = surrogates.precision
-    return slope, None if precision is None else precision.mended(shares)
+    return slope, None if precision is None else precision.conducive_parameters(shares)
 
 
-def _mended(of_each: Array, shares: np.ndarray) -> Array:
+def _conducive_parameters(of_each: Array, shares: np.ndarray) -> Array:
     # in double precision where it is there to be had: the sum over clients has to vanish
     x = np.asarray(of_each, np.float64)
     return jnp.asarray(x.sum(axis=0) - x / _each(shares, x), of_each.dtype)

@@ -18,7 +18,7 @@ from stochgrad.core import (
     key_words,
     permuted,
 )
-from stochgrad.federated._clients import clients_of
+from stochgrad.federated._clients import require_clients
 
 
 def side_by_side(posterior: Posterior, *, prior: bool = True) -> Gradient:
@@ -28,7 +28,7 @@ def side_by_side(posterior: Posterior, *, prior: bool = True) -> Gradient:
     ``prior``, a client has the part $1/S$ of the prior, so that the densities multiply to the
     posterior; without, the likelihood alone.
     """
-    clients = clients_of(posterior)
+    clients = require_clients(posterior)
     minibatches = local_minibatches(posterior)
 
     def next(key, position, state):
@@ -59,7 +59,7 @@ def local_minibatches(posterior: Posterior):
 
     A row counts for $S K_s$, so that the log density over S has the client's likelihood whole.
     """
-    clients = clients_of(posterior)
+    clients = require_clients(posterior)
     order = ORDERS[clients.order]
     numbers = np.arange(clients.count, dtype=np.int32)
     sizes = clients.blocks.astype(np.uint32)
@@ -80,18 +80,18 @@ def local_minibatches(posterior: Posterior):
 
 def local_score(posterior: Posterior, prior: bool, position: Position, batch: Any) -> tuple:
     """Value and gradient of a client's density on a batch that ``local_minibatches`` gave."""
-    count = clients_of(posterior).count
+    count = require_clients(posterior).count
     whole = jax.value_and_grad(posterior.log_density)(position, batch)
     if not prior:
-        none = clients_of(posterior).at(np.int32(0), np.int32(0), np.float32(0))
+        none = require_clients(posterior).at(np.int32(0), np.int32(0), np.float32(0))
         alone = jax.value_and_grad(posterior.log_density)(position, none)
         whole = jax.tree.map(jnp.subtract, whole, alone)
     return jax.tree.map(lambda x: x / count, whole)
 
 
-def on_own_data(posterior: Posterior, position: PyTree) -> PyTree:
+def client_gradients(posterior: Posterior, position: PyTree) -> PyTree:
     """Gradient of every client's density (its part of the prior included) on all of its data."""
-    clients = clients_of(posterior)
+    clients = require_clients(posterior)
 
     def of(client, p):
         count = jnp.asarray(clients.blocks)[client]

@@ -22,8 +22,13 @@ from stochgrad.core import (
     tree_dot,
     tree_size,
 )
-from stochgrad.federated._clients import clients_of
-from stochgrad.federated._parallel_clients import local_minibatches, local_score, on_own_data, start
+from stochgrad.federated._clients import require_clients
+from stochgrad.federated._parallel_clients import (
+    client_gradients,
+    local_minibatches,
+    local_score,
+    start,
+)
 
 
 class QLSDState(NamedTuple):
@@ -107,10 +112,10 @@ def qlsd(
         refresh_every: Steps between two anchors.
 
     Raises:
-        TypeError: the posterior's data belong to no clients.
+        TypeError: the posterior's data are not federated.
         ValueError: a number is out of range.
     """
-    clients = clients_of(posterior)
+    clients = require_clients(posterior)
     schedule, _ = as_schedule(step_size)
     levels = check_count("levels", levels)
     refresh_every = check_count("refresh_every", refresh_every)
@@ -119,7 +124,7 @@ def qlsd(
 
     def anchored(position):
         spread = lambda x: jnp.broadcast_to(x, (clients.count, *x.shape))
-        return position, on_own_data(posterior, jax.tree.map(spread, position))
+        return position, client_gradients(posterior, jax.tree.map(spread, position))
 
     def init(position: Position, rng_key) -> QLSDState:
         anchor, whole = anchored(position)
@@ -167,6 +172,6 @@ def qlsd(
 
 def qlsd_costs(posterior: Posterior, position: Position, levels: int) -> dict[str, tuple[int, int]]:
     """Bytes up and down of each round."""
-    count = clients_of(posterior).count
+    count = require_clients(posterior).count
     up = int(np.ceil(quantized_bits(tree_size(position), levels) / 8))
     return {"rounds": (count * up, count * tree_bytes(position))}

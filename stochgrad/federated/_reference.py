@@ -8,9 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from stochgrad.core import Position, Posterior, check_count, check_number, hoisted_jit, on_all_data
-from stochgrad.federated._clients import clients_of
-from stochgrad.federated._doors import as_reference, check_federated
+from stochgrad.core import (
+    Position,
+    Posterior,
+    check_count,
+    check_number,
+    full_data_mean,
+    hoisted_jit,
+)
+from stochgrad.federated._checks import as_reference, check_federated
+from stochgrad.federated._clients import require_clients
 
 
 class Reference(NamedTuple):
@@ -49,7 +56,7 @@ def find_reference(
         tolerance: Enough, when a round's log density rises by less than this.
 
     Raises:
-        TypeError: the posterior's data belong to no clients.
+        TypeError: the posterior's data are not federated.
         ValueError: ``init`` does not fit the model, or the log density is not finite there; a
             number is out of range.
     """
@@ -57,8 +64,8 @@ def find_reference(
     max_rounds = check_count("max_rounds", max_rounds)
     tolerance = check_number("tolerance", tolerance)
     init = as_reference(posterior, init, "init")
-    clients = clients_of(posterior)
-    score = on_all_data(posterior, jax.value_and_grad(posterior.log_density))
+    clients = require_clients(posterior)
+    score = full_data_mean(posterior, jax.value_and_grad(posterior.log_density))
     return maximize_over_clients(score, init, clients.count, max_rounds, tolerance)
 
 
@@ -129,4 +136,4 @@ def local_modes(posterior: Posterior, score: Any, init: Position, max_steps: int
         found = minimize(descend, start, jac=True, method="L-BFGS-B", options=options)
         return unravel(jnp.asarray(found.x, flat.dtype))
 
-    return [one(client) for client in range(clients_of(posterior).count)]
+    return [one(client) for client in range(require_clients(posterior).count)]

@@ -32,17 +32,17 @@ from stochgrad.core import (
     tree_bytes,
 )
 from stochgrad.core import sample as run
+from stochgrad.federated._checks import as_reference, check_surrogates, misfit
 from stochgrad.federated._client_sums import for_each_client, likelihood_sum
-from stochgrad.federated._clients import clients_of
+from stochgrad.federated._clients import require_clients
 from stochgrad.federated._conducive import conducive
-from stochgrad.federated._doors import as_reference, check_surrogates, misfit
 from stochgrad.federated._fald import fald, fald_costs
 from stochgrad.federated._gaussians import Surrogates
 from stochgrad.federated._posterior import posterior
 from stochgrad.federated._qlsd import qlsd, qlsd_costs
 from stochgrad.federated._reference import Reference, find_reference
 from stochgrad.federated._schedule import Selection, visiting
-from stochgrad.federated._stability import check_on_unsafe, made_safe
+from stochgrad.federated._stability import check_on_unsafe, enforce_stability
 from stochgrad.federated._surrogates import (
     exact,
     global_first_order,
@@ -144,7 +144,7 @@ def sample(
         the preparations, ``setup_bytes_up`` and ``setup_bytes_down``.
 
     Raises:
-        TypeError: the key is not a typed PRNG key; the posterior's data belong to no clients; an
+        TypeError: the key is not a typed PRNG key; the posterior's data are not federated; an
             argument is of another kind than said.
         ValueError: an argument is missing, out of range or unknown; a client has no data, or data
             of another structure; probabilities do not sum to one; a surrogate is unsafe and
@@ -220,7 +220,7 @@ def sample(
     gradient = client_gradient
     if method == "FSGLD":
         surrogates = _surrogates(surrogate, setup_key, target, position)
-        surrogates = made_safe(
+        surrogates = enforce_stability(
             target,
             surrogates,
             on_unsafe,
@@ -230,7 +230,7 @@ def sample(
             else False,
         )
         # each client sends its own, and is sent the sum
-        sent = clients_of(target).count * surrogates.bytes_each
+        sent = require_clients(target).count * surrogates.bytes_each
         setup += (sent, sent)
         gradient = conducive(client_gradient, surrogates, strength=strength)
     made = _made(make_kernel, gradient)
@@ -238,8 +238,8 @@ def sample(
     settings = (
         ("surrogate", surrogate if isinstance(surrogate, str) else "given"),
         ("strength", strength),
-        ("local_steps", clients_of(target).steps.tolist()),
-        ("shares", clients_of(target).shares.round(6).tolist()),
+        ("local_steps", require_clients(target).steps.tolist()),
+        ("shares", require_clients(target).shares.round(6).tolist()),
         ("control_variate", control_variate),
     )
     made = made._replace(
@@ -276,7 +276,7 @@ def _check_options(options: dict[str, Any]) -> None:
 def _check_method(
     method: str, surrogate, strength, probabilities, selection, kernel, local_steps
 ) -> None:
-    """Raise a ValueError where something is given that a method would not heed."""
+    """Raise a ValueError where something is given that a method would not defer."""
     if method not in RIVALS:
         return
     first_order = isinstance(surrogate, str) and surrogate == "global_first_order"
@@ -324,7 +324,7 @@ def _identified(
     leaves = [np.asarray(x) for x in jax.tree.leaves(both)]
     digests = [
         (f"{_DATA} {s}", hashlib.sha256(b"".join(x[s].tobytes() for x in leaves)).hexdigest()[:16])
-        for s in range(clients_of(target).count)
+        for s in range(require_clients(target).count)
     ]
     return kernel._replace(settings=(*kernel.settings, *digests))
 
@@ -335,7 +335,7 @@ def _target(clients, prior, likelihood, batch_size, order) -> Posterior:
         needless = [name for name, value in given.items() if value is not None]
         if needless:
             raise ValueError(f"the posterior has its own {', '.join(needless)}: leave it out.")
-        clients_of(clients)
+        require_clients(clients)
         return clients
     if prior is None or likelihood is None:
         raise ValueError(

@@ -24,7 +24,7 @@ from stochgrad.core import (
     threefry,
 )
 from stochgrad.federated._client_sums import anchored_by_client
-from stochgrad.federated._clients import Clients, Visit, clients_of
+from stochgrad.federated._clients import Clients, Visit, require_clients
 
 Selection: TypeAlias = Literal["random", "permuted"]
 
@@ -55,11 +55,11 @@ def visiting(
             each client once in a round, in new random order each round.
 
     Raises:
-        TypeError: the posterior's data belong to no clients.
+        TypeError: the posterior's data are not federated.
         ValueError: the probabilities are not one positive number for each client that sum to one,
             or do not go with the selection; a number of steps is below one.
     """
-    clients = clients_of(posterior)
+    clients = require_clients(posterior)
     check_choice("selection", selection, get_args(Selection))
     steps = _steps(local_steps, clients.count)
     if selection == "permuted":
@@ -77,9 +77,9 @@ def visiting(
     return posterior._replace(batches=_visited(posterior.batches, clients))
 
 
-def with_share(posterior: Posterior, share: float) -> Posterior:
+def set_share(posterior: Posterior, share: float) -> Posterior:
     """The same posterior, of the data of one client that is visited for a share of the steps."""
-    clients = clients_of(posterior)._replace(shares=np.array([share]))
+    clients = require_clients(posterior)._replace(shares=np.array([share]))
     return posterior._replace(batches=_visited(posterior.batches, clients))
 
 

@@ -10,11 +10,11 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from stochgrad.core import Kernel, Posterior, hoisted_jit, tree_size
-from stochgrad.federated._client_sums import likelihood_sum, of_prior
-from stochgrad.federated._clients import clients_of
+from stochgrad.federated._client_sums import likelihood_sum, prior_only
+from stochgrad.federated._clients import require_clients
 from stochgrad.federated._curvature import fisher, hessian, precisions
 from stochgrad.federated._gaussians import Diagonal, Full, Precision, Surrogates
-from stochgrad.federated._local import hessian_product
+from stochgrad.federated._rows import hessian_product
 
 _DENSE = 100
 """Dimensions up to which curvatures are matrices, and not diagonals of the Fisher information."""
@@ -74,7 +74,7 @@ def spread_of_draws(
     Returns:
         The worst direction; None where it is not known.
     """
-    clients = clients_of(posterior)
+    clients = require_clients(posterior)
     p = np.full(clients.count, 1 / clients.count)
     p = p if clients.probabilities is None else clients.probabilities
     times = time_of_step * clients.steps.astype(np.float64)
@@ -187,7 +187,7 @@ def curvature_is_constant(posterior: Posterior, origin: Any) -> bool:
     v = jnp.asarray(random.normal(size=flat.size), flat.dtype)
     directions = random.choice([-1.0, 1.0], size=(len(_RADII), flat.size))
     moves = np.concatenate([np.zeros((1, flat.size)), np.array(_RADII)[:, None] * directions])
-    numbers = np.arange(clients_of(posterior).count, dtype=np.int32)
+    numbers = np.arange(require_clients(posterior).count, dtype=np.int32)
 
     def products(points):
         of = lambda s, x: ravel_pytree(bend(s, unravel(x), unravel(v)))[0]
@@ -206,7 +206,7 @@ def _matrices(posterior: Posterior, surrogates: Surrogates):
     assert isinstance(own, Full)
     flat, unravel = ravel_pytree(origin)
     basis = jnp.eye(flat.size, dtype=flat.dtype)
-    product = of_prior(posterior, hessian_product(posterior))
+    product = prior_only(posterior, hessian_product(posterior))
     prior = hoisted_jit(
         lambda basis: lax.map(lambda v: ravel_pytree(product(origin, unravel(v)))[0], basis)
     )(basis)
@@ -229,7 +229,7 @@ def _diagonals(posterior: Posterior, surrogates: Surrogates):
     own = precisions(posterior, fisher(posterior), lambda _: origin, "diagonal", 1)
     assert isinstance(own, Diagonal)
     flat = jax.vmap(lambda x: ravel_pytree(x)[0])(own.values)
-    product = of_prior(posterior, hessian_product(posterior))
+    product = prior_only(posterior, hessian_product(posterior))
     ones = jax.tree.map(jnp.ones_like, origin)
     prior = ravel_pytree(hoisted_jit(product)(origin, ones))[0]
     return np.asarray(flat, np.float64), np.maximum(np.asarray(prior, np.float64), 0)

@@ -10,12 +10,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from stochgrad.core import Kernel, Posterior, check_choice, check_flag, hoisted_jit, tree_size
-from stochgrad.federated._client_sums import likelihood_sum, of_prior
-from stochgrad.federated._clients import clients_of
+from stochgrad.federated._checks import check_federated, check_surrogates
+from stochgrad.federated._client_sums import likelihood_sum, prior_only
+from stochgrad.federated._clients import require_clients
 from stochgrad.federated._curvature import extreme_eigenvalues
-from stochgrad.federated._doors import check_federated, check_surrogates
 from stochgrad.federated._gaussians import Precision, Surrogates
-from stochgrad.federated._local import hessian_product
+from stochgrad.federated._rows import hessian_product
 from stochgrad.federated._spread import (
     Spread,
     curvature_is_constant,
@@ -82,7 +82,7 @@ def stability(posterior: Posterior, surrogates: Surrogates) -> Stability:
         surrogates: The surrogates; the curvature is taken at their origin.
 
     Raises:
-        TypeError: the posterior's data belong to no clients.
+        TypeError: the posterior's data are not federated.
     """
     check_federated(posterior)
     check_surrogates(posterior, surrogates)
@@ -91,7 +91,7 @@ def stability(posterior: Posterior, surrogates: Surrogates) -> Stability:
 
 def _margins(posterior: Posterior, origin: Any) -> Callable[[Precision | None], Stability]:
     """The stability of precisions about an origin, compiled once for all of a form."""
-    clients = clients_of(posterior)
+    clients = require_clients(posterior)
     shares = clients.shares.astype(np.float32)
     flat, unravel = ravel_pytree(origin)
     bend = hessian_product(posterior)
@@ -100,7 +100,7 @@ def _margins(posterior: Posterior, origin: Any) -> Callable[[Precision | None], 
     def times(client, near, v, precision):
         v = unravel(v)
         share = jnp.asarray(shares)[client]
-        prior = of_prior(posterior, bend)(origin, v)
+        prior = prior_only(posterior, bend)(origin, v)
         here = jax.tree.map(lambda x: near * x / share, own(client, origin, v))
         if precision is not None:
             rest = jax.tree.map(
@@ -165,7 +165,7 @@ def _safe_scale(posterior: Posterior, surrogates: Surrogates, far: bool) -> np.n
     return best
 
 
-def made_safe(
+def enforce_stability(
     posterior: Posterior,
     surrogates: Surrogates,
     on_unsafe: str,
@@ -182,7 +182,7 @@ def made_safe(
         kernel: The dynamics.
         curvature_known: Whether the surrogates' curvature is the likelihoods' at their origin.
     """
-    if on_unsafe == "ignore" or clients_of(posterior).steps.max() == 1:
+    if on_unsafe == "ignore" or require_clients(posterior).steps.max() == 1:
         return surrogates
     flat = surrogates.precision is None
     messages = []

@@ -23,14 +23,14 @@ from stochgrad.core import (
     hoisted_jit,
     sample,
 )
-from stochgrad.federated._client_sums import for_each_client, likelihood_sum, of_prior
-from stochgrad.federated._clients import clients_of
+from stochgrad.federated._checks import as_reference, check_federated, check_surrogates
+from stochgrad.federated._client_sums import for_each_client, likelihood_sum, prior_only
+from stochgrad.federated._clients import require_clients
 from stochgrad.federated._curvature import as_curvature, check_form, precisions
-from stochgrad.federated._doors import as_reference, check_federated, check_surrogates
 from stochgrad.federated._gaussians import Diagonal, Full, Surrogates
-from stochgrad.federated._local import hessian_product
 from stochgrad.federated._parallel_clients import side_by_side
 from stochgrad.federated._reference import local_modes
+from stochgrad.federated._rows import hessian_product
 from stochgrad.sgmcmc import sghmc
 
 _FLOOR = 1e-4
@@ -177,7 +177,7 @@ def sampled(
     num_samples = check_count("num_samples", num_samples, least=10)
     step_size = check_number("step_size", step_size)
     origin = as_reference(posterior, reference)
-    count = clients_of(posterior).count
+    count = require_clients(posterior).count
     curvature = precisions(
         posterior, as_curvature("hessian", posterior), lambda _: origin, "diagonal", 1
     )
@@ -288,8 +288,8 @@ def fisher_merge(
     flat, unravel = ravel_pytree(origin)
 
     def natural(position):
-        product = of_prior(posterior, hessian_product(posterior))
-        score = of_prior(posterior, jax.grad(posterior.log_density))(position)
+        product = prior_only(posterior, hessian_product(posterior))
+        score = prior_only(posterior, jax.grad(posterior.log_density))(position)
 
         def times(v):
             prior, likelihood = (

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Int, UInt32
 
 from stochgrad.core import Kernel, describe
-from stochgrad.federated._clients import visit_in
+from stochgrad.federated._clients import current_visit
 
 
 class VisitInfo(NamedTuple):
@@ -31,7 +31,7 @@ def with_visits(kernel: Any) -> Kernel:
         kernel: A kernel of data that clients own, or any object with its ``init`` and ``step``.
 
     Raises:
-        TypeError: it is no kernel; on use, its data belong to no clients.
+        TypeError: it is no kernel; on use, its data are not federated.
     """
     if isinstance(kernel, type) or not (
         callable(getattr(kernel, "init", None)) and callable(getattr(kernel, "step", None))
@@ -40,7 +40,7 @@ def with_visits(kernel: Any) -> Kernel:
 
     def step(rng_key, state):
         state, info = kernel.step(rng_key, state)
-        visit = visit_in(state)
+        visit = current_visit(state)
         return state, VisitInfo(info, visit.client, visit.number, visit.left)
 
     if isinstance(kernel, Kernel):

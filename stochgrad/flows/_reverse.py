@@ -17,7 +17,7 @@ from stochgrad.flows._objective import (
     objective,
     valued,
 )
-from stochgrad.gradients import leave_one_out, measured_coefficients, path_log_density
+from stochgrad.gradients import leave_one_out, optimal_mixing_weights, path_log_density
 
 
 def reverse_kl(
@@ -39,7 +39,7 @@ def reverse_kl(
       $-\partial_\theta\log q_\theta(x)|_x$ of mean zero.
     - a number c between: $P_i - c\,\partial_\theta\log q_\theta(x_i)|_{x_i}$; 1 is ``"total"``.
     - ``"auto"``: c of least variance, measured at each step on some of the draws, each draw's from
-      the others so that the estimate stays unbiased: ``gradients.measured_coefficients``.
+      the others so that the estimate stays unbiased: ``gradients.optimal_mixing_weights``.
     - ``"score"``: $\nabla\log q$ times the integrand, less a leave-one-out baseline. It does not
       differentiate ``log_density``, and is by far the noisiest. It is the only one that trains
       what decides between draws without a derivative: the weights of a mixture, flowjax's
@@ -122,6 +122,6 @@ def _blended(log_density, count, condition):
         draw_key, direction_key = jax.random.split(key)
         keys = jax.random.split(draw_key, count)
         path, score = jax.vmap(parts, (None, 0))(params, keys)
-        return jnp.mean(path + measured_coefficients(parts, params, keys, direction_key) * score)
+        return jnp.mean(path + optimal_mixing_weights(parts, params, keys, direction_key) * score)
 
     return bound

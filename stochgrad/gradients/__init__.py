@@ -1,11 +1,6 @@
 """Stochastic estimates of gradients."""
 
 from stochgrad._deprecations import renamed as _renamed
-from stochgrad.gradients._blend import directional_derivatives as directional_derivatives
-from stochgrad.gradients._blend import (
-    leave_one_out_coefficients as leave_one_out_coefficients,
-)
-from stochgrad.gradients._blend import measured_coefficients as measured_coefficients
 from stochgrad.gradients._control_variate import control_variate as control_variate
 from stochgrad.gradients._like import check_like as check_like
 from stochgrad.gradients._like import evaluated as evaluated
@@ -21,6 +16,11 @@ from stochgrad.gradients._path import freeze as freeze
 from stochgrad.gradients._path import path_log_density as path_log_density
 from stochgrad.gradients._path import push_score as push_score
 from stochgrad.gradients._path import triangular as triangular
+from stochgrad.gradients._path_total_mix import directional_derivatives as directional_derivatives
+from stochgrad.gradients._path_total_mix import (
+    leave_one_out_coefficients as leave_one_out_coefficients,
+)
+from stochgrad.gradients._path_total_mix import optimal_mixing_weights as optimal_mixing_weights
 from stochgrad.gradients._reach import beyond_the_path as beyond_the_path
 from stochgrad.gradients._reach import depends as depends
 from stochgrad.gradients._registry import GRADIENTS as GRADIENTS
@@ -34,6 +34,7 @@ from stochgrad.gradients._svrg import svrg as svrg
 
 __getattr__ = _renamed(
     __name__,
+    measured_coefficients="optimal_mixing_weights",
     conducive="stochgrad.federated.conducive",
     Surrogates="stochgrad.federated.Surrogates",
     Precision="stochgrad.federated.Precision",

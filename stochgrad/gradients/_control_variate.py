@@ -14,7 +14,7 @@ from stochgrad.core import (
     Posterior,
     check_position,
     first_line,
-    on_all_data,
+    full_data_mean,
 )
 from stochgrad.gradients._control_variate_score import centered
 from stochgrad.gradients._like import check_like
@@ -74,7 +74,7 @@ def control_variate(posterior: Posterior, center: Any) -> Gradient:
 
 
 def _on_all_data(posterior: Posterior, function: Callable, point: Position) -> Anchored:
-    value = on_all_data(posterior, function)(point)
+    value = full_data_mean(posterior, function)(point)
     return Anchored(value, lambda state: value)
 
 

@@ -66,8 +66,8 @@ def saga(posterior: Posterior, *, memory_limit: float = 1e9) -> Gradient:
         elif posterior.batches.anchored is not None:
             instead = "control_variate, which asks each owner of data once,"
         raise ValueError(
-            "posterior: saga keeps a gradient for each minibatch, and these are never the same "
-            "twice: use "
+            "posterior: saga keeps a gradient for each minibatch, but this posterior has no fixed "
+            "partition of minibatches: use "
             f"{instead} instead."
         )
     value_and_gradient = jax.value_and_grad(posterior.log_density)

@@ -8,7 +8,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
-from stochgrad.core import Gradient, Position, Posterior, Shared, check_count, in_one_block
+from stochgrad.core import (
+    Gradient,
+    Position,
+    Posterior,
+    Shared,
+    check_count,
+    full_data_mean_traceable,
+)
 from stochgrad.gradients._control_variate_score import centered
 from stochgrad.gradients._minibatch import check_posterior
 
@@ -63,7 +70,7 @@ def svrg(posterior: Posterior, *, period: int | None = None) -> Gradient:
         )
     period = batches.epoch if period is None else check_count("period", period)
     value_and_gradient = jax.value_and_grad(posterior.log_density)
-    whole = in_one_block(posterior, value_and_gradient)
+    whole = full_data_mean_traceable(posterior, value_and_gradient)
 
     def anchored(position: Position):
         return position, whole(position)

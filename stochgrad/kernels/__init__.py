@@ -1,10 +1,6 @@
 """Dynamics that several methods drive with."""
 
-from stochgrad.kernels._affine import Affine as Affine
-from stochgrad.kernels._affine import KernelFactory as KernelFactory
-from stochgrad.kernels._affine import OpenStep as OpenStep
-from stochgrad.kernels._affine import affine_steps as affine_steps
-from stochgrad.kernels._affine import open_step as open_step
+from stochgrad._deprecations import renamed as _renamed
 from stochgrad.kernels._ascend import AscendInfo as AscendInfo
 from stochgrad.kernels._ascend import AscendState as AscendState
 from stochgrad.kernels._ascend import ascend as ascend
@@ -14,4 +10,11 @@ from stochgrad.kernels._independence import IndependenceInfo as IndependenceInfo
 from stochgrad.kernels._independence import IndependenceState as IndependenceState
 from stochgrad.kernels._independence import acceptance as acceptance
 from stochgrad.kernels._independence import independence as independence
+from stochgrad.kernels._noise_exposed import Affine as Affine
+from stochgrad.kernels._noise_exposed import KernelFactory as KernelFactory
+from stochgrad.kernels._noise_exposed import NoiseExposedStep as NoiseExposedStep
+from stochgrad.kernels._noise_exposed import affine_steps as affine_steps
+from stochgrad.kernels._noise_exposed import expose_noise as expose_noise
 from stochgrad.kernels._resample import systematic as systematic
+
+__getattr__ = _renamed(__name__, open_step="expose_noise", OpenStep="NoiseExposedStep")

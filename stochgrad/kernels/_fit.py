@@ -213,7 +213,7 @@ def _starts(init: Any, initial: Any, key: PRNGKey, count: int) -> list[Position]
     init = getattr(init, "position", init)
     begin = initial if init is None else init
     if begin is None:
-        raise ValueError("init is needed: this objective does not know where to start.")
+        raise ValueError("init is needed: this objective defines no starting point.")
     if callable(begin) and not any(_is_array(leaf) for leaf in jax.tree.leaves(begin)):
         try:
             starts = [begin(k) for k in jax.random.split(key, count)] if count > 1 else [begin(key)]

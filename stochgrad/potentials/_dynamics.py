@@ -109,7 +109,7 @@ def langevin(
     ``stochgrad.sample`` are networks.
 
     A replica has exploded where it is not finite, or where an atom moves in one step by twenty
-    times its thermal velocity times the step; it stands still from there on.
+    times its thermal velocity times the step; it is frozen from that step on.
 
     Args:
         energy_fn: ``(params, positions, **graph) -> scalar``.

@@ -180,7 +180,7 @@ def networks(
 
     begin = posterior.initial if init is None else init
     if begin is None:
-        raise ValueError("init is needed: the posterior does not know where to start.")
+        raise ValueError("init is needed: the posterior defines no starting point.")
     if train_steps:
         trained = _trained(
             train_key,

@@ -17,15 +17,15 @@ from stochgrad.core import (
     check_count,
     check_instance,
     check_key,
+    full_data_mean_traceable,
     hoisted_jit,
-    in_one_block,
     noise_like,
-    one_block_at_hand,
+    resident_block,
     tree_dot,
     tree_size,
 )
 from stochgrad.sgmcmc._common import as_position
-from stochgrad.sgmcmc._frame import Frame
+from stochgrad.sgmcmc._preconditioner import Whitening
 
 _POINTS, _POWER_STEPS, _PROBES, _NOISE_BATCHES = 4, 40, 40, 64
 _LEAST_CURVATURE = 1e-3
@@ -34,7 +34,7 @@ _FLOOR = 1e-6
 
 
 def curvature_and_noise(
-    gradient: Gradient, frame: Frame, key: PRNGKey, position: Position
+    gradient: Gradient, whitening: Whitening, key: PRNGKey, position: Position
 ) -> tuple[float, Position]:
     r"""The largest curvature, and the variance of gradients, where draws will be.
 
@@ -45,16 +45,16 @@ def curvature_and_noise(
     minibatch gradients at those points, for estimates with a memory (SVRG, SAGA) of another.
 
     Returns:
-        The curvature, and the variances in the frame's coordinates.
+        The curvature, and the variances in the whitening's coordinates.
     """
-    masses = jax.tree.map(lambda m: np.asarray(m, np.float64), frame.mass)
-    score_in = _scores(gradient, frame)
+    masses = jax.tree.map(lambda m: np.asarray(m, np.float64), whitening.mass)
+    score_in = _scores(gradient, whitening)
 
     def weighed(x):
         return jax.tree.map(lambda m, x: x / np.sqrt(m).astype(x.dtype), masses, x)
 
     def measure(key, position):
-        inside = frame.enter(position)
+        inside = whitening.to_white(position)
         keys = jax.random.split(key, 5)
         state = gradient.init(keys[0], position)
 
@@ -96,7 +96,7 @@ def curvature_and_noise(
 
         def at_a_point(key):
             keys = jax.random.split(key, 5)
-            at, past = displaced(keys[0]), frame.leave(displaced(keys[1]))
+            at, past = displaced(keys[0]), whitening.from_white(displaced(keys[1]))
             # what an estimate remembers stems from another draw
             state = gradient.init(keys[2], past)
             there, state = largest_at(at, state, keys[3])
@@ -113,7 +113,7 @@ def curvature_and_noise(
         variance = jax.tree.map(lambda v: jnp.mean(v, axis=0), variances)
         return jnp.maximum(largest, jnp.max(elsewhere)), variance
 
-    with one_block_at_hand(gradient.posterior):
+    with resident_block(gradient.posterior):
         largest, variance = hoisted_jit(measure)(key, position)
     if not np.isfinite(largest) or largest <= 0:
         raise ValueError(
@@ -123,12 +123,12 @@ def curvature_and_noise(
     return float(largest), variance
 
 
-def _scores(gradient: Gradient, frame: Frame) -> Callable[..., Any]:
-    """``(key, position, state) -> (score, state)`` with a score in the frame's coordinates."""
+def _scores(gradient: Gradient, whitening: Whitening) -> Callable[..., Any]:
+    """``(key, position, state) -> (score, state)`` with a score in the whitening's coordinates."""
 
     def scores(key, position, state):
         score, state = gradient.next(key, position, state)
-        return lambda q: frame.enter_dual(score(frame.leave(q))[1]), state
+        return lambda q: whitening.cotangent_to_white(score(whitening.from_white(q))[1]), state
 
     return scores
 
@@ -168,7 +168,7 @@ def find_mass(
     position = as_position("position", position)
     size = tree_size(position)
 
-    score = in_one_block(posterior, jax.grad(posterior.log_density))
+    score = full_data_mean_traceable(posterior, jax.grad(posterior.log_density))
 
     def diagonal(key, position):
         flat, unravel = ravel_pytree(position)

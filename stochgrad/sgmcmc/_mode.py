@@ -9,7 +9,13 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
-from stochgrad.core import Position, Posterior, hoisted_jit, in_one_block, on_all_data
+from stochgrad.core import (
+    Position,
+    Posterior,
+    full_data_mean,
+    full_data_mean_traceable,
+    hoisted_jit,
+)
 
 _EXACT_DIMENSION = 128
 _LANCZOS_STEPS = 64
@@ -82,8 +88,8 @@ class Climb:
     def __init__(self, posterior: Posterior, position: Position, passes: int):
         flat, self.unravel = ravel_pytree(jax.tree.map(jnp.asarray, position))
         self.dtype, self.size, self.left = flat.dtype, flat.size, passes
-        self._value_and_grad = on_all_data(posterior, jax.value_and_grad(posterior.log_density))
-        score = in_one_block(posterior, jax.grad(posterior.log_density))
+        self._value_and_grad = full_data_mean(posterior, jax.value_and_grad(posterior.log_density))
+        score = full_data_mean_traceable(posterior, jax.grad(posterior.log_density))
 
         def bend(position, v):
             bent = jax.jvp(score, (position,), (self.unravel(v),))[1]

@@ -22,9 +22,9 @@ from stochgrad.core import (
 )
 from stochgrad.integrators import Coefficients, Integrator, integrator_of, scaled
 from stochgrad.sgmcmc._common import check_positive
-from stochgrad.sgmcmc._frame import Frame, frames, is_number
 from stochgrad.sgmcmc._kernel import Move, Step, langevin_kernel
 from stochgrad.sgmcmc._noise_variance import effective_temperature, following_variance
+from stochgrad.sgmcmc._preconditioner import Whitening, is_number, whitenings
 
 
 class SGHMCState(NamedTuple):
@@ -136,7 +136,7 @@ def sghmc(
     known_noise = 0.0 if online else noise_estimate
     check_positive("noise_estimate", known_noise, zero=True)
     scheme = integrator_of(integrator)
-    frame_of = frames(mass, friction, known_noise)
+    whitening_of = whitenings(mass, friction, known_noise)
     fixed_temperature = None if callable(temperature) else first_temperature
 
     def check(mass, friction, noise):
@@ -145,50 +145,55 @@ def sghmc(
     if all(is_number(x) and np.ndim(x) < 2 for x in (mass, friction, known_noise)):
         check(mass, friction, known_noise)
 
-    def coefficients(step: Step, frame: Frame, variance: Position | None) -> Coefficients:
-        noise = frame.noise
+    def coefficients(step: Step, whitening: Whitening, variance: Position | None) -> Coefficients:
+        noise = whitening.noise
         if variance is not None:
             noise = jax.tree.map(lambda v: number(step.h, v.dtype) * v / 2, variance)
         temperatures = jax.tree.map(
-            lambda c, b: effective_temperature(step.T, c, b), frame.friction, noise
+            lambda c, b: effective_temperature(step.T, c, b), whitening.friction, noise
         )
-        return Coefficients(step.h, frame.mass, frame.friction, temperatures)
+        return Coefficients(step.h, whitening.mass, whitening.friction, temperatures)
 
     def start(position: Position, key):
         momentum_key, key = jax.random.split(key)
-        frame = frame_of(position)
-        check(frame.mass, frame.friction, frame.noise)
-        inside = frame.enter(position)
+        whitening = whitening_of(position)
+        check(whitening.mass, whitening.friction, whitening.noise)
+        inside = whitening.to_white(position)
         xi = noise_like("normal")(momentum_key, inside)
-        roots = jax.tree.map(lambda m: np.sqrt(m * first_temperature), frame.mass)
-        momentum = frame.leave_dual(scaled(roots, xi))
+        roots = jax.tree.map(lambda m: np.sqrt(m * first_temperature), whitening.mass)
+        momentum = whitening.cotangent_from_white(scaled(roots, xi))
         variance = jax.tree.map(jnp.zeros_like, inside) if online else None
         return {"momentum": momentum, "noise_variance": variance}, key
 
     def move(step: Step, state: SGHMCState) -> Move:
-        frame = frame_of(state.position)
-        inside, previous = frame.enter(state.position), frame.enter_dual(state.gradient)
-        c = coefficients(step, frame, state.noise_variance)
+        whitening = whitening_of(state.position)
+        inside, previous = (
+            whitening.to_white(state.position),
+            whitening.cotangent_to_white(state.gradient),
+        )
+        c = coefficients(step, whitening, state.noise_variance)
 
         def score(position):
-            value, g = step.score(frame.leave(position))
-            return value, frame.enter_dual(g)
+            value, g = step.score(whitening.from_white(position))
+            return value, whitening.cotangent_to_white(g)
 
         draw = lambda i: step.noise(inside, i)
-        end = scheme.step(inside, frame.enter_dual(state.momentum), previous, score, draw, c)
+        end = scheme.step(
+            inside, whitening.cotangent_to_white(state.momentum), previous, score, draw, c
+        )
         variance = state.noise_variance
         if variance is not None:
             variance = following_variance(variance, end.gradient, previous, step.count)
         kinetic = tree_dot(end.momentum, c.velocity(end.momentum)) / tree_size(inside)
         return Move(
             {
-                "position": frame.leave(end.position),
-                "momentum": frame.leave_dual(end.momentum),
+                "position": whitening.from_white(end.position),
+                "momentum": whitening.cotangent_from_white(end.momentum),
                 "noise_variance": variance,
             },
             end.value,
-            frame.leave_dual(end.gradient),
-            diffusion=jax.tree.map(lambda c: c * step.T, frame.friction),
+            whitening.cotangent_from_white(end.gradient),
+            diffusion=jax.tree.map(lambda c: c * step.T, whitening.friction),
             estimates=(end.gradient, previous),
             own={"kinetic_temperature": kinetic},
         )

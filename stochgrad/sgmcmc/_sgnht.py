@@ -24,8 +24,8 @@ from stochgrad.core import (
 )
 from stochgrad.integrators import axpy, scaled, velocity
 from stochgrad.sgmcmc._common import check_positive
-from stochgrad.sgmcmc._frame import spread
 from stochgrad.sgmcmc._kernel import Move, Step, langevin_kernel
+from stochgrad.sgmcmc._preconditioner import spread
 
 
 class SGNHTState(NamedTuple):
@@ -78,8 +78,8 @@ def sgnht(
         step_size: h, a positive number or an optax-style schedule ``step -> float``.
         diffusion: A, also where the friction starts.
         per_coordinate: One thermostat for each coordinate.
-        thermal_mass: $\mu$: how slowly the thermostat follows. The squared time that the momentum
-            takes to turn round is a good value.
+        thermal_mass: $\mu$: how slowly the thermostat follows. The squared decorrelation time of
+            the momentum is a good value.
         mass: M, a number, or a tree of the position's structure with a number or an array for each
             leaf.
         temperature: T, a number or a schedule.

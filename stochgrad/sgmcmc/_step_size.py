@@ -20,7 +20,7 @@ from stochgrad.gradients import as_gradient
 from stochgrad.integrators import Coefficients, integrator_of
 from stochgrad.sgmcmc._common import as_position, check_positive
 from stochgrad.sgmcmc._curvature import curvature_and_noise
-from stochgrad.sgmcmc._frame import frames
+from stochgrad.sgmcmc._preconditioner import whitenings
 
 _SHARE_OF_LIMIT = 1 / 3
 _MOST_NOISES = 64
@@ -106,10 +106,12 @@ def find_step_size(
     if friction is not None:
         check_positive("friction", friction)
     check_positive("mass", mass)
-    frame = frames(mass, 1.0 if friction is None else friction, 0.0)(position)
+    whitening = whitenings(mass, 1.0 if friction is None else friction, 0.0)(position)
 
-    curvature, variance = curvature_and_noise(gradient, frame, key, position)
-    drag = frame.friction if friction is not None else jax.tree.map(lambda _: 1.0, frame.mass)
+    curvature, variance = curvature_and_noise(gradient, whitening, key, position)
+    drag = (
+        whitening.friction if friction is not None else jax.tree.map(lambda _: 1.0, whitening.mass)
+    )
     excess = [
         np.sum(np.asarray(v, np.float64) / np.asarray(c) / (2 * temperature))
         for v, c in zip(jax.tree.leaves(variance), jax.tree.leaves(drag), strict=True)
@@ -117,7 +119,7 @@ def find_step_size(
     noise_slope = float(sum(excess)) / tree_size(position)
     rates = [
         np.asarray(c / np.asarray(m, np.float64))
-        for c, m in zip(jax.tree.leaves(drag), jax.tree.leaves(frame.mass), strict=True)
+        for c, m in zip(jax.tree.leaves(drag), jax.tree.leaves(whitening.mass), strict=True)
     ]
     extremes = {float(min(map(np.min, rates))), float(max(map(np.max, rates)))}
     models = [

@@ -178,7 +178,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, content):
         (lambda context: 3, "posterior must be"),
         (
             lambda context: stochgrad.posterior(log_prior, log_likelihood, rows()[0], order="full"),
-            "belong to no clients",
+            "is not federated",
         ),
         (
             lambda context: federated.posterior(log_prior, log_likelihood, rows(), batch_size=5),

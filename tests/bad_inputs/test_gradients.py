@@ -112,7 +112,7 @@ CALLS = [
          "position": {"None": None, "text": TEXT, "integers": jnp.ones(2, int), "empty": {}}},
     ),
     (
-        gradients.measured_coefficients,
+        gradients.optimal_mixing_weights,
         {"parts": parts, "position": X, "keys": jax.random.split(KEY, 4), "key": KEY},
         {"parts": NO_FUNCTION | {"fails": fails, "alone": lambda p, k: jnp.sum(p),
                                  "vectors": lambda p, k: (p, p)},

@@ -82,8 +82,8 @@ def test_chains_in_turn_equal_chains_at_once(key, monkeypatch):
     from stochgrad.core import _program
 
     runs = []
-    for in_turn in (False, True):
-        monkeypatch.setattr(_program, "best_in_turn", lambda *_, t=in_turn: t)
+    for sequential in (False, True):
+        monkeypatch.setattr(_program, "prefer_sequential", lambda *_, t=sequential: t)
         for share in (False, True):
             draws = stochgrad.sample(
                 key,

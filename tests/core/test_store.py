@@ -86,7 +86,7 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path):
 
 def test_a_store_of_another_run_is_refused(tmp_path):
     worker.run(20, 2, store=tmp_path / "d")
-    with pytest.raises(ValueError, match="another run: num_chains was 2 and is now 1"):
+    with pytest.raises(ValueError, match="a different run: num_chains was 2 and is now 1"):
         worker.run(20, 1, store=tmp_path / "d")
     with pytest.raises(ValueError, match="holds this run already"):
         worker.run(20, 2, store=tmp_path / "d")

@@ -248,7 +248,7 @@ def test_what_is_found_on_streamed_data_is_what_is_found_on_all():
         rtol=1e-5,
     )
     for a, b in zip(
-        jax.tree.leaves(stochgrad.core.on_all_data(
+        jax.tree.leaves(stochgrad.core.full_data_mean(
             parts, jax.value_and_grad(parts.log_density))(at)),
         jax.tree.leaves(expected), strict=True,
     ):  # fmt: skip
@@ -269,7 +269,7 @@ def test_rows_stay_as_they_are_until_the_device_is_done_with_them():
         wait = jax.lax.fori_loop(0, 200, lambda i, m: jnp.tanh(m @ m), jnp.eye(120) * x)
         return jnp.sum(batch.data * batch.weight[:, None]) + 0 * jnp.sum(wait)
 
-    total = stochgrad.core.on_all_data(target, slowly)(jnp.float32(0.5))
+    total = stochgrad.core.full_data_mean(target, slowly)(jnp.float32(0.5))
     np.testing.assert_allclose(total, numbers.sum(), rtol=1e-6)
 
 

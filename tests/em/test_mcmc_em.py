@@ -88,7 +88,7 @@ def test_training_goes_on_from_a_checkpoint_to_the_bit(tmp_path):
         whole = run(30)
         run(10, checkpoint=tmp_path)
         again = run(30, checkpoint=tmp_path, resume=True)
-        with pytest.raises(ValueError, match="holds another run"):
+        with pytest.raises(ValueError, match="was written by a different run"):
             run(40, other, checkpoint=tmp_path, resume=True)
     for a, b in zip(
         jax.tree.leaves(whole.positions), jax.tree.leaves(again.positions), strict=True

@@ -11,7 +11,7 @@ import pytest
 
 import stochgrad
 from stochgrad import federated
-from stochgrad.federated import visit_in
+from stochgrad.federated import current_visit
 from tests.conftest import Z
 from tests.federated.toys import gaussian_mean, rows
 
@@ -28,7 +28,7 @@ def walk(target, position, steps, key=1):
 
     def step(state, _):
         batch, state = target.batches.next(state)
-        visit = visit_in(state)
+        visit = current_visit(state)
         return state, (target.log_density(position, batch), visit.client, visit.number)
 
     start = target.batches.init(jax.random.key(key))
@@ -97,7 +97,7 @@ def test_a_client_gives_each_of_its_minibatches_once_an_epoch():
     for _ in range(300):
         batch, state = step(state)
         keep = np.asarray(batch.weight) > 0
-        seen[int(visit_in(state).client)].append(np.asarray(batch.data)[keep])
+        seen[int(current_visit(state).client)].append(np.asarray(batch.data)[keep])
     for s, blocks in ((0, 3), (1, 8), (2, 5)):
         for epoch in range(len(seen[s]) // blocks):
             found = np.concatenate(seen[s][epoch * blocks : (epoch + 1) * blocks])

@@ -306,7 +306,7 @@ def test_surrogates_of_other_positions_are_refused():
 
 def test_data_without_clients_are_refused():
     plain = stochgrad.posterior(lambda p: 0.0 * p, lambda p, x: x * p, jnp.ones(3), order="full")
-    with pytest.raises(TypeError, match="belong to no clients"):
+    with pytest.raises(TypeError, match="is not federated"):
         conducive(plain, Surrogates(jnp.zeros(()), jnp.zeros((2,))))
 
 

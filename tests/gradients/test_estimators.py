@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stochgrad.gradients import leave_one_out_coefficients, measured_coefficients, score_function
+from stochgrad.gradients import leave_one_out_coefficients, optimal_mixing_weights, score_function
 
 LOGITS = np.array([0.3, -1.0, 0.5])
 
@@ -79,7 +79,7 @@ def test_measured_blends_are_unbiased(count, key):
         keys = jax.random.split(draws_key, count)
 
         def bound(position):
-            c = measured_coefficients(parts, position, keys, direction_key)
+            c = optimal_mixing_weights(parts, position, keys, direction_key)
             path, score = jax.vmap(parts, (None, 0))(position, keys)
             return jnp.mean(path + c * score)
 
@@ -103,7 +103,7 @@ def test_it_measures_what_only_goes_backward(key):
 
     keys = jax.random.split(key, 9)
     found = [
-        measured_coefficients(parts(function), jnp.float32(0.7), keys, key)
+        optimal_mixing_weights(parts(function), jnp.float32(0.7), keys, key)
         for function in (square, lambda x: x**2)
     ]
     np.testing.assert_allclose(*found, rtol=1e-5)

@@ -171,7 +171,7 @@ def test_saga_is_right_under_sweeps(order):
 
 def test_gradients_that_cannot_be_are_refused(key):
     rows = logistic(layout="rows")
-    with pytest.raises(ValueError, match="never the same twice: use layout='blocks'"):
+    with pytest.raises(ValueError, match="no fixed partition of minibatches: use layout='blocks'"):
         stochgrad.saga(rows)
     small = stochgrad.saga(logistic(), memory_limit=100)
     with pytest.raises(ValueError, match="takes 160 bytes a chain, more than memory_limit, 100"):

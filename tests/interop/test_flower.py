@@ -247,7 +247,7 @@ def test_a_second_node_that_comes_later_is_left_out_while_the_first_is_there(cap
 
     over = grid()
     network = Network(over, NAMES, 1.0, 0.0)
-    network.wait_for_all(starting=True)
+    network.barrier(starting=True)
     over.join(5, app(), {"name": "south"})
     for _ in range(2):
         network.refresh_nodes()
@@ -352,11 +352,13 @@ def test_a_server_that_stops_goes_on_from_its_checkpoint(tmp_path):
     np.testing.assert_array_equal(draws.positions, whole.positions)
     fewer = run(grid(), num_visits=3, checkpoint=path, resume=True)
     np.testing.assert_array_equal(fewer.positions, whole.positions[:, :12])
-    with pytest.raises(ValueError, match="holds another run: steps was 20 and is now 40"):
+    with pytest.raises(
+        ValueError, match="was written by a different run: steps was 20 and is now 40"
+    ):
         run(grid(), checkpoint=path, resume=True, local_steps=40)
     with pytest.raises(ValueError, match="resume=True"):
         run(grid(), checkpoint=path)
-    with pytest.raises(ValueError, match="another run: probabilities was None"):
+    with pytest.raises(ValueError, match="a different run: probabilities was None"):
         run(grid(), checkpoint=path, resume=True, probabilities=[0.2, 0.3, 0.5])
     go = lambda kernel: flower.federate(
         grid(),
@@ -378,7 +380,7 @@ def test_a_server_that_stops_goes_on_from_its_checkpoint(tmp_path):
         inner = kernel(gradient)
         return inner._replace(step=lambda key, state: inner.step(jax.random.fold_in(key, 1), state))
 
-    with pytest.raises(ValueError, match="another run: kernel's program"):
+    with pytest.raises(ValueError, match="a different run: kernel's program"):
         go(flipped)
 
 
@@ -400,7 +402,7 @@ def test_a_client_with_other_data_is_named_on_resuming(tmp_path, change):
     run(nodes(), num_visits=2, checkpoint=path, resume=True)
     if change == "a row":
         data[1][7] += 0.5
-        message = "holds another run: the data of client 'south' are others"
+        message = "was written by a different run: the data of client 'south' are others"
     else:
         data[1] = np.concatenate([data[1], data[1][:1]])
         message = "client 'south' had 50 rows and is now there with 51"

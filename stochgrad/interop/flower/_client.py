@@ -26,14 +26,14 @@ from stochgrad.core import (
 )
 from stochgrad.federated import (
     Surrogates,
-    clients_of,
+    current_visit,
     global_first_order,
     global_quadratic,
     likelihood_sum,
-    of_prior,
-    visit_in,
+    prior_only,
+    require_clients,
+    set_share,
     with_conducive,
-    with_share,
 )
 from stochgrad.gradients import control_variate, minibatch
 from stochgrad.interop.flower._protocol import (
@@ -150,19 +150,19 @@ class Owner:
 
     def __init__(self, posterior: Posterior, kernel: MakeKernel, init: Any, secret: bytes | None):
         check_instance("posterior", posterior, Posterior, "a function that returns a Posterior")
-        if clients_of(posterior).count != 1:
+        if require_clients(posterior).count != 1:
             raise ValueError(
                 "posterior must return one of this client's own data, a list of one client, got "
-                f"{clients_of(posterior).count}."
+                f"{require_clients(posterior).count}."
             )
         self.posterior = posterior
         self.position = position_shapes(init, posterior)
-        self.size = int(clients_of(posterior).sizes.sum())
+        self.size = int(require_clients(posterior).sizes.sum())
         self.make_kernel, self.secret = kernel, secret
         self.kernel = digest_of(kernel_settings(kernel_without_data(kernel, self.position)))
         score = likelihood_sum(posterior, jax.value_and_grad(posterior.log_density))
         self.score = compiled(lambda position: score(jnp.int32(0), position))
-        self.prior = compiled(of_prior(posterior, jax.value_and_grad(posterior.log_density)))
+        self.prior = compiled(prior_only(posterior, jax.value_and_grad(posterior.log_density)))
         self.programs = lru_cache(maxsize=4)(self._program)
 
     def hello(self, context: Context) -> RecordDict:
@@ -227,7 +227,7 @@ class Owner:
     def _program(self, settings: tuple, origin: "_hashable", total: "_hashable"):
         form, curvature, share, steps, thin, centered, strength, _ = settings
         origin, total = jax.tree.map(jnp.asarray, (origin.tree, total.tree))
-        target = with_share(self.posterior, share)
+        target = set_share(self.posterior, share)
         own = self._own(origin, form, curvature)
         own_and_others = jax.tree.map(
             lambda mine, total: jnp.concatenate([mine, total[None] - mine]),
@@ -281,7 +281,7 @@ def visit_program(kernel: Kernel, target: Posterior, steps: int, thin: int) -> C
             return state, state.position
 
         state, draws = jax.lax.scan(draw, state, jnp.arange(steps // thin))
-        return without_gradient_state(state), draws, visit_in(state).handed_out
+        return without_gradient_state(state), draws, current_visit(state).handed_out
 
     def run(first: bool, key, order, start, minibatches):
         return advance(key, order, init(key, start) if first else start, minibatches)

@@ -73,7 +73,7 @@ def measure_again(
         gap = max(float(np.max(np.abs(a - b))) / max(size, 1.0) for a, b, size in pairs)
         if gap > _ROUNDING:
             raise ValueError(
-                f"{name} holds another run: the data of client {client!r} are others, for its "
+                f"{name} was written by a different run: the data of client {client!r} are others, for its "
                 f"log likelihood at the reference was {before.values[s]:.8g} and is now "
                 f"{values[s]:.8g}, and its slope differs by {gap:.2g} of the largest."
             )

@@ -91,7 +91,7 @@ class Network:
             )
             self._rivals.add((name, second))
 
-    def wait_for_all(self, *, starting: bool = False) -> None:
+    def barrier(self, *, starting: bool = False) -> None:
         """Wait until every client is there."""
         end = time.monotonic() + self.timeout
         while True:
@@ -154,7 +154,7 @@ class Network:
             if len(answers) == len(self.clients):
                 return {name: answers[name] for name in self.clients}
             self.refresh_nodes()
-            self.wait_for_all()
+            self.barrier()
         missing = [c for c in self.clients if c not in answers]
         raise TimeoutError(
             f"clients {missing} did not send their log likelihoods; the log says why, and their "

@@ -26,9 +26,9 @@ from stochgrad.core import (
     check_key,
     check_number,
     check_position,
+    check_same_run,
     describe,
     first_line,
-    refuse_other_run,
 )
 from stochgrad.federated import warn_of_own_effects
 from stochgrad.interop.flower._checkpoint import (
@@ -173,14 +173,14 @@ def federate(
     network = Network(grid, clients, timeout, poll)
     if path is not None and path.exists():
         name, notes = f"checkpoint={str(path)!r}", load_run_notes(path)
-        refuse_other_run(name, notes["run"], identity, resume)
+        check_same_run(name, notes["run"], identity, resume)
         network.rows = dict(notes["rows"])
-        network.wait_for_all(starting=True)
+        network.barrier(starting=True)
         form, per_visit = settings["form"], local_steps // thin
         likelihoods, chains = load_run(path, notes, position, state, form, per_visit)
         likelihoods = measure_again(name, network, position, likelihoods, curvature)
     else:
-        network.wait_for_all(starting=True)
+        network.barrier(starting=True)
         likelihoods = measure_likelihoods(network, init, position, settings, max_rounds)
         chains = [Chain(None, [], [], [0] * len(clients)) for _ in range(num_chains)]
     save = None

@@ -19,7 +19,7 @@ from stochgrad.core import (
     row_batches,
     streamed_rows,
 )
-from stochgrad.federated import client_rows, given_as, pooled
+from stochgrad.federated import client_rows, concatenate_clients, map_batches
 from stochgrad.interop.numpyro._handler import LaidOut, Streamed
 from stochgrad.interop.numpyro._sites import Plate
 
@@ -78,7 +78,7 @@ def from_clients(
             f"{sum(client_sizes)} together."
         )
     stream, partition = client_rows(client_sizes, None if order == "full" else sizes[name], order)
-    batches = given_as(stream, lambda rows: {name: rows}, {name: stream.full})
+    batches = map_batches(stream, lambda rows: {name: rows}, {name: stream.full})
     return Minibatches(batches, _template({name: stream}), LaidOut({name: partition}))
 
 
@@ -94,7 +94,7 @@ def pool_clients(args: tuple, clients: Any, layout: str, mesh: Any) -> tuple[tup
                 f"clients must be a list of tuples, each of the model's arguments: client {s} is "
                 f"{describe(client)}; with one argument it is (x,)."
             )
-    pooled_args, sizes = pooled(clients)
+    pooled_args, sizes = concatenate_clients(clients)
     return pooled_args, sizes
 
 

@@ -25,7 +25,7 @@ from stochgrad.core import (
     check_number,
     describe,
 )
-from stochgrad.gradients import freeze, leave_one_out, measured_coefficients, score_function
+from stochgrad.gradients import freeze, leave_one_out, optimal_mixing_weights, score_function
 from stochgrad.interop.numpyro._guide_sites import (
     FixedDraws,
     along_the_path,
@@ -81,7 +81,7 @@ class PathGradientELBO(ELBO):
     the guide fits. Far from there the path gradient can have the *larger* variance, by orders of
     magnitude from numpyro's narrow starting scales. So by default c is measured, at each step, for
     the least variance between particles, each particle's from the others, so that the gradient
-    stays unbiased (``gradients.measured_coefficients``). That needs four particles, and one
+    stays unbiased (``gradients.optimal_mixing_weights``). That needs four particles, and one
     derivative more of each, of eight at most, in a random direction.
 
     Scores of flows are carried along the forward pass; nothing is inverted but cheap layers. It
@@ -247,7 +247,7 @@ class PathGradientELBO(ELBO):
     def _measured(self, particle, keys, params, key):
         """The particles' coefficients of least variance."""
         moving, fill = _floating(params)
-        return measured_coefficients(
+        return optimal_mixing_weights(
             lambda p, key: particle(key, fill(p))[0][:2], moving, keys, key
         )
 

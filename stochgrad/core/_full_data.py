@@ -12,12 +12,12 @@ from jax import lax
 from stochgrad.core._jit import hoisted_jit
 from stochgrad.core._protocols import Batches, Posterior
 from stochgrad.core._stream import Supply
-from stochgrad.core._trees import fill, strip
+from stochgrad.core._trees import insert_resident, remove_resident
 
 _WORDS = (0, 0)
 
 
-def on_all_data(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
+def full_data_mean(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
     """``(*args) -> function(*args, batch)`` with the whole data for the batch, compiled.
 
     Of streamed data it is the mean over an epoch's minibatches, one pass through the source; the
@@ -25,7 +25,7 @@ def on_all_data(posterior: Posterior, function: Callable[..., Any]) -> Callable[
     """
     stream = posterior.batches.stream
     if stream is None:
-        return hoisted_jit(in_one_block(posterior, function))
+        return hoisted_jit(full_data_mean_traceable(posterior, function))
     over_block = jax.jit(lambda resident, *args: _sum(posterior, function, resident, *args))
 
     def run(*args):
@@ -44,7 +44,7 @@ def on_all_data(posterior: Posterior, function: Callable[..., Any]) -> Callable[
     return run
 
 
-def one_block_at_hand(posterior: Posterior | None) -> AbstractContextManager:
+def resident_block(posterior: Posterior | None) -> AbstractContextManager:
     """Within this, streamed data give the minibatches of one super-block, over and over."""
     stream = None if posterior is None else posterior.batches.stream
     if stream is None:
@@ -52,7 +52,9 @@ def one_block_at_hand(posterior: Posterior | None) -> AbstractContextManager:
     return stream.supplying(jax.tree.map(jnp.asarray, stream.load(_WORDS, 0)))
 
 
-def in_one_block(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
+def full_data_mean_traceable(
+    posterior: Posterior, function: Callable[..., Any]
+) -> Callable[..., Any]:
     """``(*args) -> function(*args, batch)`` on all data, to be called within functions of jax.
 
     Of streamed data it is the mean over the minibatches of one super-block.
@@ -88,14 +90,14 @@ def _sum(posterior: Posterior, function: Callable, resident: Any, *args: Any) ->
     """The function's sum over the minibatches of a super-block."""
     batches = posterior.batches
     with batches.stream.supplying(resident):
-        state = strip(batches.init(jax.random.key(0)))
+        state = remove_resident(batches.init(jax.random.key(0)))
 
     def add(_, both):
         total, state = both
-        batch, state = batches.next(fill(state, resident))
-        return jax.tree.map(jnp.add, total, function(*args, batch)), strip(state)
+        batch, state = batches.next(insert_resident(state, resident))
+        return jax.tree.map(jnp.add, total, function(*args, batch)), remove_resident(state)
 
-    zeros = _zeros(lambda: function(*args, batches.next(fill(state, resident))[0]))
+    zeros = _zeros(lambda: function(*args, batches.next(insert_resident(state, resident))[0]))
     return lax.fori_loop(np.int32(0), resident.batches.astype(np.int32), add, (zeros, state))[0]
 
 

@@ -15,50 +15,50 @@ from stochgrad.core import Position, tree_size
 _TOLERANCE = 1e-6
 
 
-class Frame(NamedTuple):
+class Whitening(NamedTuple):
     r"""A linear change of coordinates, $q = W\tilde q$ and $\tilde p = W^\top p$.
 
     It leaves Hamiltonian dynamics what it is, and takes M, C and $\hat B$ to $W^\top M W$ and so
-    on. Positions change by ``enter`` and ``leave``, momenta and gradients by their duals.
+    on. Positions change by ``to_white`` and ``from_white``, momenta and gradients by their duals.
 
     Attributes:
         mass: M in these coordinates, a number or an array for each leaf.
         friction: C, likewise.
         noise: $\hat B$, likewise.
-        enter: $q \mapsto W^{-1}q$.
-        leave: $\tilde q \mapsto W\tilde q$.
-        enter_dual: $p \mapsto W^\top p$.
-        leave_dual: $\tilde p \mapsto W^{-\top}\tilde p$.
+        to_white: $q \mapsto W^{-1}q$.
+        from_white: $\tilde q \mapsto W\tilde q$.
+        cotangent_to_white: $p \mapsto W^\top p$.
+        cotangent_from_white: $\tilde p \mapsto W^{-\top}\tilde p$.
     """
 
     mass: PyTree
     friction: PyTree
     noise: PyTree
-    enter: Callable[[Position], Position]
-    leave: Callable[[Position], Position]
-    enter_dual: Callable[[Position], Position]
-    leave_dual: Callable[[Position], Position]
+    to_white: Callable[[Position], Position]
+    from_white: Callable[[Position], Position]
+    cotangent_to_white: Callable[[Position], Position]
+    cotangent_from_white: Callable[[Position], Position]
 
 
-def frames(mass: PyTree, friction: PyTree, noise: PyTree) -> Callable[[Position], Frame]:
-    """A function that gives the frame for a position of any shape, each computed once."""
+def whitenings(mass: PyTree, friction: PyTree, noise: PyTree) -> Callable[[Position], Whitening]:
+    """A function that gives the whitening for a position of any shape, each computed once."""
 
     @lru_cache(maxsize=4)
-    def of(structure, leaves) -> Frame:
+    def of(structure, leaves) -> Whitening:
         position = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*x) for x in leaves])
         return _frame(position, {"mass": mass, "friction": friction, "noise_estimate": noise})
 
-    def frame_of(position: Position) -> Frame:
+    def whitening_of(position: Position) -> Whitening:
         leaves, structure = jax.tree.flatten(position)
         return of(structure, tuple((x.shape, jnp.result_type(x)) for x in leaves))
 
-    return frame_of
+    return whitening_of
 
 
-def _frame(position: Position, given: dict[str, PyTree]) -> Frame:
+def _frame(position: Position, given: dict[str, PyTree]) -> Whitening:
     if not any(_is_matrix(value, position) for value in given.values()):
         m, c, b = (spread(name, value, position) for name, value in given.items())
-        return Frame(m, c, b, *4 * (lambda x: x,))
+        return Whitening(m, c, b, *4 * (lambda x: x,))
     mass, friction, noise = (_matrix(name, value, position) for name, value in given.items())
     if np.linalg.eigvalsh(mass).min() <= 0:
         raise ValueError("mass must be a symmetric positive definite matrix.")
@@ -85,7 +85,7 @@ def _frame(position: Position, given: dict[str, PyTree]) -> Frame:
             return lambda x: matrix @ ravel_pytree(x)[0]
         return lambda x: unravel(matrix @ x)
 
-    return Frame(
+    return Whitening(
         1.0,
         np.diag(inside[0]),
         np.diag(inside[1]),

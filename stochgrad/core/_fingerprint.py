@@ -43,7 +43,7 @@ def identity(
     }
 
 
-def refuse_other_run(
+def check_same_run(
     name: str, found: Mapping[str, Any] | None, wanted: Mapping[str, Any], resume: bool
 ) -> None:
     """Raise a ValueError unless what was found is of this very run, and is to be gone on with."""
@@ -59,7 +59,7 @@ def refuse_other_run(
             f"{key} was {_short(found.get(key))} and is now {_short(wanted.get(key))}"
             for key in told
         ]
-        raise ValueError(f"{name} holds another run: {'; '.join(changes)}.")
+        raise ValueError(f"{name} was written by a different run: {'; '.join(changes)}.")
     if not resume:
         raise ValueError(
             f"{name} holds this run already: pass resume=True to go on with it, or remove it."

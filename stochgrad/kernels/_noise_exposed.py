@@ -14,7 +14,7 @@ KernelFactory = Callable[..., Kernel]
 """``(gradient, step_size, noise=...) -> Kernel``: ``functools.partial(sghmc, friction=1.0)``."""
 
 
-class OpenStep(NamedTuple):
+class NoiseExposedStep(NamedTuple):
     """One step with all that moves it in view.
 
     Attributes:
@@ -41,12 +41,12 @@ class Affine(NamedTuple):
     noise: np.ndarray
 
 
-def open_step(
+def expose_noise(
     factory: KernelFactory,
     step_size: float,
     log_density: Callable[[Position, Any], Any],
     position: Position,
-) -> OpenStep:
+) -> NoiseExposedStep:
     """Take the shipped step function apart by handing it its noise and its minibatch."""
     key = jax.random.key(0)
 
@@ -107,11 +107,11 @@ def open_step(
         return np.concatenate(found) if found else None
 
     where = places("position")
-    assert where is not None  # open_step is for kernels whose state has a position
-    return OpenStep(start, step, total, where, places("momentum"))
+    assert where is not None  # expose_noise is for kernels whose state has a position
+    return NoiseExposedStep(start, step, total, where, places("momentum"))
 
 
-def affine_steps(opened: OpenStep, position: Position, batches: int) -> list[Affine] | None:
+def affine_steps(opened: NoiseExposedStep, position: Position, batches: int) -> list[Affine] | None:
     """The matrices of a step for each minibatch, by evaluation; None where it is not affine."""
     z = opened.start(position, position, 0)
     xi = jnp.zeros(opened.noise_size, z.dtype)

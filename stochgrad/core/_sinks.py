@@ -19,8 +19,8 @@ from stochgrad.core._datatree import (
     tree_names,
     unconstrained_group,
 )
+from stochgrad.core._distributed import barrier, broadcast_from_lead, is_lead_process, to_host
 from stochgrad.core._draws import Draws
-from stochgrad.core._hosts import agree, is_writer, to_host, wait_for_all
 from stochgrad.core._store import Store, Writer, read_back, whole_draws
 from stochgrad.core._warnings import CheckpointWarning
 
@@ -48,7 +48,7 @@ def check_places(store: Any, checkpoint: Any, resume: Any) -> tuple[Store | None
     return store, checkpoint
 
 
-class Keeper:
+class Sink:
     """Takes what chunks give, and makes the results of it.
 
     Args:
@@ -81,9 +81,9 @@ class Keeper:
         if store is not None:
             self._check_names()
         if checkpoint is not None:
-            self._checkpoint = Checkpoint(checkpoint, every, run, resume, is_writer())
+            self._checkpoint = Checkpoint(checkpoint, every, run, resume, is_lead_process())
             self._check_draws(run["num_warmup"], num_draws)
-        if store is not None and is_writer():
+        if store is not None and is_lead_process():
             self._writer = Writer(store, run, num_draws, resume)
 
     def load(self, shapes: Callable[[], PyTree], num_warmup: int) -> Saved | None:
@@ -108,10 +108,10 @@ class Keeper:
 
     def save(self, done: int, carry: PyTree, *, now: bool = False) -> None:
         """Save the state of the run, if it is time."""
-        if self._checkpoint is None or not (now or agree(self._checkpoint.due())):
+        if self._checkpoint is None or not (now or broadcast_from_lead(self._checkpoint.due())):
             return
         state = to_host(carry)
-        if is_writer():
+        if is_lead_process():
             stored = None
             if self._writer is not None:
                 self._writer.flush()
@@ -144,7 +144,7 @@ class Keeper:
         if self._store is None:
             chunks = self._chunks or [self._none()]
             return self._as_draws(chunks, **fields)
-        wait_for_all("stochgrad-store")
+        barrier("stochgrad-store")
         positions, stats = self._shapes
         if self._online:
             positions = {}

@@ -27,7 +27,7 @@ gradient that is to be added for the total one."""
 _MEASURED = 8
 
 
-def measured_coefficients(
+def optimal_mixing_weights(
     parts: Parts, position: Position, keys: Float[Array, " n"], key: PRNGKey
 ) -> Float[Array, " n"]:
     r"""How much of the score each draw's gradient should keep, for the least variance.

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from stochgrad.core._hosts import agree, to_host
-from stochgrad.core._interrupt import heed_interrupts
-from stochgrad.core._keep import Keeper
+from stochgrad.core._distributed import broadcast_from_lead, to_host
+from stochgrad.core._interrupt import defer_interrupts
 from stochgrad.core._program import Carry, Program
+from stochgrad.core._sinks import Sink
 from stochgrad.core._stream import Supply, minibatches_taken
 from stochgrad.core._warnings import InterruptWarning
 
@@ -19,12 +19,12 @@ _SECONDS_PER_CHUNK = 0.4
 _GROWTH = 8
 
 
-class Journey:
+class RunLoop:
     """The chunks of a run, one after another.
 
     A chunk is as many draws as take about half a second, and no more than the rows in memory last
     for. Between two chunks, and only there, the host acts: it takes the draws, saves the state,
-    shows progress and hears Ctrl-C.
+    shows progress and checks for Ctrl-C.
 
     Args:
         program: The compiled kernel.
@@ -52,7 +52,7 @@ class Journey:
         self.most = min(program.capacity, chunk_size or program.capacity)
 
     def run(
-        self, carry: Carry, done: int, keeper: Keeper, update: Callable[[int], Any]
+        self, carry: Carry, done: int, sink: Sink, update: Callable[[int], Any]
     ) -> tuple[Carry, dict[str, float]]:
         """Go from draw number ``done`` to the last, or to where it ends.
 
@@ -66,24 +66,26 @@ class Journey:
         seconds = {"compile": 0.0, "warmup": 0.0, "sample": 0.0}
         count, offset, compiling = (self.most if self.fixed else 1), 0, True
         update(done)
-        with heed_interrupts(terminate=keeper.saves) as interrupted:
+        with defer_interrupts(terminate=sink.saves) as interrupted:
             while done < self.total:
                 warming = done < self.num_warmup
                 end = self.num_warmup if warming else self.total
                 before = time.perf_counter()
                 try:
-                    following = self._piece(carry, done, offset, min(count, self.most, end - done))
+                    following = self._run_one_chunk(
+                        carry, done, offset, min(count, self.most, end - done)
+                    )
                     over = bool(np.all(to_host(following[0].first_bad) >= 0))
                     if self.program.done is not None and not over:
                         over = bool(to_host(self.program.done(following[0].summary)))
                 except Exception as error:
                     if not _consumed(carry):  # the host's failure: of data, most likely
                         if offset == 0:
-                            keeper.save(done, carry, now=True)
+                            sink.save(done, carry, now=True)
                         raise
                     reason = str(error).strip().split("\n")[0]
                     raise RuntimeError(
-                        f"the device failed at draw {done}: {reason}. {keeper.last_saved()}"
+                        f"the device failed at draw {done}: {reason}. {sink.last_saved()}"
                     ) from error
                 carry, kept, stats, draws, offset = following
                 took = time.perf_counter() - before
@@ -91,16 +93,16 @@ class Journey:
                 seconds[phase] += took
                 done += draws
                 if draws and not warming:
-                    keeper.add(kept, stats, draws)
-                stop = bool(agree(over or interrupted()))
+                    sink.add(kept, stats, draws)
+                stop = bool(broadcast_from_lead(over or interrupted()))
                 if offset == 0:
-                    keeper.save(done, carry, now=stop or done == self.total)
+                    sink.save(done, carry, now=stop or done == self.total)
                 update(draws)
                 if stop:
                     break
                 if draws and not self.fixed and not compiling:
                     wanted = int(draws * _SECONDS_PER_CHUNK / max(took, 1e-6))
-                    count = int(agree(int(np.clip(wanted, 1, count * _GROWTH))))
+                    count = int(broadcast_from_lead(int(np.clip(wanted, 1, count * _GROWTH))))
                 compiling = compiling and draws == 0
             if interrupted() and done < self.total:
                 if done <= self.num_warmup:
@@ -113,7 +115,7 @@ class Journey:
                 )
         return carry, seconds
 
-    def _piece(self, carry: Carry, done: int, offset: int, count: int):
+    def _run_one_chunk(self, carry: Carry, done: int, offset: int, count: int):
         """Whole draws, or those steps of one for which there are rows in memory."""
         if self.supply is None:
             out = self.program.chunk(carry, self.keys, None, np.int32(done), np.int32(count))

@@ -8,7 +8,7 @@ from jax.sharding import Sharding
 from jaxtyping import PyTree
 
 
-def is_writer() -> bool:
+def is_lead_process() -> bool:
     """Whether this process is the one that writes files and reports."""
     return jax.process_index() == 0
 
@@ -30,7 +30,7 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.tree.map(fetch, tree)
 
 
-def agree(numbers: Any) -> Any:
+def broadcast_from_lead(numbers: Any) -> Any:
     """The first process's numbers, on all of them."""
     if jax.process_count() == 1:
         return numbers
@@ -39,7 +39,7 @@ def agree(numbers: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(np.asarray(numbers))
 
 
-def wait_for_all(name: str) -> None:
+def barrier(name: str) -> None:
     """Go on when all processes have come here."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -47,7 +47,7 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def place(tree: PyTree, shardings: PyTree) -> PyTree:
+def put_global(tree: PyTree, shardings: PyTree) -> PyTree:
     """Arrays that every process holds whole, spread as one sharding or a tree of them says."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)

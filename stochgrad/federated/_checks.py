@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from stochgrad.core import Position, Posterior, check_instance, check_position, describe, first_line
-from stochgrad.federated._clients import clients_of
+from stochgrad.federated._clients import require_clients
 from stochgrad.federated._conducive import check_surrogates_fit
 from stochgrad.federated._gaussians import Surrogates
 
@@ -19,13 +19,13 @@ WANTED = (
 def check_federated(posterior: Any) -> Posterior:
     """The posterior, or a TypeError unless its data are those of clients."""
     check_instance("posterior", posterior, Posterior, WANTED)
-    clients_of(posterior)
+    require_clients(posterior)
     return posterior
 
 
 def check_surrogates(posterior: Posterior, surrogates: Any) -> Surrogates:
     """The surrogates, or an error unless they are whole and of a posterior's clients."""
-    return check_surrogates_fit(surrogates, clients_of(posterior).count)
+    return check_surrogates_fit(surrogates, require_clients(posterior).count)
 
 
 def as_reference(posterior: Posterior, reference: Any, name: str = "reference") -> Position:
@@ -52,7 +52,7 @@ def misfit(posterior: Posterior, position: Position) -> str:
         if shapes != wanted:
             return f"it has shapes {shapes}, the model's position has {wanted}"
         return ""
-    batch = clients_of(posterior).at(0, 0, jnp.float32(1))
+    batch = require_clients(posterior).at(0, 0, jnp.float32(1))
     try:
         jax.eval_shape(jax.grad(posterior.log_density), position, batch)
     except Exception as error:
