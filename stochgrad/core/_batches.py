@@ -148,7 +148,8 @@ def row_batches(
         index = lax.optimization_barrier(index)
         return Rows(None, index, weight(block)), following
 
-    return Batches(_init, next_rows, full, size, batch_size, order), None
+    balanced = ORDERS[order].balanced
+    return Batches(_init, next_rows, full, size, batch_size, order, balanced), None
 
 
 def data_batches(
@@ -239,7 +240,16 @@ def streamed_rows(sources: PyTree, size: int, batch_size: int, resident_bytes: i
         rows = partial(block_of, block=slot, size=batch_size)
         return Rows(slot, rows(resident.index), rows(resident.weight), resident.data), state
 
-    return Batches(stream.init, next, None, size, batch_size, "streamed", stream=stream)
+    return Batches(
+        init=stream.init,
+        next=next,
+        full=None,
+        size=size,
+        batch_size=batch_size,
+        order="streamed",
+        balanced=True,
+        stream=stream,
+    )
 
 
 def check_no_mesh(mesh: Mesh | None) -> None:
@@ -321,10 +331,27 @@ def _numbered(
         return blocks.at(block), following
 
     full = full if mesh is None else None
-    return Batches(_init, next, full, size, batch_size, order, blocks, mesh=mesh)
+    return Batches(
+        init=_init,
+        next=next,
+        full=full,
+        size=size,
+        batch_size=batch_size,
+        order=order,
+        balanced=order in ORDERS and ORDERS[order].balanced,
+        blocks=blocks,
+        mesh=mesh,
+    )
 
 
 def _whole(full: Any, size: int) -> Batches:
     """A stream of one minibatch, the whole data."""
     blocks = Blocks(1, lambda state: (np.int32(0), state), lambda block: full)
-    return Batches(lambda key: None, lambda state: (full, state), full, size, size, "full", blocks)
+    return Batches(
+        init=lambda key: None,
+        next=lambda state: (full, state),
+        full=full,
+        size=size,
+        batch_size=size,
+        blocks=blocks,
+    )

@@ -107,9 +107,9 @@ def sample(
     Raises:
         TypeError: the key is not a typed PRNG key, the kernel not a kernel.
         ValueError: a number is out of range, or ``init`` does not fit the model or is not finite;
-            the run has more than 2^31 - 1 steps; the store or the checkpoint was written by a different run, or
-            this one without ``resume``, or lacks draws that the other counts; the checkpoint is
-            damaged; streamed data hold NaN, change their length or cannot be read.
+            the run has more than 2^31 - 1 steps; the store or the checkpoint was written by a
+            different run, or this one without ``resume``, or lacks draws that the other counts; the
+            checkpoint is damaged; streamed data hold NaN, change their length or cannot be read.
         OSError: the store or the checkpoint cannot be written, or another run writes there; the
             store is damaged.
 

@@ -52,7 +52,27 @@ def symmetric(t: UInt32[Array, ""], num_batches: Size) -> Slot:
     return Slot(t // (k + k), jnp.where(i < k, i, k + k - np.uint32(1) - i))
 
 
-ORDERS: dict[str, OrderFunction] = {"iid": iid, "reshuffled": reshuffled, "symmetric": symmetric}
+class BatchOrder(NamedTuple):
+    """An order of minibatches.
+
+    Attributes:
+        slot: ``(t, num_batches) -> Slot``.
+        balanced: Whether it visits each minibatch equally often in an epoch or two, so that the
+            noise of minibatches cancels over them.
+    """
+
+    slot: OrderFunction
+    balanced: bool
+
+    def __call__(self, t: UInt32[Array, ""], num_batches: Size) -> Slot:
+        return self.slot(t, num_batches)
+
+
+ORDERS: dict[str, BatchOrder] = {
+    "iid": BatchOrder(iid, balanced=False),
+    "reshuffled": BatchOrder(reshuffled, balanced=True),
+    "symmetric": BatchOrder(symmetric, balanced=True),
+}
 
 
 def permuted(

@@ -56,6 +56,7 @@ class Batches(NamedTuple):
         size: Number of rows of the data, N.
         batch_size: Rows of one minibatch, B.
         order: Name of the order.
+        balanced: Whether the noise of its minibatches cancels over an epoch.
         blocks: Its minibatches by number, or None where they are never the same (layout ``"rows"``,
             several subsampled plates).
         stream: What brings the rows into memory, where not all are there; ``full`` is then None.
@@ -71,6 +72,7 @@ class Batches(NamedTuple):
     size: int
     batch_size: int
     order: str = "full"
+    balanced: bool = False
     blocks: Blocks | None = None
     stream: Any = None
     mesh: Mesh | None = None

@@ -83,6 +83,9 @@ class RunLoop:
                         if offset == 0:
                             sink.save(done, carry, now=True)
                         raise
+                    if not isinstance(error, jax.errors.JaxRuntimeError):
+                        error.add_note(sink.last_saved())
+                        raise
                     reason = str(error).strip().split("\n")[0]
                     raise RuntimeError(
                         f"the device failed at draw {done}: {reason}. {sink.last_saved()}"
@@ -138,7 +141,7 @@ class RunLoop:
         if (after - before) % 2**32 > steps:
             raise TypeError(
                 f"this kernel took {after - before} minibatches in {steps} steps: streamed data "
-                "are for kernels that take one a step."
+                "support kernels that use one minibatch per step."
             )
         return *out, draws, offset
 

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Int, PyTree, UInt32
 
 from stochgrad.core import (
+    ORDERS,
     Batch,
     Batches,
     Order,
@@ -141,7 +142,15 @@ def client_rows(
     full = Rows(None, np.arange(sum(sizes), dtype=np.int32), np.float32(1))  # pyright: ignore
     none = np.ones(0)
     clients = Clients(sizes_of, counts, at, "iid" if order == "full" else order, none, None, none)
-    batches = Batches(lambda key: None, lambda state: (full, state), full, sum(sizes), rows, order)
+    batches = Batches(
+        init=lambda key: None,
+        next=lambda state: (full, state),
+        full=full,
+        size=sum(sizes),
+        batch_size=rows,
+        order=order,
+        balanced=order in ORDERS and ORDERS[order].balanced,
+    )
     return batches._replace(owners=clients), partition
 
 

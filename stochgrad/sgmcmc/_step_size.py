@@ -127,9 +127,7 @@ def find_step_size(
     ]
     limit = min(model.limit() for model in models)
     batches = gradient.posterior.batches if gradient.posterior is not None else None
-    epoch = 0
-    if batches is not None and batches.order not in ("iid", "full"):
-        epoch = batches.epoch
+    epoch = batches.epoch if batches is not None and batches.balanced else 0
 
     def biases(h):
         worst = max((model(h) for model in models), key=lambda found: abs(found[1]))

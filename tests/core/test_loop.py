@@ -297,3 +297,25 @@ def test_shared_is_a_pytree():
     assert doubled.optional
     assert float(doubled.value.sum()) == 4
     assert "optional=True" in repr(node)
+
+
+def test_a_failing_device_is_named_with_the_draw(key):
+    def fail(count):
+        if count > 3:
+            raise OSError("the disk is gone")
+        return np.float32(0.0)
+
+    inner = stochgrad.sgld(gaussian_posterior(batch_size=5)[0], 1e-4)
+
+    def step(rng_key, state):
+        nothing = jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), state.count.value)
+        state, info = inner.step(rng_key, state)
+        return state._replace(position=state.position + nothing), info
+
+    with pytest.raises(
+        RuntimeError, match=r"the device failed at draw 4: .*There was no checkpoint"
+    ):
+        stochgrad.sample(
+            key, inner._replace(step=step), init=jnp.zeros(2), num_samples=9, chunk_size=2,
+            progress=False,
+        )  # fmt: skip

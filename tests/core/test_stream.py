@@ -372,6 +372,19 @@ print((peak - before) / resident)
 """
 
 
+def test_a_kernel_that_takes_two_minibatches_a_step_is_refused_in_its_own_words(tmp_path):
+    one = stochgrad.gradients.minibatch(streamed(rows(500)))
+
+    def next(key, position, state):
+        return one.next(key, position, one.next(key, position, state)[1])
+
+    kernel = stochgrad.sgld(one._replace(next=next), 1e-4)
+    options = {"init": jnp.zeros(3), "num_samples": 50, "progress": False}
+    with pytest.raises(TypeError, match="kernels that use one minibatch per step") as info:
+        stochgrad.sample(jax.random.key(0), kernel, checkpoint=tmp_path, **options)
+    assert "The last checkpoint is at draw 0" in info.value.__notes__[0]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_under_two_super_blocks(tmp_path):
