@@ -19,6 +19,7 @@ from stochgrad.core import Online as Online
 from stochgrad.core import Posterior as Posterior
 from stochgrad.core import PrecisionWarning as PrecisionWarning
 from stochgrad.core import Store as Store
+from stochgrad.core import open_draws as open_draws
 from stochgrad.core import posterior as posterior
 from stochgrad.core import sample as sample
 from stochgrad.gradients import control_variate as control_variate

@@ -51,6 +51,7 @@ from stochgrad.core._noise import Noise as Noise
 from stochgrad.core._noise import key_words as key_words
 from stochgrad.core._noise import noise_like as noise_like
 from stochgrad.core._noise import threefry as threefry
+from stochgrad.core._open_draws import open_draws as open_draws
 from stochgrad.core._orders import ORDERS as ORDERS
 from stochgrad.core._orders import permuted as permuted
 from stochgrad.core._posterior import joint_density as joint_density

@@ -38,8 +38,8 @@ class Store:
         path: A directory, made by the run: a zarr group that ``xarray.open_datatree`` and ArviZ
             read, while the run goes on as well. Kept as an absolute path.
         dtype: None keeps the type of the draws. ``"float16"`` halves them, and raises for values
-            above its maximum, 65504. ``"bfloat16"`` rounds to eight leading bits and stores the result in
-            single precision, whose zeros compress away, so that every reader knows it.
+            above its maximum, 65504. ``"bfloat16"`` rounds to eight leading bits and stores the
+            result in single precision, whose zeros compress away, so that every reader knows it.
 
     Raises:
         TypeError: the path is none.
@@ -252,16 +252,30 @@ class StoredArray:
         return repr(self.array)
 
 
-def read_back(path: Path, names: list[str], stats: list[str]) -> Stored | None:
+def open_root(path: Path) -> Any:
+    """The zarr group of a store, to read."""
+    return _zarr().open_group(path, mode="r", use_consolidated=False)
+
+
+def read_back(
+    path: Path, names: list[str], stats: list[str], where: str | None = None
+) -> Stored | None:
     """What a store holds under the names of positions and of stats; None if no draws yet.
+
+    Args:
+        path: The store.
+        names: Variables of a group.
+        stats: Numbers that go with each draw.
+        where: The group; by default that of the positions as the sampler has them.
 
     Raises:
         OSError: a file of it is missing or damaged.
     """
     if not whole_draws(path):
         return None
-    root = _zarr().open_group(path, mode="r", use_consolidated=False)
-    where = "unconstrained_posterior" if "unconstrained_posterior" in root else "posterior"
+    root = open_root(path)
+    if where is None:
+        where = "unconstrained_posterior" if "unconstrained_posterior" in root else "posterior"
 
     def array(name):
         try:

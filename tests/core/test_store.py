@@ -272,3 +272,20 @@ def test_a_run_that_fails_lets_its_places_go(tmp_path):
             progress=False, **options,
         )  # fmt: skip
     assert not list(tmp_path.rglob(f"{LOCK}*"))
+
+
+def test_a_store_opens_without_the_script_that_made_it(tmp_path):
+    run = worker.run(20, 2, store=tmp_path / "d")
+    draws = stochgrad.open_draws(tmp_path / "d")
+    assert draws.attrs["method"] == run.attrs["method"]
+    assert (draws.num_chains, draws.num_draws) == (2, 20)
+    expected = run.to_datatree()["posterior"]
+    tree = draws.to_datatree()["posterior"]
+    assert set(tree.data_vars) == set(expected.data_vars)
+    for name in tree.data_vars:
+        np.testing.assert_array_equal(tree[name], expected[name])
+    np.testing.assert_array_equal(draws.first_bad, [-1, -1])
+    with pytest.raises(ValueError, match="holds no draws: it must be the store"):
+        stochgrad.open_draws(tmp_path)
+    with pytest.raises(TypeError, match="path must be a path, got 3"):
+        stochgrad.open_draws(3)

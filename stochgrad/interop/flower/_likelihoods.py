@@ -73,8 +73,8 @@ def measure_again(
         gap = max(float(np.max(np.abs(a - b))) / max(size, 1.0) for a, b, size in pairs)
         if gap > _ROUNDING:
             raise ValueError(
-                f"{name} was written by a different run: the data of client {client!r} are others, for its "
-                f"log likelihood at the reference was {before.values[s]:.8g} and is now "
+                f"{name} was written by a different run: the data of client {client!r} are others, "
+                f"for its log likelihood at the reference was {before.values[s]:.8g} and is now "
                 f"{values[s]:.8g}, and its slope differs by {gap:.2g} of the largest."
             )
         if gap > 0:
