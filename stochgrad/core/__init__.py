@@ -40,7 +40,6 @@ from stochgrad.core._fingerprint import check_same_run as check_same_run
 from stochgrad.core._full_data import full_data_mean as full_data_mean
 from stochgrad.core._full_data import full_data_mean_traceable as full_data_mean_traceable
 from stochgrad.core._full_data import resident_block as resident_block
-from stochgrad.core._jit import hoisted_jit as compiled  # noqa: F401
 from stochgrad.core._jit import hoisted_jit as hoisted_jit
 from stochgrad.core._jit import number as number
 from stochgrad.core._jit import remember as remember

@@ -21,8 +21,8 @@ from stochgrad.core import (
     check_callable,
     check_instance,
     check_position,
-    compiled,
     describe,
+    hoisted_jit,
 )
 from stochgrad.federated import (
     Surrogates,
@@ -161,8 +161,8 @@ class Owner:
         self.make_kernel, self.secret = kernel, secret
         self.kernel = digest_of(kernel_settings(kernel_without_data(kernel, self.position)))
         score = likelihood_sum(posterior, jax.value_and_grad(posterior.log_density))
-        self.score = compiled(lambda position: score(jnp.int32(0), position))
-        self.prior = compiled(prior_only(posterior, jax.value_and_grad(posterior.log_density)))
+        self.score = hoisted_jit(lambda position: score(jnp.int32(0), position))
+        self.prior = hoisted_jit(prior_only(posterior, jax.value_and_grad(posterior.log_density)))
         self.programs = lru_cache(maxsize=4)(self._program)
 
     def hello(self, context: Context) -> RecordDict:
@@ -265,11 +265,11 @@ def secret_key(secret: bytes, purpose: str, numbers: tuple, arrays: PyTree) -> j
 def visit_program(kernel: Kernel, target: Posterior, steps: int, thin: int) -> Callable:
     """``(first, key, order, start, minibatches) -> (state, draws, minibatches)`` of a visit."""
 
-    @compiled
+    @hoisted_jit
     def init(key, position):
         return without_gradient_state(kernel.init(position, jax.random.fold_in(key, 2**31)))
 
-    @compiled
+    @hoisted_jit
     def advance(key, order, state, minibatches):
         stream = target.batches.init(order)
         stream = Shared(stream.value._replace(handed_out=minibatches), optional=True)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from numpyro.distributions import MaskedDistribution
 from numpyro.distributions.constraints import Constraint, dependent
 
-from stochgrad.core import Rows, Source, compiled, first_line
+from stochgrad.core import Rows, Source, first_line, hoisted_jit
 from stochgrad.interop.numpyro._inspect import Summary
 from stochgrad.interop.numpyro._sites import Site, own_distribution
 
@@ -109,7 +109,9 @@ def check_rows(
     def densities(position, rows):
         return {name: value for name, value in by_site(position, rows).items() if name in names}
 
-    few, many, compare = compiled(densities), compiled(densities), True
+    few, many, compare = hoisted_jit(densities), hoisted_jit(densities), True
+    position: Any = None
+    alone: dict[str, Any] = {}
     for key in jax.random.split(jax.random.key(_SEED), _TRIES):
         position = initial(key)
         alone = few(position, {name: choice.alone() for name, choice in rows.items()})
@@ -127,7 +129,7 @@ def check_rows(
             stacklevel=3,
         )
         rows = {name: choice.half() for name, choice in rows.items()}
-        many, compare = compiled(densities), False
+        many, compare = hoisted_jit(densities), False
         among = many(position, {name: choice.among(False) for name, choice in rows.items()})
     others = many(position, {name: choice.among(True) for name, choice in rows.items()})
     moved = many(

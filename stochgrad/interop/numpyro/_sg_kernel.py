@@ -20,7 +20,7 @@ from stochgrad.core import (
     check_flag,
     check_order,
     check_position,
-    compiled,
+    hoisted_jit,
     share_first,
     shared_axes,
     tree_isfinite,
@@ -134,8 +134,8 @@ class SGKernel(MCMCKernel):
             return _state(state, info, run_key)
 
         if is_prng_key(rng_key):
-            return compiled(init_chain)(rng_key, init_params)
-        states = compiled(jax.vmap(init_chain))(rng_key, init_params)
+            return hoisted_jit(init_chain)(rng_key, init_params)
+        states = hoisted_jit(jax.vmap(init_chain))(rng_key, init_params)
         return share_first(states, self._share_batches)
 
     def sample(self, state: SGState, model_args, model_kwargs) -> SGState:
