@@ -80,6 +80,7 @@ from stochgrad.core._trees import tree_size as tree_size
 from stochgrad.core._verdict import warn_of_convergence as warn_of_convergence
 from stochgrad.core._verdict import warn_of_density as warn_of_density
 from stochgrad.core._verdict import warn_of_divergence as warn_of_divergence
+from stochgrad.core._verdict import warn_of_noise as warn_of_noise
 from stochgrad.core._verdict import warn_of_rounding as warn_of_rounding
 from stochgrad.core._warnings import CheckpointWarning as CheckpointWarning
 from stochgrad.core._warnings import ConvergenceWarning as ConvergenceWarning
@@ -87,4 +88,3 @@ from stochgrad.core._warnings import DivergenceWarning as DivergenceWarning
 from stochgrad.core._warnings import GradientNoiseWarning as GradientNoiseWarning
 from stochgrad.core._warnings import InterruptWarning as InterruptWarning
 from stochgrad.core._warnings import PrecisionWarning as PrecisionWarning
-from stochgrad.core._warnings import warn_of_noise as warn_of_noise

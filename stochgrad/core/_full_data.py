@@ -11,7 +11,7 @@ from jax import lax
 
 from stochgrad.core._jit import hoisted_jit
 from stochgrad.core._protocols import Batches, Posterior
-from stochgrad.core._stream import Supply
+from stochgrad.core._supply import Supply
 from stochgrad.core._trees import insert_resident, remove_resident
 
 _WORDS = (0, 0)

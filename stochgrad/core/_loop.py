@@ -35,7 +35,7 @@ from stochgrad.core._report import report
 from stochgrad.core._run_loop import RunLoop
 from stochgrad.core._sinks import Sink, check_places
 from stochgrad.core._store import Store
-from stochgrad.core._stream import Supply
+from stochgrad.core._supply import Supply
 from stochgrad.core._verdict import check_start
 
 _MOST_STEPS = 2**31 - 1

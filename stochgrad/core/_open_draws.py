@@ -6,7 +6,7 @@ import numpy as np
 
 from stochgrad.core._checks import check_path
 from stochgrad.core._draws import Draws
-from stochgrad.core._store import open_root, read_back, whole_draws
+from stochgrad.core._stored_draws import open_root, read_back, whole_draws
 
 
 def open_draws(path: str | Path) -> Draws:

@@ -12,9 +12,10 @@ from stochgrad.core._verdict import (
     warn_of_convergence,
     warn_of_density,
     warn_of_divergence,
+    warn_of_noise,
     warn_of_rounding,
 )
-from stochgrad.core._warnings import DivergenceWarning, warn_of_noise
+from stochgrad.core._warnings import DivergenceWarning
 
 _MOST_BYTES = 2**28
 

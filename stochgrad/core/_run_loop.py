@@ -12,7 +12,8 @@ from stochgrad.core._distributed import broadcast_from_lead, to_host
 from stochgrad.core._interrupt import defer_interrupts
 from stochgrad.core._program import Carry, Program
 from stochgrad.core._sinks import Sink
-from stochgrad.core._stream import Supply, minibatches_taken
+from stochgrad.core._stream import minibatches_taken
+from stochgrad.core._supply import Supply
 from stochgrad.core._warnings import InterruptWarning
 
 _SECONDS_PER_CHUNK = 0.4

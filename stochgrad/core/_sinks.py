@@ -21,7 +21,8 @@ from stochgrad.core._datatree import (
 )
 from stochgrad.core._distributed import barrier, broadcast_from_lead, is_lead_process, to_host
 from stochgrad.core._draws import Draws
-from stochgrad.core._store import Store, Writer, read_back, whole_draws
+from stochgrad.core._store import Store, Writer
+from stochgrad.core._stored_draws import read_back, whole_draws
 from stochgrad.core._warnings import CheckpointWarning
 
 

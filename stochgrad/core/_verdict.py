@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 
 from stochgrad.core._checks import describe
-from stochgrad.core._warnings import ConvergenceWarning, DivergenceWarning, PrecisionWarning
+from stochgrad.core._warnings import (
+    ConvergenceWarning,
+    DivergenceWarning,
+    GradientNoiseWarning,
+    PrecisionWarning,
+)
 
 MOST_RHAT = 1.05
 LEAST_EFFECTIVE_DRAWS = 100
@@ -43,6 +48,25 @@ def warn_of_divergence(
         "likely the step size is too large for the curvature of the target: try "
         f"step_size={smaller}. {kept} finite draws are kept, of {total}.",
         DivergenceWarning,
+        stacklevel=level,
+    )
+
+
+def warn_of_noise(noise_ratio: np.ndarray | None, level: int) -> None:
+    """Warn if minibatch noise dominates: its ratio to the injected noise is above one."""
+    if noise_ratio is None:
+        return
+    ratios = noise_ratio[np.isfinite(noise_ratio)]
+    if ratios.size == 0 or (ratio := float(ratios.mean())) <= 1:
+        return
+    warnings.warn(
+        f"minibatch noise is {ratio:.2g} times the noise that the dynamics injects, so it, and not "
+        "the posterior, sets the spread of the draws: with independent minibatches standard "
+        f"deviations come out about {np.sqrt(1 + ratio):.2g} times too large (less with "
+        "order='reshuffled' when an epoch is short against the chain's memory). Take a smaller "
+        "step_size or a larger batch_size (the ratio is proportional to step_size / batch_size), "
+        "more friction (sghmc), or a control variate.",
+        GradientNoiseWarning,
         stacklevel=level,
     )
 
