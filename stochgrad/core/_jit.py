@@ -7,10 +7,12 @@ same recipe once more compiles nothing; and as an executable holds no arrays, ke
 data.
 """
 
+import dataclasses
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import wraps
+from types import MethodType
 from typing import Any, TypeVar
 
 import jax
@@ -46,6 +48,13 @@ def number(value: Any, dtype: Any = float) -> Array:
     return lax.squeeze(np.asarray(value).astype(dtype)[None], (0,))
 
 
+class _Memory(OrderedDict):
+    """What a function remembers; a copy of the function in another process begins anew."""
+
+    def __reduce__(self):
+        return type(self), ()
+
+
 def remember(owner: Any, key: Hashable, make: Callable[[], T], most: int = 16) -> T:
     """``make()``, or what it made before for this owner and key; it is forgotten with the owner.
 
@@ -57,7 +66,7 @@ def remember(owner: Any, key: Hashable, make: Callable[[], T], most: int = 16) -
     """
     memory = getattr(owner, "__dict__", {}).get("_stochgrad_memory")
     if memory is None:
-        memory = OrderedDict()
+        memory = _Memory()
         try:
             owner._stochgrad_memory = memory
         except (AttributeError, TypeError):
@@ -102,7 +111,9 @@ class hoisted_jit:
         leaves, structure = jax.tree.flatten(args)
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._function(*args)
-        form = structure, tuple(map(_form, leaves))
+        # with a mesh jit itself looks after where arguments lie
+        places = () if self._mesh is not None else tuple(map(_place, leaves))
+        form = structure, tuple(map(_form, leaves)), places
         if form not in self._programs:
             closed, out = jax.make_jaxpr(self._function, return_shape=True)(*args)
             if any(isinstance(c, Tracer) for c in closed.consts):
@@ -156,8 +167,10 @@ def _content(jaxpr: Any) -> Hashable | None:
     what cannot be compared, such as a callback.
     """
     try:
-        return _of_jaxpr(jaxpr)
-    except _Private:
+        content = _of_jaxpr(jaxpr)
+        hash(content)
+        return content
+    except (_Private, TypeError):
         return None
 
 
@@ -210,17 +223,16 @@ def _of_value(value: Any) -> Hashable:
         if array.nbytes > _MOST_CONSTANT_BYTES or array.dtype.hasobject:
             raise _Private(describe(value))
         return array.shape, array.dtype, array.tobytes()
-    interned = value is None or isinstance(value, Mesh)
-    if not interned and type(value).__hash__ in (None, object.__hash__):
-        # told by identity: fit to be compared if there is one of it, as of a function in a module
-        name = getattr(value, "__qualname__", None)
-        module = sys.modules.get(getattr(value, "__module__", None) or "")
-        empty = name is None and not getattr(value, "__dict__", None) and not _slots(value)
-        if not empty and getattr(module, name or "", None) is not value:
-            raise _Private(describe(value))
-        return type(value) if empty else value
-    return type(value), value
-
-
-def _slots(value: Any) -> bool:
-    return any(getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (getattr(value, field.name) for field in dataclasses.fields(value))
+        return type(value), tuple(map(_of_value, fields))
+    own = type(value).__hash__ not in (None, object.__hash__) and not isinstance(value, MethodType)
+    if own or value is None or isinstance(value, Mesh):  # there is one mesh of each kind
+        return type(value), value
+    module = sys.modules.get(getattr(value, "__module__", None) or "")
+    if getattr(module, getattr(value, "__qualname__", ""), None) is value:
+        return value  # a function or a class of a module
+    marker = type(value).__module__.startswith("jax.") and not getattr(value, "__dict__", None)
+    if marker and not callable(value):
+        return type(value)  # a mark without a state, such as that of a sharding left open
+    raise _Private(describe(value))

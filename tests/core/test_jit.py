@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import pickle
 import weakref
 from contextlib import contextmanager
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +108,15 @@ def by_callback(factor):
     return lambda x: jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
 
+def times(factor, x):
+    return np.asarray(factor * x, np.float32)
+
+
+def by_partial_callback(factor):
+    host = partial(times, factor)
+    return lambda x: jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
 def by_rule(slope):
     @jax.custom_jvp
     def function(x):
@@ -128,6 +139,7 @@ PAIRS = {
     "constant of a function within": (by_inner_jit(TABLE), by_inner_jit(TABLE + 1)),
     "large constant within": (by_inner_jit(LARGE), by_inner_jit(LARGE + 1)),
     "callback": (by_callback(2.0), by_callback(3.0)),
+    "partial callback": (by_partial_callback(2.0), by_partial_callback(3.0)),
     "rule of a derivative": (by_rule(2.0), by_rule(3.0)),
     "number": (lambda x: x * number(2.0), lambda x: x * number(3.0)),
     "branch": (
@@ -150,6 +162,34 @@ def test_programs_that_differ_are_never_taken_for_each_other(pair):
             hoisted_jit(function)(x),
             function(x),
         )
+
+
+def test_what_a_callback_holds_is_let_go():
+    class Thing:
+        factor = 2.0
+
+    thing = Thing()
+    run = hoisted_jit(by_callback_of(thing))
+    np.testing.assert_array_equal(run(jnp.ones(2)), [2.0, 2.0])
+    gone = weakref.ref(thing)
+    del thing, run
+    jax.clear_caches()
+    gc.collect()
+    assert gone() is None
+
+
+def by_callback_of(thing):
+    def host(x):
+        return np.asarray(thing.factor * x, np.float32)
+
+    return lambda x: jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def test_a_function_that_remembers_can_be_pickled():
+    remember(times, "key", lambda: lambda: None)
+    memory = times._stochgrad_memory
+    assert len(memory) == 1
+    assert len(pickle.loads(pickle.dumps(memory))) == 0
 
 
 def test_other_shapes_get_a_program_of_their_own_and_a_trace_is_not_interrupted():
