@@ -1,6 +1,5 @@
 """Bad input of the kernels for numpyro's MCMC."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -133,7 +132,7 @@ def posteriors():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_bad_input_gets_one_sentence(name, posteriors, monkeypatch):
-    monkeypatch.setattr(sys.modules[sn.SGLD.__module__], "from_numpyro", posteriors)
+    monkeypatch.setattr("stochgrad.interop.numpyro._sg_kernel.from_numpyro", posteriors)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         wrong = failures(TABLE[name])
     assert not wrong, "\n".join([f"{len(wrong)} of {len(TABLE[name])}", *wrong])
