@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
@@ -81,7 +82,8 @@ def saga(posterior: Posterior, *, memory_limit: float = 1e9) -> Gradient:
                 "svrg or control_variate instead."
             )
         table = jax.lax.map(
-            lambda block: value_and_gradient(position, blocks.at(block)), jnp.arange(blocks.count)
+            lambda block: value_and_gradient(position, blocks.at(block)),
+            np.arange(blocks.count, dtype=np.int32),
         )
         count = Shared(jnp.zeros((), jnp.int32))
         return SAGAState(posterior.batches.init(key), table, _mean(table), count)
@@ -99,7 +101,7 @@ def saga(posterior: Posterior, *, memory_limit: float = 1e9) -> Gradient:
                 state.mean,
             )
 
-        renewed = jax.random.randint(key, (), 0, blocks.count)
+        renewed = jax.random.randint(key, (), 0, blocks.count).astype(jnp.int32)
         before = jax.tree.map(lambda x: x[renewed], state.table)
         now = value_and_gradient(position, blocks.at(renewed))
         table = jax.tree.map(lambda x, g: x.at[renewed].set(g), state.table, now)
