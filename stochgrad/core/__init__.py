@@ -34,6 +34,7 @@ from stochgrad.core._checks import check_real as check_real
 from stochgrad.core._checks import describe as describe
 from stochgrad.core._checks import first_line as first_line
 from stochgrad.core._checks import is_function as is_function
+from stochgrad.core._checks import is_ours as is_ours
 from stochgrad.core._datatree import by_name as by_name
 from stochgrad.core._draws import Draws as Draws
 from stochgrad.core._fingerprint import check_same_run as check_same_run

@@ -259,7 +259,7 @@ def sample(
 
 
 def initial_of(kernel: Any) -> Callable[[Any], Any] | None:
-    """Where a kernel starts unless metadata otherwise: its own answer, or its posterior's."""
+    """Where a kernel starts unless told otherwise: its own answer, or its posterior's."""
     posterior, initial = getattr(kernel, "posterior", None), getattr(kernel, "initial", None)
     return posterior.initial if initial is None and posterior is not None else initial
 

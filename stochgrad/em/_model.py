@@ -1,6 +1,5 @@
 """What MCMC-EM learns: a model with one latent variable for each example."""
 
-import dis
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from stochgrad.core import (
     check_instance,
     describe,
     first_line,
+    is_ours,
 )
 
 
@@ -170,7 +170,7 @@ def invoke(name: str, function: Callable, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:
-        if _is_ours(error):
+        if is_ours(error):
             raise
         raise ValueError(f"{name} fails: {type(error).__name__}: {first_line(error)}.") from error
 
@@ -268,17 +268,6 @@ def position_functions(
         return (value, position[1]) if learned else value
 
     return None if None in starts else initial, constrain
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether a raise statement of the library made it: it then says enough."""
-    trace = error.__traceback__
-    assert trace is not None
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "")
-    operation = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
-    return module.split(".")[0] == "stochgrad" and operation == "RAISE_VARARGS"
 
 
 def take(tree: PyTree, index: Int[Array, " n"]) -> PyTree:
