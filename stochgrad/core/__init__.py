@@ -53,6 +53,7 @@ from stochgrad.core._noise import noise_like as noise_like
 from stochgrad.core._noise import threefry as threefry
 from stochgrad.core._open_draws import open_draws as open_draws
 from stochgrad.core._orders import ORDERS as ORDERS
+from stochgrad.core._orders import is_balanced as is_balanced
 from stochgrad.core._orders import permuted as permuted
 from stochgrad.core._posterior import joint_density as joint_density
 from stochgrad.core._posterior import posterior as posterior

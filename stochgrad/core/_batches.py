@@ -14,7 +14,7 @@ from stochgrad.core._arrays import as_data, data_rows
 from stochgrad.core._checks import check_choice, check_instance, describe
 from stochgrad.core._distributed import put_global
 from stochgrad.core._noise import key_words
-from stochgrad.core._orders import ORDERS, permuted
+from stochgrad.core._orders import ORDERS, is_balanced, permuted
 from stochgrad.core._protocols import Batches, Blocks, PRNGKey
 from stochgrad.core._stream import Source, Stream
 from stochgrad.core._trees import Shared, block_of
@@ -148,8 +148,7 @@ def row_batches(
         index = lax.optimization_barrier(index)
         return Rows(None, index, weight(block)), following
 
-    balanced = ORDERS[order].balanced
-    return Batches(_init, next_rows, full, size, batch_size, order, balanced), None
+    return Batches(_init, next_rows, full, size, batch_size, order, is_balanced(order)), None
 
 
 def data_batches(
@@ -338,7 +337,7 @@ def _numbered(
         size=size,
         batch_size=batch_size,
         order=order,
-        balanced=order in ORDERS and ORDERS[order].balanced,
+        balanced=is_balanced(order),
         blocks=blocks,
         mesh=mesh,
     )

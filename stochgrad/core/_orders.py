@@ -75,6 +75,11 @@ ORDERS: dict[str, BatchOrder] = {
 }
 
 
+def is_balanced(order: str) -> bool:
+    """Whether the noise of minibatches in an order cancels over an epoch."""
+    return order in ORDERS and ORDERS[order].balanced
+
+
 def permuted(
     words: UInt32[Array, "2"],
     permutation: UInt32[Array, ""],

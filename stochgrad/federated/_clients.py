@@ -10,7 +10,6 @@ from jax import lax
 from jaxtyping import Array, Int, PyTree, UInt32
 
 from stochgrad.core import (
-    ORDERS,
     Batch,
     Batches,
     Order,
@@ -23,6 +22,7 @@ from stochgrad.core import (
     check_order,
     data_rows,
     describe,
+    is_balanced,
 )
 
 _PARTITION_SEED = 20130101
@@ -149,7 +149,7 @@ def client_rows(
         size=sum(sizes),
         batch_size=rows,
         order=order,
-        balanced=order in ORDERS and ORDERS[order].balanced,
+        balanced=is_balanced(order),
     )
     return batches._replace(owners=clients), partition
 

@@ -165,11 +165,12 @@ def langevin_kernel(
         )
         result = move(inputs, state)
         current, previous = result.estimates or (result.gradient, state.gradient)
+        step_size_now = number(h)
         info = StepInfo(
-            step_size=number(h),
+            step_size=step_size_now,
             log_density=result.log_density,
             gradient_norm=gradient_norm(current),
-            noise_ratio=noise_ratio(current, previous, count, number(h), result.diffusion),
+            noise_ratio=noise_ratio(current, previous, count, step_size_now, result.diffusion),
             own=result.own,
         )
         following = state._replace(
