@@ -30,7 +30,6 @@ from stochgrad.kernels import ascend as ascend
 from stochgrad.kernels import fit as fit
 from stochgrad.kernels import independence as independence
 from stochgrad.sgmcmc import Center as Center
-from stochgrad.sgmcmc import Pathfinder as Pathfinder
 from stochgrad.sgmcmc import Precision as Precision
 from stochgrad.sgmcmc import StepSizeReport as StepSizeReport
 from stochgrad.sgmcmc import WarmUp as WarmUp
@@ -38,6 +37,7 @@ from stochgrad.sgmcmc import cyclical as cyclical
 from stochgrad.sgmcmc import find_center as find_center
 from stochgrad.sgmcmc import find_mass as find_mass
 from stochgrad.sgmcmc import find_step_size as find_step_size
+from stochgrad.sgmcmc import mean_field as mean_field
 from stochgrad.sgmcmc import moments as moments
 from stochgrad.sgmcmc import pathfinder as pathfinder
 from stochgrad.sgmcmc import psgld as psgld

@@ -8,12 +8,13 @@ from stochgrad.sgmcmc._curvature import find_mass as find_mass
 from stochgrad.sgmcmc._cyclical import CyclicalState as CyclicalState
 from stochgrad.sgmcmc._cyclical import cyclical as cyclical
 from stochgrad.sgmcmc._kernel import StepInfo as StepInfo
+from stochgrad.sgmcmc._mean_field import mean_field as mean_field
+from stochgrad.sgmcmc._normal import Normal as Normal
+from stochgrad.sgmcmc._normal import NormalApproximation as NormalApproximation
 from stochgrad.sgmcmc._online import SWAG as SWAG
 from stochgrad.sgmcmc._online import Moments as Moments
 from stochgrad.sgmcmc._online import moments as moments
 from stochgrad.sgmcmc._online import swag as swag
-from stochgrad.sgmcmc._pathfinder import Normal as Normal
-from stochgrad.sgmcmc._pathfinder import Pathfinder as Pathfinder
 from stochgrad.sgmcmc._pathfinder import pathfinder as pathfinder
 from stochgrad.sgmcmc._precision import Precision as Precision
 from stochgrad.sgmcmc._psgld import PSGLDState as PSGLDState

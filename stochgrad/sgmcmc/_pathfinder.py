@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Float
 
 from stochgrad.core import (
     Position,
@@ -20,9 +19,9 @@ from stochgrad.core import (
     check_position,
     full_data_mean,
     is_function,
-    key_words,
 )
 from stochgrad.sgmcmc._mode import Climb, climb
+from stochgrad.sgmcmc._normal import Normal, NormalApproximation, generator
 from stochgrad.sgmcmc._precision import Precision
 
 _MEMORY = 8
@@ -30,60 +29,8 @@ _BLOCK = 32
 _SCREENING = 4
 _REACHES = (0.2, 0.05, 1.0, 0.5)
 """How far the paths start from the origin, in units of the model's own starting points."""
-_EQUALS = 5.0
-"""Normals whose evidence bounds differ by less than this are as good as each other."""
 _EXACT_DIMENSION = 128
 _UNLIMITED = 10**9
-
-
-class Normal(NamedTuple):
-    r"""A normal distribution over the raveled position.
-
-    Attributes:
-        mean: Its mean.
-        precision: The inverse of its covariance.
-        elbo: $E_q[\log\pi(\theta) - \log q(\theta)]$, estimated; -inf where the density is not
-            finite at one of its draws.
-    """
-
-    mean: Float[np.ndarray, " d"]
-    precision: Precision
-    elbo: float = -np.inf
-
-    def draws(self, white: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-        """Draws from standard normal numbers."""
-        return self.mean + self.precision.color(white)
-
-    def log_density(self, white: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
-        """Log densities of those draws."""
-        constant = white.shape[1] * np.log(2 * np.pi) + self.precision.log_determinant
-        return -0.5 * (constant + np.sum(white**2, axis=1))
-
-
-class Pathfinder(NamedTuple):
-    """Normal approximations of a posterior, of several paths.
-
-    Attributes:
-        position: The mean of the best.
-        precision: The inverse of its covariance, for ``mass`` of ``stochgrad.sghmc``.
-        elbo: Its evidence lower bound.
-        paths: The best normal of each path, by falling bound.
-        passes: Passes over all rows that were spent.
-        unravel: ``vector -> position``.
-    """
-
-    position: Position
-    precision: Precision
-    elbo: float
-    paths: tuple[Normal, ...]
-    passes: int
-    unravel: Callable[[Any], Position]
-
-    def starts(self, key: PRNGKey, count: int) -> Float[np.ndarray, "count d"]:
-        """Draws of the best normals, in turn; of those alone whose bound is within 5 of it."""
-        best = [path for path in self.paths if path.elbo > self.elbo - _EQUALS] or self.paths[:1]
-        white = _generator(key).standard_normal((count, best[0].mean.size))
-        return np.concatenate([best[i % len(best)].draws(white[i : i + 1]) for i in range(count)])
 
 
 def pathfinder(
@@ -95,7 +42,7 @@ def pathfinder(
     num_draws: int = 16,
     max_iterations: int = 200,
     passes: int = 300,
-) -> Pathfinder:
+) -> NormalApproximation:
     r"""The best normal approximation on several ways to the mode, and at the mode.
 
     L-BFGS climbs the log density on all rows. At each iterate its memory makes a normal
@@ -131,10 +78,10 @@ def pathfinder(
     check_key(key)
     num_paths, num_draws = check_count("num_paths", num_paths), check_count("num_draws", num_draws)
     passes = check_count("passes", passes, least=0)
-    starts = list(_starts(posterior, key, init, num_paths))
+    starts = list(starts_of(posterior, key, init, num_paths))
     problem = Climb(posterior, starts[0], _UNLIMITED)
     values = _values(posterior, problem)
-    rng = _generator(key)
+    rng = generator(key)
 
     def bounds(normals: list[Normal], count: int) -> list[Normal]:
         white = rng.standard_normal((len(normals), count, problem.size))
@@ -166,7 +113,7 @@ def pathfinder(
         )
     position = jax.tree.map(np.asarray, problem.at(best[0].mean))
     spent = _UNLIMITED - problem.left
-    return Pathfinder(
+    return NormalApproximation(
         position=position,
         precision=best[0].precision,
         elbo=best[0].elbo,
@@ -176,11 +123,7 @@ def pathfinder(
     )
 
 
-def _generator(key: PRNGKey) -> np.random.Generator:
-    return np.random.default_rng(np.asarray(key_words(key)).tolist())
-
-
-def _starts(posterior: Posterior, key: PRNGKey, init: Any, count: int) -> Iterator[Position]:
+def starts_of(posterior: Posterior, key: PRNGKey, init: Any, count: int) -> Iterator[Position]:
     keys = jax.random.split(jax.random.fold_in(key, 1), count)
     if init is None and posterior.initial is None:
         raise ValueError("init is needed: the posterior defines no starting point.")

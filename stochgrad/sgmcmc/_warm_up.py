@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -14,13 +14,18 @@ from stochgrad.core import (
     Position,
     Posterior,
     PRNGKey,
+    check_choice,
     check_count,
     check_instance,
     check_key,
     check_number,
+    is_function,
+    tree_size,
 )
 from stochgrad.gradients import control_variate, minibatch
-from stochgrad.sgmcmc._pathfinder import Pathfinder, pathfinder
+from stochgrad.sgmcmc._mean_field import mean_field
+from stochgrad.sgmcmc._normal import NormalApproximation
+from stochgrad.sgmcmc._pathfinder import pathfinder
 from stochgrad.sgmcmc._precision import Precision
 from stochgrad.sgmcmc._sghmc import sghmc
 from stochgrad.sgmcmc._step_size import StepSizeReport, find_step_size
@@ -30,6 +35,7 @@ _FIRST_LENGTH = 60.0
 _MOST_STEPS = 20_000
 _SMALL_STEP = 0.03
 _POOL = 64
+_MANY_NUMBERS = 5000
 
 
 class WarmUp(NamedTuple):
@@ -44,7 +50,7 @@ class WarmUp(NamedTuple):
         precision: The inverse of its covariance, the kernel's mass.
         windows: What each window found.
         settled: Whether the last window changed nothing any more.
-        pathfinder: What the search before the windows found.
+        approximation: What the search before the windows found.
         step_size: What the kernel's step size rests on, where ``find_step_size`` found it.
         seconds: What it took.
     """
@@ -56,7 +62,7 @@ class WarmUp(NamedTuple):
     precision: Precision
     windows: tuple[Window, ...]
     settled: bool
-    pathfinder: Pathfinder
+    approximation: NormalApproximation
     step_size: StepSizeReport | None
     seconds: float
 
@@ -79,8 +85,9 @@ def warm_up(
     *,
     init: Position | Callable[[PRNGKey], Position] | None = None,
     num_chains: int = 4,
-    bias: float = 0.02,
+    bias: float = 0.04,
     rate: float = 1.0,
+    start: Literal["auto", "pathfinder", "mean_field"] = "auto",
     max_windows: int = 8,
     kernel_at: KernelAt | None = None,
     max_seconds: float | None = None,
@@ -88,7 +95,8 @@ def warm_up(
 ) -> WarmUp:
     r"""Find where a posterior lies and how wide it is, and tune a kernel to that.
 
-    ``stochgrad.pathfinder`` on all rows gives a first center, covariance and spread starts. Then
+    ``stochgrad.pathfinder`` on all rows, or ``stochgrad.mean_field`` on minibatches, gives a first
+    center, covariance and spread starts. Then
     windows of BAOAB with a control variate run from there, each twice as long as the one before;
     center, mass, friction and step size are renewed from its second half. They end when chains
     agree (R-hat below 1.05) and the last window has left center (0.3 standard deviations) and
@@ -101,7 +109,10 @@ def warm_up(
         num_chains: Chains.
         bias: As in ``stochgrad.find_step_size``.
         rate: Friction over mass.
-        max_windows: Windows, at most. With zero the kernel is that of Pathfinder.
+        start: ``"pathfinder"`` (passes over all rows, some 2,000), ``"mean_field"`` (minibatches
+            alone), or ``"auto"``: the second for data that are streamed or spread over devices and
+            for more than 5,000 numbers.
+        max_windows: Windows, at most. With zero the kernel is that of the first approximation.
         kernel_at: ``(place, key, shrink) -> kernel``, another kernel than BAOAB.
         max_seconds: No window begins after this time.
         report: Called with a line about each stage.
@@ -133,12 +144,10 @@ def warm_up(
         kernel_at = langevin_at(posterior, own, bias, rate)
 
     search_key, start_key, window_key, last_key = jax.random.split(key, 4)
-    report("looking for the posterior's bulk (Pathfinder)")
-    first = pathfinder(posterior, search_key, init=init)
+    first = _approximation(posterior, search_key, init, start, report)
     best = first.paths[0]
     pool = first.starts(start_key, max(_POOL, num_chains))
     place = Place(best.mean, best.precision, pool[:num_chains], first.unravel, pool)
-    report(f"Pathfinder: {first.passes} passes, evidence bound {first.elbo:.1f}")
 
     windows: list[Window] = []
     length = _FIRST_LENGTH
@@ -161,10 +170,35 @@ def warm_up(
         precision=place.precision,
         windows=tuple(windows),
         settled=bool(windows) and windows[-1].settled,
-        pathfinder=first,
+        approximation=first,
         step_size=tuned.step_size,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _approximation(posterior, key, init, start: str, report) -> NormalApproximation:
+    """A first normal approximation, by passes over all rows or by minibatches."""
+    batches = posterior.batches
+    check_choice("start", start, ("auto", "pathfinder", "mean_field"))
+    if start == "auto":
+        like = posterior.initial if init is None else init
+        size = 0 if like is None else tree_size(_one_position(like))
+        large = batches.stream is not None or batches.mesh is not None or size > _MANY_NUMBERS
+        start = "mean_field" if large else "pathfinder"
+    if start == "pathfinder":
+        report("looking for the posterior's bulk (Pathfinder on all rows)")
+        first = pathfinder(posterior, key, init=init)
+        report(f"Pathfinder: {first.passes} passes, evidence bound {first.elbo:.1f}")
+    else:
+        report("looking for the posterior's bulk (mean-field approximation on minibatches)")
+        first = mean_field(posterior, key, init=init)
+        report(f"mean-field approximation: evidence bound {first.elbo:.1f}")
+    return first
+
+
+def _one_position(init: Any) -> Any:
+    init = getattr(init, "position", init)
+    return jax.eval_shape(init, jax.random.key(0)) if is_function(init) else init
 
 
 def langevin_at(

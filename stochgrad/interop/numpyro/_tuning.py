@@ -94,7 +94,7 @@ def tune(
     values = dict(tuned.kernel.settings)
     return Tuning(
         kernel=tuned.kernel,
-        start=_around(tuned.pathfinder.unravel, tuned.pool),
+        start=_around(tuned.approximation.unravel, tuned.pool),
         settings={name: values[name] for name in _FOUND if name in values},
         center=None if own is not None else center_at(posterior, tuned.center),
         mass=values.get("mass") if "mass" in missing else None,
