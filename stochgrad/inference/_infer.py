@@ -27,7 +27,6 @@ from stochgrad.core import (
     check_key,
     check_number,
     effective_draws,
-    hoisted_jit,
     last_draws,
     rhat,
     sample,
@@ -39,8 +38,9 @@ from stochgrad.sgmcmc import WarmUp, warm_up
 
 Method: TypeAlias = Literal["auto", "sghmc", "nuts"]
 
-_CHEAP = 8.0
-"""All rows are cheap where a gradient on them takes less than this many of a minibatch's."""
+_CHEAP_RATIO, _CHEAP_OPERATIONS, _TRANSCENDENTAL = 8.0, 1e6, 10.0
+"""All rows are cheap where a gradient on them takes less than eight of a minibatch's, or less than a
+million operations (half a millisecond), a transcendental function counted as ten."""
 _MOST_ROUNDS = 16
 _MOST_RHAT = 1.02
 _MOST_SERIES = 256
@@ -67,8 +67,8 @@ def infer(
     lies and tunes a kernel to it (``stochgrad.warm_up``), samples until chains agree and the draws
     are worth ``target_ess`` independent ones (``stochgrad.sample``), and judges what came out
     (``stochgrad.diagnose``): ``draws.verdict`` says whether to use it. Where a gradient on all rows
-    costs less than eight of a minibatch's, NUTS on all rows is taken, and a line says so: it has no
-    bias, and is the faster one there.
+    takes less than a million operations, or less than eight of a minibatch's, NUTS on all rows is
+    taken, and a line says so: it has no bias, and is the faster one there.
 
     Args:
         key: A typed PRNG key.
@@ -192,53 +192,31 @@ def _choose(posterior: Posterior, target: Any, method: str, say) -> str:
     if batches.batch_size >= batches.size:
         say("NUTS on all rows: there are no minibatches.")
         return "nuts"
-    ratio = _cost_of_all_rows(posterior)
-    if ratio > _CHEAP:
+    whole, part = _cost(posterior, batches.full), _cost(posterior, _first_batch(posterior))
+    if whole > max(_CHEAP_RATIO * part, _CHEAP_OPERATIONS):
         return "sghmc"
-    say(f"NUTS on all rows: a gradient on them costs {ratio:.1f} of a minibatch's.")
+    say(
+        f"NUTS on all rows: a gradient on them takes {whole:.2g} operations, one on a minibatch "
+        f"{part:.2g}."
+    )
     return "nuts"
 
 
-def _cost_of_all_rows(posterior: Posterior) -> float:
-    """What a gradient on all rows takes, in gradients on a minibatch."""
-    if posterior.initial is None:
-        return posterior.batches.size / posterior.batches.batch_size
-    position = posterior.initial(jax.random.key(0))
-    state = posterior.batches.init(jax.random.key(0))
-    slope = jax.grad(posterior.log_density)
-    full = posterior.batches.full
+def _first_batch(posterior: Posterior) -> Any:
+    return posterior.batches.next(posterior.batches.init(jax.random.key(0)))[0]
 
-    @hoisted_jit
-    def many_full(position):
-        return jax.lax.fori_loop(0, 4, lambda i, q: _nudged(q, slope(q, full)), position)
 
-    @hoisted_jit
-    def many_minibatches(position, state):
-        def body(i, carry):
-            position, state = carry
-            batch, state = posterior.batches.next(state)
-            return _nudged(position, slope(position, batch)), state
-
-        return jax.lax.fori_loop(0, 4, body, (position, state))
-
-    return _seconds(lambda: many_full(position)) / _seconds(
-        lambda: many_minibatches(position, state)
+def _cost(posterior: Posterior, batch: Any) -> float:
+    """Operations of a gradient, as the compiler counts them; rows, where it does not."""
+    if posterior.initial is not None:
+        position = jax.eval_shape(posterior.initial, jax.random.key(0))
+        slope = jax.jit(jax.grad(posterior.log_density))
+        counts = slope.lower(position, batch).cost_analysis() or {}
+        if "flops" in counts:
+            return counts["flops"] + _TRANSCENDENTAL * counts.get("transcendentals", 0.0)
+    return 100.0 * (
+        posterior.batches.size if batch is posterior.batches.full else posterior.batches.batch_size
     )
-
-
-def _nudged(position: Position, gradient: Position) -> Position:
-    """The position, by way of the gradient, so that no compiler leaves that out."""
-    return jax.tree.map(lambda x, g: x + jnp.clip(g, -1e-6, 1e-6), position, gradient)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - begun)
-    return min(times)
 
 
 def _sample(
