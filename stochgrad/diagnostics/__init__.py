@@ -5,6 +5,8 @@ from stochgrad.diagnostics._calibration import calibration as calibration
 from stochgrad.diagnostics._calibration import interval_coverage as interval_coverage
 from stochgrad.diagnostics._errors import mcse as mcse
 from stochgrad.diagnostics._errors import rhat as rhat
+from stochgrad.diagnostics._law import Law as Law
+from stochgrad.diagnostics._law import predict_law as predict_law
 from stochgrad.diagnostics._neighbors import knn_divergence as knn_divergence
 from stochgrad.diagnostics._richardson import Extrapolated as Extrapolated
 from stochgrad.diagnostics._richardson import richardson as richardson

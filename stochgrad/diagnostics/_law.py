@@ -1,0 +1,416 @@
+"""The law of a chain, predicted before it runs."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from stochgrad.core import (
+    Gradient,
+    Kernel,
+    Position,
+    PRNGKey,
+    check_array,
+    check_instance,
+    check_key,
+    tree_size,
+)
+from stochgrad.diagnostics._around_center import (
+    gradient_residuals,
+    hessian_times,
+    third_derivative_along,
+)
+from stochgrad.diagnostics._stationary import (
+    Moments,
+    NoiseOrder,
+    squared_autocorrelations,
+    stationary_moments,
+)
+from stochgrad.kernels import LinearMaps, joint_maps, mode_maps
+from stochgrad.sgmcmc import sghmc, sgld
+from stochgrad.sgmcmc._common import as_position
+from stochgrad.sgmcmc._preconditioner import whitenings
+
+_DENSE_DIMENSION = 500
+_PROBES = 64
+_SAME = 1e-5
+_LEAST_CURVATURE = 1e-9
+
+
+class Law(NamedTuple):
+    r"""The stationary law of a chain to leading order, and how fast it forgets.
+
+    Attributes:
+        covariance: Stationary covariance of the raveled position, shape (d, d); its diagonal,
+            shape (d,), where ``dense`` is false.
+        sd: Standard deviations of the coordinates, a tree of the position's structure.
+        sd_bias: Their relative errors, likewise.
+        mean_bias: Errors of the means, in posterior standard deviations, likewise.
+        autocorrelation_time: $\sum_{l=-\infty}^\infty \rho_l$ of each coordinate, in steps,
+            likewise, which the error of their means follows. Noise that cancels over an epoch is
+            not in it, and underdamped chains swing back: what ``arviz.ess`` finds is longer where
+            autocorrelations turn negative, by up to a third at a friction of
+            $\sqrt{\text{curvature}}$, as it counts them until then.
+        square_autocorrelation_time: $\sum_l \rho_l^2$, likewise, which the error of their
+            variances follows: with too little friction it is the longer.
+        gradients_per_draw: Gradient estimates to an effective draw of the slowest coordinate: the
+            larger of the two times, times the gradients of a step.
+        gradients_per_draw_slowest: The same of the slowest direction, by the first time (of the
+            slowest coordinate where ``dense`` is false).
+        noise_share: What gradient noise adds to the variances, relative to the posterior's, on
+            average over the coordinates.
+        dense: Whether all of H and V were used; for more than 500 numbers, only their diagonals.
+    """
+
+    covariance: np.ndarray
+    sd: PyTree
+    sd_bias: PyTree
+    mean_bias: PyTree
+    autocorrelation_time: PyTree
+    square_autocorrelation_time: PyTree
+    gradients_per_draw: float
+    gradients_per_draw_slowest: float
+    noise_share: float
+    dense: bool
+
+    def __str__(self) -> str:
+        bias = _largest(self.sd_bias)
+        width = "wide" if bias > 0 else "narrow"
+        return (
+            f"about {self.gradients_per_draw:.2g} gradients an effective draw; "
+            f"sds up to {abs(bias):.1%} too {width}; "
+            f"means off by up to {abs(_largest(self.mean_bias)):.2g} sd"
+        )
+
+
+class _Frame(NamedTuple):
+    """Coordinates of unit mass, and the kernel in them.
+
+    Attributes:
+        root: W with $q = Wu$ and $W^\top M W = 1$, shape (d, d), or (d,) for a diagonal.
+        friction: C in these coordinates, a diagonal of shape (d,); None for a kernel without.
+        noise: The noise estimate, likewise.
+        online: Whether the kernel estimates that itself.
+    """
+
+    root: np.ndarray
+    friction: np.ndarray | None = None
+    noise: np.ndarray | None = None
+    online: bool = False
+
+
+def predict_law(
+    kernel: Kernel,
+    key: PRNGKey,
+    center: Any,
+    *,
+    hessian: Float[Array, "d d"] | None = None,
+    covariance: Float[Array, "d d"] | None = None,
+) -> Law:
+    r"""What a chain will have for a law, before it runs.
+
+    Around a center the log density is quadratic, $-\tfrac12 q^\top H q$, and the gradient has noise
+    of covariance V, so that a step is linear, $z' = Az + Fu + N\xi$. A, F and N come from
+    evaluating the kernel's own step. The stationary covariance solves the discrete Lyapunov
+    equation
+
+    $$S = A S A^\top + F V F^\top + N N^\top$$
+
+    for independent minibatches; for reshuffled and symmetric ones, whose noise cancels over an
+    epoch, the sums over an epoch are in closed form. The sum of all autocovariances is
+    $(1-A)^{-1}(FVF^\top + NN^\top)(1-A)^{-\top}$ (without V where it cancels). The means move by
+
+    $$\Delta = \tfrac12 H^{-1} \nabla \operatorname{tr}\left[\nabla^2\log\pi\,(S - TH^{-1})\right],$$
+
+    as E of the gradient is zero under both laws. Where the friction is a multiple of the mass the
+    equations are those of d modes with two or three numbers each.
+
+    V is measured at points around the center, one posterior standard deviation away, so that the
+    noise of a control variate is what it is where draws are; H takes d Hessian-vector products on
+    all data, the bias of the means as many again. For more than 500 numbers only diagonals of H
+    (from 64 random signs) and V are used, each coordinate (of the mass) by itself.
+
+    Args:
+        kernel: From ``stochgrad.sgld``, ``stochgrad.sghmc`` or ``stochgrad.psgld``, with a constant
+            step size and temperature. pSGLD's preconditioner is held at its stationary mean.
+        key: A typed PRNG key.
+        center: A position near the mode or the mean, or what ``stochgrad.find_center`` found.
+        hessian: H, minus the Hessian of the log density over the raveled position, if known.
+        covariance: The covariance of the draws, if known, with which the chain's is compared and
+            over which V is averaged; $TH^{-1}$ by default. Without ``hessian``, H is
+            $T\,\text{covariance}^{-1}$: in a hierarchical model that describes the bulk, which the
+            mode may not.
+
+    Raises:
+        TypeError: it is no kernel.
+        ValueError: the kernel is another one, or follows a schedule; the log density is not
+            strictly concave at the center; the chain is unstable.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stochgrad
+        >>> target = stochgrad.posterior(
+        ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), order="full"
+        ... )
+        >>> law = stochgrad.diagnostics.predict_law(
+        ...     stochgrad.sgld(target, 0.001), jax.random.key(0), jnp.float32(1.0)
+        ... )
+        >>> print(law)
+        about 19 gradients an effective draw; sds up to 2.6% too wide; means off by up to 0 sd
+    """
+    check_key(key)
+    gradient, settings = _settings(kernel)
+    center = as_position("center", center)
+    size = tree_size(center)
+    temperature = settings["temperature"]
+    dense = size <= _DENSE_DIMENSION
+    frame = _frame(kernel, settings, center)
+    root = np.diag(frame.root) if dense and frame.root.ndim == 1 else frame.root
+    keys = jax.random.split(key, 3)
+    curvature, reference = _curvature(
+        gradient, keys[0], center, root, dense, temperature, hessian, covariance
+    )
+    residuals = gradient_residuals(gradient, keys[1], center, _draws_root(root, reference))
+    if kernel.method == "pSGLD":
+        root, curvature, reference = _precondition(
+            settings, gradient, root, curvature, reference, residuals, temperature
+        )
+    inside = _matmul(residuals, root)
+    noise = inside.T @ inside if dense else np.sum(inside**2, axis=0)
+    if frame.online:
+        diagonal = np.diag(noise) if dense else noise
+        frame = frame._replace(noise=settings["step_size"] * diagonal / 2)
+
+    maps, moments, quiet, curvature, root, reference = _solve(
+        settings, frame, curvature, noise, _order(gradient), root, reference
+    )
+    shift = _mean_shift(gradient, keys[2], center, root, curvature, moments.at_gradient - reference)
+    return _law(center, maps, moments, quiet, reference, root, shift)
+
+
+def _settings(kernel: Any) -> tuple[Gradient, dict[str, Any]]:
+    check_instance("kernel", kernel, Kernel, "a kernel, such as stochgrad.sghmc makes")
+    settings = dict(kernel.settings)
+    if kernel.method not in ("SGLD", "SGHMC", "pSGLD") or kernel.gradient is None:
+        why = ": its thermostat multiplies the momentum" if kernel.method == "SGNHT" else ""
+        raise ValueError(
+            f"kernel: predict_law needs a step that is linear on a Gaussian, that of stochgrad.sgld, "
+            f"sghmc or psgld; that of {kernel.method} is not{why}."
+        )
+    for name in ("step_size", "temperature"):
+        if callable(settings[name]):
+            raise ValueError(
+                f"kernel: a {name} that follows a schedule has no stationary law; "
+                "give a number."
+            )
+    if settings["temperature"] <= 0:
+        raise ValueError("kernel: at temperature 0 the chain has no law to compare with.")
+    return kernel.gradient, settings
+
+
+def _frame(kernel: Kernel, settings: dict[str, Any], center: Position) -> _Frame:
+    size = tree_size(center)
+    if kernel.method != "SGHMC":
+        return _Frame(np.ones(size))
+    online = isinstance(settings["noise_estimate"], str)
+    estimate = 0.0 if online else settings["noise_estimate"]
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float64), center)
+        whitening = whitenings(settings["mass"], settings["friction"], estimate)(wide)
+        white = whitening.to_white(wide)
+        flat, unravel = ravel_pytree(white)
+
+        def diagonal(tree):
+            leaves = jax.tree.map(lambda v, x: np.broadcast_to(v, x.shape).ravel(), tree, white)
+            return np.concatenate([np.asarray(x, np.float64) for x in jax.tree.leaves(leaves)])
+
+        mass, friction, noise = map(
+            diagonal, (whitening.mass, whitening.friction, whitening.noise)
+        )
+        scale = 1 / np.sqrt(mass)
+        if whitening.identity:
+            root = scale
+        else:
+            outward = jax.vmap(lambda e: ravel_pytree(whitening.from_white(unravel(e)))[0])
+            root = np.asarray(outward(jnp.eye(flat.size))).T * scale
+    return _Frame(root, friction / mass, noise / mass, online)
+
+
+def _curvature(gradient, key, center, root, dense, temperature, hessian, covariance):
+    """H and the covariance of draws in the coordinates of ``root``, or their diagonals."""
+    size = tree_size(center)
+    given = {"hessian": hessian, "covariance": covariance}
+    for name, value in given.items():
+        if value is not None:
+            value = check_array(name, value).astype(np.float64)
+            if value.shape != (size, size):
+                raise ValueError(
+                    f"{name} must have shape ({size}, {size}), over the raveled position, "
+                    f"got {value.shape}."
+                )
+            given[name] = (value + value.T) / 2
+    hessian, covariance = given.values()
+    if hessian is None and covariance is not None:
+        hessian = temperature * np.linalg.inv(covariance)
+    if hessian is not None:
+        bent = _matmul(hessian, root)
+        curvature = _dual(bent, root) if dense else _diagonal_of(bent, root)
+    elif dense:
+        bent = hessian_times(gradient, key, center, root.T).T
+        curvature = _dual(bent, root)
+    else:
+        signs = np.random.default_rng(np.asarray(jax.random.key_data(key))).choice(
+            [-1.0, 1.0], (_PROBES, size)
+        )
+        bent = hessian_times(gradient, key, center, _matmul(signs, root.T))
+        curvature = np.mean(signs * _matmul(bent, root), axis=0)
+    eigenvalues = np.linalg.eigvalsh(curvature) if dense else curvature
+    if not eigenvalues.min() > _LEAST_CURVATURE * eigenvalues.max():
+        raise ValueError(
+            "center: the log density is not strictly concave there (curvatures from "
+            f"{eigenvalues.min():.3g} to {eigenvalues.max():.3g} in units of the mass): give "
+            "covariance=, that of draws of a pilot run, and their mean for center."
+        )
+    if covariance is None:
+        reference = temperature * (np.linalg.inv(curvature) if dense else 1 / curvature)
+    elif dense:
+        inverse = np.linalg.inv(root)
+        reference = inverse @ covariance @ inverse.T
+    else:
+        reference = temperature / curvature
+    return curvature, reference
+
+
+def _precondition(settings, gradient, root, curvature, reference, residuals, temperature):
+    """The frame of pSGLD's metric, at the stationary mean of its squared gradients."""
+    rows = 1 if gradient.posterior is None else max(gradient.posterior.batches.size, 1)
+    diagonal = np.diag(curvature) if curvature.ndim == 2 else curvature
+    square = (np.sum(residuals**2, axis=0) + temperature * diagonal) / rows**2
+    scale = 1 / np.sqrt(settings["regularizer"] + np.sqrt(square))
+    if curvature.ndim == 1:
+        return root * scale, curvature * scale**2, reference / scale**2
+    outer = np.outer(scale, scale)
+    return root * scale[:, None], curvature * outer, reference / outer
+
+
+def _solve(settings, frame: _Frame, curvature, noise, order: NoiseOrder, root, reference):
+    """Maps and moments, with and without gradient noise, in coordinates that suit them best."""
+    h, temperature = settings["step_size"], settings["temperature"]
+    uniform = all(
+        x is None or np.ptp(x) <= _SAME * np.max(np.abs(x)) for x in (frame.friction, frame.noise)
+    )
+    single = (lambda x: float(np.mean(x))) if uniform else (lambda x: x)
+    if frame.friction is None:
+        factory = partial(sgld, temperature=temperature)
+    else:
+        factory = partial(
+            sghmc,
+            friction=single(frame.friction),
+            noise_estimate=single(np.minimum(frame.noise, frame.friction * temperature)),
+            integrator=settings["integrator"],
+            temperature=temperature,
+        )
+    if curvature.ndim == 2 and uniform:
+        values, vectors = np.linalg.eigh(curvature)
+        curvature, root = values, root @ vectors
+        noise, reference = (vectors.T @ x @ vectors for x in (noise, reference))
+    make = mode_maps if curvature.ndim == 1 else joint_maps
+    maps = make(factory, h, curvature)
+    radius = maps.radius
+    if not radius < 1:
+        raise ValueError(
+            f"kernel: unstable with step_size {h:g} (a spectral radius of {radius:.3g}): take a "
+            "smaller one; stochgrad.find_step_size gives the limit."
+        )
+    moments = stationary_moments(maps, noise, curvature, order)
+    quiet = stationary_moments(maps, np.zeros_like(noise), curvature, NoiseOrder())
+    return maps, moments, quiet, curvature, root, reference
+
+
+def _mean_shift(gradient, key, center, root, curvature, excess) -> np.ndarray:
+    r"""$\tfrac12 H^{-1}\nabla\operatorname{tr}(\nabla^2\log\pi\,\Delta)$, in the frame of ``root``."""
+    if excess.ndim == 2:
+        values, vectors = np.linalg.eigh((excess + excess.T) / 2)
+        directions = (root @ (vectors * np.sqrt(np.abs(values)))).T
+        signs = np.sign(values)
+    else:
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        z = rng.choice([-1.0, 1.0], (2, _PROBES // 2, excess.size))
+        parts = np.sqrt(np.maximum([[excess], [-excess]], 0))
+        directions = _matmul((z * parts).reshape(-1, excess.size), root.T)
+        directions /= np.sqrt(_PROBES // 2)
+        signs = np.repeat([1.0, -1.0], _PROBES // 2)
+    pull = _matmul(third_derivative_along(gradient, key, center, directions, signs), root) / 2
+    return pull / curvature if curvature.ndim == 1 else np.linalg.solve(curvature, pull)
+
+
+def _law(center, maps: LinearMaps, moments: Moments, quiet: Moments, reference, root, shift) -> Law:
+    unravel = ravel_pytree(center)[1]
+
+    def variances(x):
+        if x.ndim == 2:
+            return np.einsum("ij,jk,ik->i", root, x, root)
+        return root**2 @ x if root.ndim == 2 else root**2 * x
+
+    def tree(x):
+        return jax.tree.map(np.asarray, unravel(jnp.asarray(x, jnp.float32)))
+
+    found, expected, long_run, silent = map(
+        variances, (moments.covariance, reference, moments.long_run, quiet.covariance)
+    )
+    times = long_run / found
+    squares = squared_autocorrelations(maps, moments, root)
+    dense = moments.covariance.ndim == 2
+    slowest = np.max(times)
+    if dense:
+        inverse = np.linalg.inv(np.linalg.cholesky(moments.covariance))
+        slowest = np.linalg.eigvalsh(inverse @ moments.long_run @ inverse.T).max()
+    return Law(
+        covariance=root @ moments.covariance @ root.T if dense else found,
+        sd=tree(np.sqrt(found)),
+        sd_bias=tree(np.sqrt(found / expected) - 1),
+        mean_bias=tree(_matmul(shift, root.T) / np.sqrt(expected)),
+        autocorrelation_time=tree(times),
+        square_autocorrelation_time=tree(squares),
+        gradients_per_draw=float(maps.evaluations * max(np.max(times), np.max(squares))),
+        gradients_per_draw_slowest=float(maps.evaluations * slowest),
+        noise_share=float(np.mean((found - silent) / expected)),
+        dense=dense,
+    )
+
+
+def _order(gradient: Gradient) -> NoiseOrder:
+    if gradient.posterior is None or not gradient.posterior.batches.balanced:
+        return NoiseOrder()
+    batches = gradient.posterior.batches
+    kind = "symmetric" if batches.order == "symmetric" else "reshuffled"
+    return NoiseOrder(batches.epoch, kind)
+
+
+def _draws_root(root: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """L with $LL^\top$ the covariance of draws, in the position's own coordinates."""
+    if reference.ndim == 2:
+        return root @ np.linalg.cholesky(reference)
+    return root * np.sqrt(reference)
+
+
+def _matmul(x: np.ndarray, root: np.ndarray) -> np.ndarray:
+    """``x @ root`` with a matrix or a diagonal."""
+    return x @ root if root.ndim == 2 else x * root
+
+
+def _dual(bent: np.ndarray, root: np.ndarray) -> np.ndarray:
+    matrix = root.T @ bent
+    return (matrix + matrix.T) / 2
+
+
+def _diagonal_of(bent: np.ndarray, root: np.ndarray) -> np.ndarray:
+    return np.sum(root * bent, axis=0) if root.ndim == 2 else np.diag(bent) * root
+
+
+def _largest(tree: PyTree) -> float:
+    values = np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    return float(values[np.argmax(np.abs(values))])
