@@ -39,6 +39,7 @@ _DENSE_DIMENSION = 500
 _PROBES = 64
 _SAME = 1e-5
 _LEAST_CURVATURE = 1e-9
+_METRIC_PASSES = 4
 
 
 class Law(NamedTuple):
@@ -174,19 +175,12 @@ def predict_law(
         gradient, keys[0], center, root, dense, temperature, hessian, covariance
     )
     residuals = gradient_residuals(gradient, keys[1], center, _draws_root(root, reference))
+    solve = partial(_solve, settings, residuals, noise_order(gradient))
     if kernel.method == "pSGLD":
-        root, curvature, reference = _precondition(
-            settings, gradient, root, curvature, reference, residuals, temperature
-        )
-    inside = _matmul(residuals, root)
-    noise = inside.T @ inside if dense else np.sum(inside**2, axis=0)
-    if frame.online:
-        diagonal = np.diag(noise) if dense else noise
-        frame = frame._replace(noise=settings["step_size"] * diagonal / 2)
-
-    maps, moments, quiet, curvature, root, reference = _solve(
-        settings, frame, curvature, noise, _order(gradient), root, reference
-    )
+        solved = _preconditioned(settings, gradient, solve, frame, curvature, reference, residuals)
+    else:
+        solved = solve(frame._replace(root=root), curvature, reference)
+    maps, moments, quiet, curvature, root, reference = solved
     shift = _mean_shift(gradient, keys[2], center, root, curvature, moments.at_gradient - reference)
     return _law(center, maps, moments, quiet, reference, root, shift)
 
@@ -284,39 +278,59 @@ def _curvature(gradient, key, center, root, dense, temperature, hessian, covaria
     return curvature, reference
 
 
-def _precondition(settings, gradient, root, curvature, reference, residuals, temperature):
-    """The frame of pSGLD's metric, at the stationary mean of its squared gradients."""
+def _preconditioned(settings, gradient, solve, frame, curvature, reference, residuals):
+    """The solution in the frame of pSGLD's metric, which follows from the squares it leads to."""
     rows = 1 if gradient.posterior is None else max(gradient.posterior.batches.size, 1)
-    diagonal = np.diag(curvature) if curvature.ndim == 2 else curvature
-    square = (np.sum(residuals**2, axis=0) + temperature * diagonal) / rows**2
-    scale = 1 / np.sqrt(settings["regularizer"] + np.sqrt(square))
-    if curvature.ndim == 1:
-        return root * scale, curvature * scale**2, reference / scale**2
-    outer = np.outer(scale, scale)
-    return root * scale[:, None], curvature * outer, reference / outer
+    noise = np.sum(residuals**2, axis=0)
+    covariance, solved = reference, None
+    for _ in range(_METRIC_PASSES):
+        if curvature.ndim == 2:
+            spread = np.einsum("ij,jk,ik->i", curvature, covariance, curvature)
+        else:
+            spread = curvature**2 * covariance
+        scale = 1 / np.sqrt(settings["regularizer"] + np.sqrt(noise + spread) / rows)
+        if curvature.ndim == 2:
+            outer, root = np.outer(scale, scale), np.diag(scale)
+        else:
+            outer, root = scale**2, scale
+        solved = solve(frame._replace(root=root), curvature * outer, reference / outer)
+        moments, root = solved[1], solved[4]
+        covariance = moments.covariance
+        covariance = root @ covariance @ root.T if root.ndim == 2 else root**2 * covariance
+    return solved
 
 
-def _solve(settings, frame: _Frame, curvature, noise, order: NoiseOrder, root, reference):
+def _solve(settings, residuals, order: NoiseOrder, frame: _Frame, curvature, reference):
     """Maps and moments, with and without gradient noise, in coordinates that suit them best."""
+    root = frame.root
+    inside = _matmul(residuals, root)
+    noise = inside.T @ inside if curvature.ndim == 2 else np.sum(inside**2, axis=0)
+    if frame.online:
+        diagonal = np.diag(noise) if noise.ndim == 2 else noise
+        frame = frame._replace(noise=settings["step_size"] * diagonal / 2)
     h, temperature = settings["step_size"], settings["temperature"]
-    uniform = all(
-        x is None or np.ptp(x) <= _SAME * np.max(np.abs(x)) for x in (frame.friction, frame.noise)
-    )
-    single = (lambda x: float(np.mean(x))) if uniform else (lambda x: x)
+    given = (frame.friction, frame.noise)
+    uniform = all(x is None or np.ptp(x) <= _SAME * np.max(np.abs(x)) for x in given)
+    if curvature.ndim == 2:
+        values, vectors = np.diag(curvature), np.eye(len(curvature))
+        apart = np.max(np.abs(curvature - np.diag(values))) <= _SAME * np.max(values)
+        if uniform and not apart:
+            values, vectors = np.linalg.eigh(curvature)
+        if uniform or apart:
+            curvature, root = values, root @ vectors
+            noise, reference = (vectors.T @ x @ vectors for x in (noise, reference))
     if frame.friction is None:
         factory = partial(sgld, temperature=temperature)
     else:
+        friction = float(np.mean(frame.friction)) if uniform else frame.friction
+        estimate = np.minimum(frame.noise, frame.friction * temperature)
         factory = partial(
             sghmc,
-            friction=single(frame.friction),
-            noise_estimate=single(np.minimum(frame.noise, frame.friction * temperature)),
+            friction=friction,
+            noise_estimate=np.maximum(estimate, 0.0),
             integrator=settings["integrator"],
             temperature=temperature,
         )
-    if curvature.ndim == 2 and uniform:
-        values, vectors = np.linalg.eigh(curvature)
-        curvature, root = values, root @ vectors
-        noise, reference = (vectors.T @ x @ vectors for x in (noise, reference))
     make = mode_maps if curvature.ndim == 1 else joint_maps
     maps = make(factory, h, curvature)
     radius = maps.radius
@@ -382,7 +396,8 @@ def _law(center, maps: LinearMaps, moments: Moments, quiet: Moments, reference, 
     )
 
 
-def _order(gradient: Gradient) -> NoiseOrder:
+def noise_order(gradient: Gradient) -> NoiseOrder:
+    """How the noise of a gradient's minibatches is correlated in time."""
     if gradient.posterior is None or not gradient.posterior.batches.balanced:
         return NoiseOrder()
     batches = gradient.posterior.batches
