@@ -79,10 +79,9 @@ def gradient_residuals(
     flat = ravel_pytree(center)[0]
     size = flat.size
     batches = gradient.posterior.batches if gradient.posterior is not None else None
-    count = _BATCHES
-    cancels = batches is not None and batches.balanced
-    if cancels:
-        count = max(min(_BATCHES, batches.epoch), 2)
+    count, share = _BATCHES, 0.0
+    if batches is not None and batches.balanced:  # drawn without replacement
+        count, share = max(min(_BATCHES, batches.epoch), 2), 1 / batches.epoch
     keys = jax.random.split(key, 3)
     offsets, past = (_offsets(np.asarray(jax.random.key_data(k)), root, size) for k in keys[:2])
 
@@ -100,15 +99,13 @@ def gradient_residuals(
                 return state, ravel_pytree(score(at)[1])[0]
 
             _, g = lax.scan(one, state, jax.random.split(keys[1], count))
-            return g - jnp.mean(g, axis=0)
+            return g - jnp.mean(g, axis=0, keepdims=True)
 
         inputs = (jax.random.split(key, len(offsets)), offsets, past)
         return lax.map(at_a_point, inputs)
 
     found = _evaluate(gradient, run, keys[2], center, offsets, past)
-    scale = 1 / ((count - 1) * len(found))
-    if cancels:  # drawn without replacement
-        scale *= 1 - 1 / batches.epoch
+    scale = (1 - share) / ((count - 1) * len(found))
     return np.sqrt(scale) * found.reshape(-1, size)
 
 

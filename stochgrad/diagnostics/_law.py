@@ -12,17 +12,22 @@ from jaxtyping import Array, Float, PyTree
 from stochgrad.core import (
     Gradient,
     Kernel,
-    Position,
     PRNGKey,
-    check_array,
     check_instance,
     check_key,
     tree_size,
 )
 from stochgrad.diagnostics._around_center import (
     gradient_residuals,
-    hessian_times,
     third_derivative_along,
+)
+from stochgrad.diagnostics._mass_frame import (
+    PROBES,
+    Frame,
+    curvature_and_reference,
+    frame_of,
+    multiply,
+    root_of_draws,
 )
 from stochgrad.diagnostics._stationary import (
     Moments,
@@ -33,12 +38,9 @@ from stochgrad.diagnostics._stationary import (
 from stochgrad.kernels import LinearMaps, joint_maps, mode_maps
 from stochgrad.sgmcmc import sghmc, sgld
 from stochgrad.sgmcmc._common import as_position
-from stochgrad.sgmcmc._preconditioner import whitenings
 
 _DENSE_DIMENSION = 500
-_PROBES = 64
 _SAME = 1e-5
-_LEAST_CURVATURE = 1e-9
 _METRIC_PASSES = 4
 
 
@@ -88,22 +90,6 @@ class Law(NamedTuple):
         )
 
 
-class _Frame(NamedTuple):
-    """Coordinates of unit mass, and the kernel in them.
-
-    Attributes:
-        root: W with $q = Wu$ and $W^\top M W = 1$, shape (d, d), or (d,) for a diagonal.
-        friction: C in these coordinates, a diagonal of shape (d,); None for a kernel without.
-        noise: The noise estimate, likewise.
-        online: Whether the kernel estimates that itself.
-    """
-
-    root: np.ndarray
-    friction: np.ndarray | None = None
-    noise: np.ndarray | None = None
-    online: bool = False
-
-
 def predict_law(
     kernel: Kernel,
     key: PRNGKey,
@@ -125,7 +111,7 @@ def predict_law(
     epoch, the sums over an epoch are in closed form. The sum of all autocovariances is
     $(1-A)^{-1}(FVF^\top + NN^\top)(1-A)^{-\top}$ (without V where it cancels). The means move by
 
-    $$\Delta = \tfrac12 H^{-1} \nabla \operatorname{tr}\left[\nabla^2\log\pi\,(S - TH^{-1})\right],$$
+    $$\tfrac12 H^{-1} \nabla \operatorname{tr}\left[\nabla^2\log\pi\,(S - TH^{-1})\right],$$
 
     as E of the gradient is zero under both laws. Where the friction is a multiple of the mass the
     equations are those of d modes with two or three numbers each.
@@ -168,13 +154,13 @@ def predict_law(
     size = tree_size(center)
     temperature = settings["temperature"]
     dense = size <= _DENSE_DIMENSION
-    frame = _frame(kernel, settings, center)
+    frame = frame_of(kernel, settings, center)
     root = np.diag(frame.root) if dense and frame.root.ndim == 1 else frame.root
     keys = jax.random.split(key, 3)
-    curvature, reference = _curvature(
+    curvature, reference = curvature_and_reference(
         gradient, keys[0], center, root, dense, temperature, hessian, covariance
     )
-    residuals = gradient_residuals(gradient, keys[1], center, _draws_root(root, reference))
+    residuals = gradient_residuals(gradient, keys[1], center, root_of_draws(root, reference))
     solve = partial(_solve, settings, residuals, noise_order(gradient))
     if kernel.method == "pSGLD":
         solved = _preconditioned(settings, gradient, solve, frame, curvature, reference, residuals)
@@ -191,98 +177,23 @@ def _settings(kernel: Any) -> tuple[Gradient, dict[str, Any]]:
     if kernel.method not in ("SGLD", "SGHMC", "pSGLD") or kernel.gradient is None:
         why = ": its thermostat multiplies the momentum" if kernel.method == "SGNHT" else ""
         raise ValueError(
-            f"kernel: predict_law needs a step that is linear on a Gaussian, that of stochgrad.sgld, "
-            f"sghmc or psgld; that of {kernel.method} is not{why}."
+            "kernel: predict_law needs a step that is linear on a Gaussian, as in stochgrad.sgld, "
+            f"sghmc and psgld; that of {kernel.method} is not{why}."
         )
     for name in ("step_size", "temperature"):
         if callable(settings[name]):
             raise ValueError(
-                f"kernel: a {name} that follows a schedule has no stationary law; "
-                "give a number."
+                f"kernel: a {name} that follows a schedule has no stationary law; give a number."
             )
-    if settings["temperature"] <= 0:
-        raise ValueError("kernel: at temperature 0 the chain has no law to compare with.")
     return kernel.gradient, settings
-
-
-def _frame(kernel: Kernel, settings: dict[str, Any], center: Position) -> _Frame:
-    size = tree_size(center)
-    if kernel.method != "SGHMC":
-        return _Frame(np.ones(size))
-    online = isinstance(settings["noise_estimate"], str)
-    estimate = 0.0 if online else settings["noise_estimate"]
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float64), center)
-        whitening = whitenings(settings["mass"], settings["friction"], estimate)(wide)
-        white = whitening.to_white(wide)
-        flat, unravel = ravel_pytree(white)
-
-        def diagonal(tree):
-            leaves = jax.tree.map(lambda v, x: np.broadcast_to(v, x.shape).ravel(), tree, white)
-            return np.concatenate([np.asarray(x, np.float64) for x in jax.tree.leaves(leaves)])
-
-        mass, friction, noise = map(
-            diagonal, (whitening.mass, whitening.friction, whitening.noise)
-        )
-        scale = 1 / np.sqrt(mass)
-        if whitening.identity:
-            root = scale
-        else:
-            outward = jax.vmap(lambda e: ravel_pytree(whitening.from_white(unravel(e)))[0])
-            root = np.asarray(outward(jnp.eye(flat.size))).T * scale
-    return _Frame(root, friction / mass, noise / mass, online)
-
-
-def _curvature(gradient, key, center, root, dense, temperature, hessian, covariance):
-    """H and the covariance of draws in the coordinates of ``root``, or their diagonals."""
-    size = tree_size(center)
-    given = {"hessian": hessian, "covariance": covariance}
-    for name, value in given.items():
-        if value is not None:
-            value = check_array(name, value).astype(np.float64)
-            if value.shape != (size, size):
-                raise ValueError(
-                    f"{name} must have shape ({size}, {size}), over the raveled position, "
-                    f"got {value.shape}."
-                )
-            given[name] = (value + value.T) / 2
-    hessian, covariance = given.values()
-    if hessian is None and covariance is not None:
-        hessian = temperature * np.linalg.inv(covariance)
-    if hessian is not None:
-        bent = _matmul(hessian, root)
-        curvature = _dual(bent, root) if dense else _diagonal_of(bent, root)
-    elif dense:
-        bent = hessian_times(gradient, key, center, root.T).T
-        curvature = _dual(bent, root)
-    else:
-        signs = np.random.default_rng(np.asarray(jax.random.key_data(key))).choice(
-            [-1.0, 1.0], (_PROBES, size)
-        )
-        bent = hessian_times(gradient, key, center, _matmul(signs, root.T))
-        curvature = np.mean(signs * _matmul(bent, root), axis=0)
-    eigenvalues = np.linalg.eigvalsh(curvature) if dense else curvature
-    if not eigenvalues.min() > _LEAST_CURVATURE * eigenvalues.max():
-        raise ValueError(
-            "center: the log density is not strictly concave there (curvatures from "
-            f"{eigenvalues.min():.3g} to {eigenvalues.max():.3g} in units of the mass): give "
-            "covariance=, that of draws of a pilot run, and their mean for center."
-        )
-    if covariance is None:
-        reference = temperature * (np.linalg.inv(curvature) if dense else 1 / curvature)
-    elif dense:
-        inverse = np.linalg.inv(root)
-        reference = inverse @ covariance @ inverse.T
-    else:
-        reference = temperature / curvature
-    return curvature, reference
 
 
 def _preconditioned(settings, gradient, solve, frame, curvature, reference, residuals):
     """The solution in the frame of pSGLD's metric, which follows from the squares it leads to."""
     rows = 1 if gradient.posterior is None else max(gradient.posterior.batches.size, 1)
     noise = np.sum(residuals**2, axis=0)
-    covariance, solved = reference, None
+    covariance: np.ndarray = reference
+    solved: Any = None
     for _ in range(_METRIC_PASSES):
         if curvature.ndim == 2:
             spread = np.einsum("ij,jk,ik->i", curvature, covariance, curvature)
@@ -300,10 +211,10 @@ def _preconditioned(settings, gradient, solve, frame, curvature, reference, resi
     return solved
 
 
-def _solve(settings, residuals, order: NoiseOrder, frame: _Frame, curvature, reference):
+def _solve(settings, residuals, order: NoiseOrder, frame: Frame, curvature, reference):
     """Maps and moments, with and without gradient noise, in coordinates that suit them best."""
     root = frame.root
-    inside = _matmul(residuals, root)
+    inside = multiply(residuals, root)
     noise = inside.T @ inside if curvature.ndim == 2 else np.sum(inside**2, axis=0)
     if frame.online:
         diagonal = np.diag(noise) if noise.ndim == 2 else noise
@@ -319,7 +230,7 @@ def _solve(settings, residuals, order: NoiseOrder, frame: _Frame, curvature, ref
         if uniform or apart:
             curvature, root = values, root @ vectors
             noise, reference = (vectors.T @ x @ vectors for x in (noise, reference))
-    if frame.friction is None:
+    if frame.friction is None or frame.noise is None:
         factory = partial(sgld, temperature=temperature)
     else:
         friction = float(np.mean(frame.friction)) if uniform else frame.friction
@@ -345,19 +256,19 @@ def _solve(settings, residuals, order: NoiseOrder, frame: _Frame, curvature, ref
 
 
 def _mean_shift(gradient, key, center, root, curvature, excess) -> np.ndarray:
-    r"""$\tfrac12 H^{-1}\nabla\operatorname{tr}(\nabla^2\log\pi\,\Delta)$, in the frame of ``root``."""
+    r"""$\tfrac12 H^{-1}\nabla\operatorname{tr}(\nabla^2\log\pi\,\Delta)$, for unit mass."""
     if excess.ndim == 2:
         values, vectors = np.linalg.eigh((excess + excess.T) / 2)
         directions = (root @ (vectors * np.sqrt(np.abs(values)))).T
         signs = np.sign(values)
     else:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        z = rng.choice([-1.0, 1.0], (2, _PROBES // 2, excess.size))
+        z = rng.choice([-1.0, 1.0], (2, PROBES // 2, excess.size))
         parts = np.sqrt(np.maximum([[excess], [-excess]], 0))
-        directions = _matmul((z * parts).reshape(-1, excess.size), root.T)
-        directions /= np.sqrt(_PROBES // 2)
-        signs = np.repeat([1.0, -1.0], _PROBES // 2)
-    pull = _matmul(third_derivative_along(gradient, key, center, directions, signs), root) / 2
+        directions = multiply((z * parts).reshape(-1, excess.size), root.T)
+        directions /= np.sqrt(PROBES // 2)
+        signs = np.repeat([1.0, -1.0], PROBES // 2)
+    pull = multiply(third_derivative_along(gradient, key, center, directions, signs), root) / 2
     return pull / curvature if curvature.ndim == 1 else np.linalg.solve(curvature, pull)
 
 
@@ -386,7 +297,7 @@ def _law(center, maps: LinearMaps, moments: Moments, quiet: Moments, reference, 
         covariance=root @ moments.covariance @ root.T if dense else found,
         sd=tree(np.sqrt(found)),
         sd_bias=tree(np.sqrt(found / expected) - 1),
-        mean_bias=tree(_matmul(shift, root.T) / np.sqrt(expected)),
+        mean_bias=tree(multiply(shift, root.T) / np.sqrt(expected)),
         autocorrelation_time=tree(times),
         square_autocorrelation_time=tree(squares),
         gradients_per_draw=float(maps.evaluations * max(np.max(times), np.max(squares))),
@@ -403,27 +314,6 @@ def noise_order(gradient: Gradient) -> NoiseOrder:
     batches = gradient.posterior.batches
     kind = "symmetric" if batches.order == "symmetric" else "reshuffled"
     return NoiseOrder(batches.epoch, kind)
-
-
-def _draws_root(root: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """L with $LL^\top$ the covariance of draws, in the position's own coordinates."""
-    if reference.ndim == 2:
-        return root @ np.linalg.cholesky(reference)
-    return root * np.sqrt(reference)
-
-
-def _matmul(x: np.ndarray, root: np.ndarray) -> np.ndarray:
-    """``x @ root`` with a matrix or a diagonal."""
-    return x @ root if root.ndim == 2 else x * root
-
-
-def _dual(bent: np.ndarray, root: np.ndarray) -> np.ndarray:
-    matrix = root.T @ bent
-    return (matrix + matrix.T) / 2
-
-
-def _diagonal_of(bent: np.ndarray, root: np.ndarray) -> np.ndarray:
-    return np.sum(root * bent, axis=0) if root.ndim == 2 else np.diag(bent) * root
 
 
 def _largest(tree: PyTree) -> float:

@@ -15,7 +15,6 @@ from stochgrad.core import (
     Gradient,
     PRNGKey,
     Target,
-    check_array,
     check_key,
     check_number,
     hoisted_jit,
@@ -25,6 +24,7 @@ from stochgrad.core._batches import Batch
 from stochgrad.diagnostics._around_center import gradient_residuals, hessian_times
 from stochgrad.diagnostics._inputs import gradient_of
 from stochgrad.diagnostics._law import noise_order
+from stochgrad.diagnostics._mass_frame import square_matrix
 from stochgrad.diagnostics._stationary import NoiseOrder, stationary_moments
 from stochgrad.gradients import minibatch
 from stochgrad.kernels import mode_maps
@@ -111,14 +111,14 @@ def sandwich(
     if hessian is None:
         h = hessian_times(gradient, keys[0], center, np.eye(size))
     else:
-        h = _square("hessian", hessian, size)
+        h = square_matrix("hessian", hessian, size)
     h = (h + h.T) / 2
     if not np.linalg.eigvalsh(h).min() > 0:
         raise ValueError("center: the log density is not strictly concave there.")
     if score_covariance is None:
         j = _score_covariance(gradient, keys[1], center)
     else:
-        j = _square("score_covariance", score_covariance, size)
+        j = square_matrix("score_covariance", score_covariance, size)
     inverse = np.linalg.inv(h)
     covariance = inverse @ j @ inverse
 
@@ -181,16 +181,6 @@ def _score_covariance(gradient: Gradient, key, center) -> np.ndarray:
     r = gradient_residuals(minibatch(posterior), key, center, np.zeros(size))
     n, b = batches.size, batches.batch_size
     return r.T @ r * (n - 1) * n / (count**2 * b * (n - b))
-
-
-def _square(name: str, value: Any, size: int) -> np.ndarray:
-    matrix = check_array(name, value).astype(np.float64)
-    if matrix.shape != (size, size):
-        raise ValueError(
-            f"{name} must have shape ({size}, {size}), over the raveled position, got "
-            f"{matrix.shape}."
-        )
-    return (matrix + matrix.T) / 2
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -91,7 +91,10 @@ def stationary_moments(
         return Moments(s[0][np.ix_(q, q)], long_run[0][np.ix_(q, q)], seen, s)
     seen = seen[:, 0, 0] / (curvature[first] * curvature[second])
     found = s[:, q[0], q[0]], long_run[:, q[0], q[0]], seen
-    return Moments(*(x if noise.ndim == 1 else _symmetric(x, first, second) for x in found), s)
+    if noise.ndim == 2:
+        found = tuple(_symmetric(x, first, second) for x in found)
+    covariance, total, at_gradient = found
+    return Moments(covariance, total, at_gradient, s)
 
 
 def squared_autocorrelations(maps: LinearMaps, moments: Moments, root: np.ndarray) -> np.ndarray:
@@ -118,8 +121,8 @@ def squared_autocorrelations(maps: LinearMaps, moments: Moments, root: np.ndarra
     first, second = np.arange(modes), np.arange(modes)
     if moments.covariance.ndim == 2:
         first, second = np.triu_indices(modes)
-    back = [_t(maps.matrix[i]) for i in (first, second)]
-    weight = lyapunov(*back, np.broadcast_to(unit, moments.joint.shape).copy())
+    unit = np.broadcast_to(unit, moments.joint.shape)
+    weight = lyapunov(_t(maps.matrix[first]), _t(maps.matrix[second]), unit)
     column, row = moments.joint[:, :, q[0]], moments.joint[:, q[0], :]
     if moments.covariance.ndim == 1:
         variance = moments.covariance
@@ -165,9 +168,8 @@ def _reshuffled(a, b, pushed, k: int) -> np.ndarray:
     held = ja @ pushed @ _t(jb)  # what noise that never changed would add
     over_epoch = lyapunov(ak, bk, _minus(held, ak, bk))
     rest = -(over_epoch + held) / (k - 1)
-    return (
-        (k * white - _mean_departure(a, b, ak, bk, ja, jb, held, k)) / (k - 1)
-        + _mean_of_powers(a, b, ak, bk, rest, k)
+    return (k * white - _mean_departure(a, b, ak, bk, ja, jb, held, k)) / (k - 1) + _mean_of_powers(
+        a, b, ak, bk, rest, k
     )
 
 
@@ -184,10 +186,9 @@ def _symmetric_sweep(a, b, pushed, k: int) -> np.ndarray:
     period = (k * (white - ap @ white @ _t(bp) + twice) - _minus(held, ap, bp)) / (k - 1)
     start = lyapunov(ap, bp, period)
     rest = start - (k * white + held) / (k - 1)
-    return (
-        (k * (white + mean_twice) - _mean_departure(a, b, ap, bp, ja, jb, held, 2 * k)) / (k - 1)
-        + _mean_of_powers(a, b, ap, bp, rest, 2 * k)
-    )
+    return (k * (white + mean_twice) - _mean_departure(a, b, ap, bp, ja, jb, held, 2 * k)) / (
+        k - 1
+    ) + _mean_of_powers(a, b, ap, bp, rest, 2 * k)
 
 
 _BALANCED = {"reshuffled": _reshuffled, "symmetric": _symmetric_sweep}

@@ -69,8 +69,8 @@ def mode_maps(factory: KernelFactory, step_size: float, curvatures: np.ndarray) 
 
         zeros = jnp.zeros(parts), jnp.zeros(noises), jnp.zeros(1)
         found = jax.jit(jax.jacfwd(per_mode, (0, 1, 2)))(*zeros)
-        blocks = [np.moveaxis(np.asarray(x), 1, 0) for x in found]
-    return _reduced(*blocks, 1, count)
+        matrix, noise, force = (np.moveaxis(np.asarray(x), 1, 0) for x in found)
+    return _reduced(matrix, noise, force, 1, count)
 
 
 def joint_maps(factory: KernelFactory, step_size: float, hessian: np.ndarray) -> LinearMaps:
@@ -87,8 +87,8 @@ def joint_maps(factory: KernelFactory, step_size: float, hessian: np.ndarray) ->
         step, parts, noises, count = _step(factory, step_size, lambda q: h @ q, size)
         zeros = jnp.zeros(parts * size), jnp.zeros(noises * size), jnp.zeros(size)
         found = jax.jit(jax.jacfwd(step, (0, 1, 2)))(*zeros)
-        blocks = [np.asarray(x)[None] for x in found]
-    return _reduced(*blocks, size, count)
+        matrix, noise, force = (np.asarray(x)[None] for x in found)
+    return _reduced(matrix, noise, force, size, count)
 
 
 def _step(
@@ -111,9 +111,7 @@ def _step(
 def _reduced(matrix, noise, force, block: int, evaluations: int) -> LinearMaps:
     """Without what the next step does not read: z is (position, ..., last gradient)."""
     parts = matrix.shape[1] // block
-    read = [
-        i == 0 or bool(np.any(matrix[:, :, i * block : (i + 1) * block])) for i in range(parts)
-    ]
+    read = [i == 0 or bool(np.any(matrix[:, :, i * block : (i + 1) * block])) for i in range(parts)]
     live = np.flatnonzero(np.repeat(read, block))
     last = np.arange((parts - 1) * block, parts * block)
     return LinearMaps(
