@@ -117,9 +117,10 @@ def predict_law(
     equations are those of d modes with two or three numbers each.
 
     V is measured at points around the center, one posterior standard deviation away, so that the
-    noise of a control variate is what it is where draws are; H takes d Hessian-vector products on
-    all data, the bias of the means as many again. For more than 500 numbers only diagonals of H
-    (from 64 random signs) and V are used, each coordinate (of the mass) by itself.
+    noise of a control variate is what it is where draws are: 1,000 minibatch gradients. H takes d
+    Hessian-vector products on all data (on 50,000 rows, if there are more), the bias of the means
+    up to 64. For more than 500 numbers only diagonals of H (from 64 random signs) and V are used,
+    each coordinate (of the mass) by itself.
 
     Args:
         kernel: From ``stochgrad.sgld``, ``stochgrad.sghmc`` or ``stochgrad.psgld``, with a constant
@@ -257,17 +258,22 @@ def _solve(settings, residuals, order: NoiseOrder, frame: Frame, curvature, refe
 
 def _mean_shift(gradient, key, center, root, curvature, excess) -> np.ndarray:
     r"""$\tfrac12 H^{-1}\nabla\operatorname{tr}(\nabla^2\log\pi\,\Delta)$, for unit mass."""
+    values, vectors = excess, None
     if excess.ndim == 2:
         values, vectors = np.linalg.eigh((excess + excess.T) / 2)
-        directions = (root @ (vectors * np.sqrt(np.abs(values)))).T
-        signs = np.sign(values)
-    else:
+    parts = np.sqrt(np.maximum([values, -values], 0))
+    if vectors is not None and len(values) <= PROBES:
+        half = np.concatenate([np.diag(part)[part > 0] for part in parts])
+        signs = np.repeat([1.0, -1.0], np.sum(parts > 0, axis=1))
+    else:  # random signs
+        count = PROBES // 2
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        z = rng.choice([-1.0, 1.0], (2, PROBES // 2, excess.size))
-        parts = np.sqrt(np.maximum([[excess], [-excess]], 0))
-        directions = multiply((z * parts).reshape(-1, excess.size), root.T)
-        directions /= np.sqrt(PROBES // 2)
-        signs = np.repeat([1.0, -1.0], PROBES // 2)
+        z = rng.choice([-1.0, 1.0], (2, count, len(values)))
+        half = (z * parts[:, None]).reshape(-1, len(values)) / np.sqrt(count)
+        signs = np.repeat([1.0, -1.0], count)
+    if not len(half):
+        return np.zeros(len(values))
+    directions = multiply(half if vectors is None else half @ vectors.T, root.T)
     pull = multiply(third_derivative_along(gradient, key, center, directions, signs), root) / 2
     return pull / curvature if curvature.ndim == 1 else np.linalg.solve(curvature, pull)
 

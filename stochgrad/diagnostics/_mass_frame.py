@@ -67,9 +67,14 @@ def curvature_and_reference(gradient, key, center, root, dense, temperature, hes
         covariance = square_matrix("covariance", covariance, size)
         if not np.linalg.eigvalsh(covariance).min() > 0:
             raise ValueError("covariance must be positive definite: give that of more draws.")
-    if hessian is None and covariance is not None:
-        hessian = temperature * np.linalg.inv(covariance)
-    if hessian is not None:
+    reference = None
+    if covariance is not None:
+        inverse = np.linalg.inv(np.diag(root) if root.ndim == 1 else root)
+        reference = inverse @ covariance @ inverse.T
+    if hessian is None and reference is not None:
+        curvature = temperature * np.linalg.inv(reference)
+        curvature = curvature if dense else np.diag(curvature)
+    elif hessian is not None:
         bent = multiply(hessian, root)
         curvature = _dual(bent, root) if dense else _diagonal_of(bent, root)
     elif dense:
@@ -88,13 +93,10 @@ def curvature_and_reference(gradient, key, center, root, dense, temperature, hes
             f"{eigenvalues.min():.3g} to {eigenvalues.max():.3g} in units of the mass): give "
             "covariance=, that of draws of a pilot run, and their mean for center."
         )
-    if covariance is None:
-        reference = temperature * (np.linalg.inv(curvature) if dense else 1 / curvature)
-    elif dense:
-        inverse = np.linalg.inv(root)
-        reference = inverse @ covariance @ inverse.T
-    else:
+    if not dense:
         reference = temperature / curvature
+    elif reference is None:
+        reference = temperature * np.linalg.inv(curvature)
     return curvature, reference
 
 
