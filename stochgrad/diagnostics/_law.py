@@ -181,6 +181,12 @@ def _settings(kernel: Any) -> tuple[Gradient, dict[str, Any]]:
             "kernel: predict_law needs a step that is linear on a Gaussian, as in stochgrad.sgld, "
             f"sghmc and psgld; that of {kernel.method} is not{why}."
         )
+    posterior = kernel.gradient.posterior
+    if posterior is not None and posterior.batches.owners is not None:
+        raise ValueError(
+            "kernel: of data that clients own the gradient's noise lasts as long as a visit, which "
+            "predict_law does not know; stochgrad.federated.stability predicts that spread."
+        )
     for name in ("step_size", "temperature"):
         if callable(settings[name]):
             raise ValueError(

@@ -89,9 +89,10 @@ def curvature_and_reference(gradient, key, center, root, dense, temperature, hes
     eigenvalues = np.linalg.eigvalsh(curvature) if dense else curvature
     if not eigenvalues.min() > _LEAST_CURVATURE * eigenvalues.max():
         raise ValueError(
-            "center: the log density is not strictly concave there (curvatures from "
-            f"{eigenvalues.min():.3g} to {eigenvalues.max():.3g} in units of the mass): give "
-            "covariance=, that of draws of a pilot run, and their mean for center."
+            "center: the log density is not strictly concave there, to working precision "
+            f"(curvatures from {eigenvalues.min():.3g} to {eigenvalues.max():.3g} in units of the "
+            "mass): give covariance=, that of draws of a pilot run, and their mean for center, and "
+            "the kernel the inverse for its mass."
         )
     if not dense:
         reference = temperature / curvature

@@ -96,9 +96,10 @@ def sandwich(
         >>> target = stochgrad.posterior(
         ...     lambda m: 0.0 * m, lambda m, x: -0.5 * (x - m) ** 2, x, batch_size=10
         ... )
-        >>> found = stochgrad.diagnostics.sandwich(target, jax.random.key(0), jnp.mean(x))
-        >>> kernel = stochgrad.sghmc(target, **found.settings)
-        >>> round(float(found.covariance[0, 0] / (jnp.var(x) / 1000)), 3)
+        >>> gradient = stochgrad.control_variate(target, jnp.mean(x))
+        >>> robust = stochgrad.diagnostics.sandwich(gradient, jax.random.key(0), jnp.mean(x))
+        >>> kernel = stochgrad.sghmc(gradient, **robust.settings)
+        >>> round(float(robust.covariance[0, 0] / (jnp.var(x) / 1000)), 3)
         1.0
     """
     check_key(key)

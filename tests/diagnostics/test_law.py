@@ -244,6 +244,14 @@ def test_what_has_no_such_law_is_refused(key):
         predict_law(
             stochgrad.cyclical(stochgrad.sgld, target, 0.01, steps_per_cycle=5), key, center
         )
+    owned = stochgrad.federated.posterior(
+        lambda b: -0.5 * jnp.sum(b**2),
+        lambda b, rows: -0.5 * jnp.sum((rows - b[None]) ** 2, axis=1),
+        [np.ones((9, 2), np.float32), np.zeros((9, 2), np.float32)],
+        batch_size=3,
+    )
+    with pytest.raises(ValueError, match="lasts as long as a visit"):
+        predict_law(stochgrad.sgld(owned, 0.01), key, center)
     with pytest.raises(ValueError, match="schedule"):
         predict_law(stochgrad.sgld(target, lambda step: 0.01), key, center)
     with pytest.raises(ValueError, match="unstable"):
