@@ -13,6 +13,7 @@ from stochgrad.core import (
     Gradient,
     Position,
     PRNGKey,
+    first_line,
     full_data_mean_traceable,
     hoisted_jit,
     resident_block,
@@ -22,6 +23,25 @@ _DRAWS = 256  # of a gradient that knows no data
 _MOST_ROWS = 50_000
 _AT_ONCE = 8
 _POINTS, _BATCHES = 64, 16
+
+
+def check_fits(gradient: Gradient, center: Position) -> None:
+    """Raise unless the gradient can be taken at the center."""
+
+    def score_at(key, position):
+        score, _ = gradient.next(key, position, gradient.init(key, position))
+        return score(position)[1]
+
+    shapes = jax.tree.map(jnp.shape, center)
+    try:
+        with resident_block(gradient.posterior):
+            out = jax.eval_shape(score_at, jax.random.key(0), center)
+    except Exception as error:
+        raise ValueError(
+            f"center, of shapes {shapes}, is no position of the target: {first_line(error)}."
+        ) from error
+    if jax.tree.map(jnp.shape, out) != shapes:
+        raise ValueError(f"center, of shapes {shapes}, is no position of the target.")
 
 
 def hessian_times(

@@ -18,6 +18,7 @@ from stochgrad.core import (
     tree_size,
 )
 from stochgrad.diagnostics._around_center import (
+    check_fits,
     gradient_residuals,
     third_derivative_along,
 )
@@ -152,6 +153,7 @@ def predict_law(
     check_key(key)
     gradient, settings = _settings(kernel)
     center = as_position("center", center)
+    check_fits(gradient, center)
     size = tree_size(center)
     temperature = settings["temperature"]
     dense = size <= _DENSE_DIMENSION

@@ -62,11 +62,9 @@ def curvature_and_reference(gradient, key, center, root, dense, temperature, hes
     """H and the covariance of draws in the coordinates of ``root``, or their diagonals."""
     size = tree_size(center)
     if hessian is not None:
-        hessian = square_matrix("hessian", hessian, size)
+        hessian = positive_matrix("hessian", hessian, size)
     if covariance is not None:
-        covariance = square_matrix("covariance", covariance, size)
-        if not np.linalg.eigvalsh(covariance).min() > 0:
-            raise ValueError("covariance must be positive definite: give that of more draws.")
+        covariance = positive_matrix("covariance", covariance, size)
     reference = None
     if covariance is not None:
         inverse = np.linalg.inv(np.diag(root) if root.ndim == 1 else root)
@@ -110,6 +108,14 @@ def square_matrix(name: str, value: Any, size: int) -> np.ndarray:
             f"got {matrix.shape}."
         )
     return (matrix + matrix.T) / 2
+
+
+def positive_matrix(name: str, value: Any, size: int) -> np.ndarray:
+    """A symmetric positive definite matrix over the raveled position, or a ValueError."""
+    matrix = square_matrix(name, value, size)
+    if not np.linalg.eigvalsh(matrix).min() > 0:
+        raise ValueError(f"{name} must be a symmetric positive definite matrix.")
+    return matrix
 
 
 def root_of_draws(root: np.ndarray, reference: np.ndarray) -> np.ndarray:

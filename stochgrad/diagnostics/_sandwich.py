@@ -21,10 +21,10 @@ from stochgrad.core import (
     tree_size,
 )
 from stochgrad.core._batches import Batch
-from stochgrad.diagnostics._around_center import gradient_residuals, hessian_times
+from stochgrad.diagnostics._around_center import check_fits, gradient_residuals, hessian_times
 from stochgrad.diagnostics._inputs import gradient_of
 from stochgrad.diagnostics._law import noise_order
-from stochgrad.diagnostics._mass_frame import square_matrix
+from stochgrad.diagnostics._mass_frame import positive_matrix, square_matrix
 from stochgrad.diagnostics._stationary import NoiseOrder, stationary_moments
 from stochgrad.gradients import minibatch
 from stochgrad.kernels import mode_maps
@@ -105,6 +105,7 @@ def sandwich(
     check_key(key)
     gradient = gradient_of(target)
     center = as_position("center", center)
+    check_fits(gradient, center)
     step_size = check_number("step_size", step_size)
     friction = check_number("friction", friction)
     size = tree_size(center)
@@ -112,7 +113,7 @@ def sandwich(
     if hessian is None:
         h = hessian_times(gradient, keys[0], center, np.eye(size))
     else:
-        h = square_matrix("hessian", hessian, size)
+        h = positive_matrix("hessian", hessian, size)
     h = (h + h.T) / 2
     if not np.linalg.eigvalsh(h).min() > 0:
         raise ValueError("center: the log density is not strictly concave there.")

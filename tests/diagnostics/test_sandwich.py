@@ -46,7 +46,7 @@ def test_what_cannot_be_had_is_refused(key):
         sandwich(target, key, mode, step_size=0.5)
     with pytest.raises(ValueError, match="below 2"):
         sandwich(target, key, mode, step_size=2.5)
-    with pytest.raises(ValueError, match="not strictly concave"):
+    with pytest.raises(ValueError, match="hessian must be a symmetric positive"):
         sandwich(target, key, mode, hessian=-hessian)
     with pytest.raises(ValueError, match="score_covariance must have shape"):
         sandwich(target, key, mode, score_covariance=np.eye(2))
