@@ -265,14 +265,14 @@ def test_what_has_no_such_law_is_refused(key):
         predict_law(stochgrad.sgld(saddle, 0.01), key, jnp.zeros(2))
 
 
-def batch_means(draws, times):
-    """Integrated autocorrelation times with relative errors, by batches of 60 times."""
+def measured_times(draws, times):
+    """Integrated autocorrelation times, by the means of batches of 15 times: 3% too short."""
     draws = np.asarray(draws, np.float64)
-    length = int(60 * max(times))
+    length = int(15 * max(times))
     count = draws.shape[1] // length
     batches = draws[:, : count * length].reshape(-1, length, draws.shape[-1])
-    long_run = length * batches.mean(axis=1).var(axis=0, ddof=1)
-    return long_run / draws.var(axis=(0, 1)), np.sqrt(2 / len(batches))
+    assert len(batches) > 600  # a relative error of 0.058
+    return length * batches.mean(axis=1).var(axis=0, ddof=1) / draws.var(axis=(0, 1))
 
 
 @pytest.mark.slow
@@ -319,11 +319,12 @@ def test_long_runs_of_a_logistic_regression_have_the_law(method, gradient, order
         ),
     }[method]()
     law = predict_law(kernel, key, center, covariance=exact)
+    chains = 16 if method == "sgld" else 4
     draws = stochgrad.sample(
-        key, kernel, init=center, num_samples=100_000, num_chains=4, num_warmup=2000
+        key, kernel, init=center, num_samples=100_000, num_chains=chains, num_warmup=2000
     ).positions
-    times, error = batch_means(draws, law.autocorrelation_time)
-    np.testing.assert_allclose(times, law.autocorrelation_time, rtol=max(0.15, 4 * error))
+    times = measured_times(draws, law.autocorrelation_time)
+    np.testing.assert_allclose(times, law.autocorrelation_time, rtol=0.15)
     values = np.asarray(draws, np.float64).reshape(-1, 3)
     count = len(values)
     of_sd = np.sqrt(law.square_autocorrelation_time / count / 2)
