@@ -151,6 +151,7 @@ class Kernel(NamedTuple):
         initial: ``key -> position``, where to start if no posterior says so.
         samples: Whether its states are draws from a law, so that R-hat and effective draws mean
             something; an optimizer's are not.
+        gradient: The gradient that drives it, if it has one.
     """
 
     init: Callable[[Position, PRNGKey], Any]
@@ -160,6 +161,7 @@ class Kernel(NamedTuple):
     posterior: Posterior | None = None
     initial: Callable[[PRNGKey], Position] | None = None
     samples: bool = True
+    gradient: Gradient | None = None
 
 
 class Online(NamedTuple):

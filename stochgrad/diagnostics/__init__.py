@@ -5,9 +5,13 @@ from stochgrad.diagnostics._calibration import calibration as calibration
 from stochgrad.diagnostics._calibration import interval_coverage as interval_coverage
 from stochgrad.diagnostics._errors import mcse as mcse
 from stochgrad.diagnostics._errors import rhat as rhat
+from stochgrad.diagnostics._law import Law as Law
+from stochgrad.diagnostics._law import predict_law as predict_law
 from stochgrad.diagnostics._neighbors import knn_divergence as knn_divergence
 from stochgrad.diagnostics._richardson import Extrapolated as Extrapolated
 from stochgrad.diagnostics._richardson import richardson as richardson
+from stochgrad.diagnostics._sandwich import Sandwich as Sandwich
+from stochgrad.diagnostics._sandwich import sandwich as sandwich
 from stochgrad.diagnostics._stein import ksd as ksd
 from stochgrad.diagnostics._temperature import Temperatures as Temperatures
 from stochgrad.diagnostics._temperature import temperatures as temperatures

@@ -10,6 +10,9 @@ from stochgrad.kernels._independence import IndependenceInfo as IndependenceInfo
 from stochgrad.kernels._independence import IndependenceState as IndependenceState
 from stochgrad.kernels._independence import acceptance as acceptance
 from stochgrad.kernels._independence import independence as independence
+from stochgrad.kernels._linear_maps import LinearMaps as LinearMaps
+from stochgrad.kernels._linear_maps import joint_maps as joint_maps
+from stochgrad.kernels._linear_maps import mode_maps as mode_maps
 from stochgrad.kernels._noise_exposed import Affine as Affine
 from stochgrad.kernels._noise_exposed import KernelFactory as KernelFactory
 from stochgrad.kernels._noise_exposed import NoiseExposedStep as NoiseExposedStep

@@ -194,6 +194,7 @@ def langevin_kernel(
         ),
         posterior=gradient.posterior,
         initial=gradient.initial,
+        gradient=gradient,
     )
 
 

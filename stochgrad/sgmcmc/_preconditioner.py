@@ -40,6 +40,11 @@ class Whitening(NamedTuple):
     cotangent_to_white: Callable[[Position], Position]
     cotangent_from_white: Callable[[Position], Position]
 
+    @property
+    def identity(self) -> bool:
+        """Whether these coordinates are the position's own."""
+        return self.to_white is self.from_white
+
 
 def whitenings(mass: PyTree, friction: PyTree, noise: PyTree) -> Callable[[Position], Whitening]:
     """A function that gives the whitening for a position of any shape, each computed once."""

@@ -48,6 +48,8 @@ ARRAYS = [None, "text", object(), [[1.0], [1.0, 2.0]], np.array(["a"] * 3), {}, 
 NO_DRAWS = [None, X, {"x": X}, "draws", stochgrad.Draws, fails, 1.0, WITH_NAN, draws_of({}),
             draws_of(X[:, :0])]  # fmt: skip
 NO_TARGET = [None, "target", fails, stochgrad.sgld(TARGET, 0.1), OTHER, 1.0, jnp.sum]
+CENTERS = [None, "mode", fails, jnp.ones(2), {"a": jnp.ones(3)}, np.nan * np.ones(3)]
+MATRICES = [*ARRAYS[1:], np.ones(3), np.ones((2, 2)), np.nan * np.eye(3)]
 sghmc = partial(stochgrad.sghmc, friction=1.0)
 
 CASES = {
@@ -98,6 +100,19 @@ CASES = {
                     Problem(gaussian.log_density, 1, 0), Problem(gaussian.log_density, 1.5)],
         "step_sizes": [*ARRAYS, 0.1, [0.1], [0.05, 0.1], [0.1, 0.0], [0.1, -0.1], [np.nan, 0.1]],
         "time": [*NUMBERS[1:], 0.07],
+    }),
+    "predict_law": (
+        diagnostics.predict_law,
+        {"kernel": stochgrad.sgld(TARGET, 0.01), "key": KEY, "center": jnp.ones(3)}, {
+        "kernel": [None, 1.0, TARGET, stochgrad.sgld, fails, stochgrad.sgnht(TARGET, 0.1, 1.0),
+                   stochgrad.sgld(TARGET, lambda step: 0.1), stochgrad.sgld(TARGET, 5.0),
+                   stochgrad.core.Kernel(fails, fails)],
+        "key": KEYS, "center": CENTERS, "hessian": [*MATRICES, -np.eye(3)],
+        "covariance": [*MATRICES, -np.eye(3)],
+    }),
+    "sandwich": (diagnostics.sandwich, {"target": TARGET, "key": KEY, "center": jnp.ones(3)}, {
+        "target": NO_TARGET[:4], "key": KEYS, "center": CENTERS, "hessian": MATRICES,
+        "score_covariance": MATRICES, "step_size": [*NUMBERS, 2.5], "friction": NUMBERS,
     }),
 }  # fmt: skip
 
