@@ -79,30 +79,26 @@ def check_epoch(
     Raises:
         ValueError: naming the site.
     """
-    on_batch = hoisted_jit(on_batch)
     minibatches = _minibatches(batches)
     sample = _sample(minibatches, sizes)
-    if sample is None:
-        on_all = hoisted_jit(on_all)
-    else:
+    minibatch_terms = hoisted_jit(on_batch)
+    all_terms: Callable[[PyTree], Any] = hoisted_jit(on_all)
+    if sample is not None:
         rows: Any = {name: Rows(None, index, 1.0) for name, index in sample.items()}  # pyright: ignore
-
-        def on_all(position):
-            return on_batch(position, rows)
-
+        all_terms = lambda position: minibatch_terms(position, rows)
     position: Any = None
     every: Any = {}
     for key in jax.random.split(jax.random.key(_SEED), _TRIES):
         position = initial(key)
-        every = on_all(position)
+        every = all_terms(position)
         if all(np.all(np.isfinite(terms.values)) for terms in every.values()):
             break
-    moved = on_all(jax.tree.map(lambda x: x * (1 + 2 * jnp.finfo(x.dtype).eps), position))
+    moved = all_terms(jax.tree.map(lambda x: x * (1 + 2 * jnp.finfo(x.dtype).eps), position))
     for name, terms in every.items():
         if not np.asarray(terms.supported):
             warn_of_support(name, stacklevel=4)
     for batch in minibatches:
-        some = on_batch(position, batch)
+        some = minibatch_terms(position, batch)
         for name, terms in every.items():
             around = places.get(name, {})
             expected = _Expected.of(terms.values, moved[name].values, around, sizes, batch, sample)

@@ -18,8 +18,28 @@ NUTS = (
 )
 
 
-def check_no_batch_size(arguments: Arguments, summary: Summary) -> None:
-    """Raise for a model without a subsampled plate, and no batch size: say what it can be."""
+def check_no_stream(streamed: Any) -> None:
+    """Raise where the data of a model without a subsampled plate are streamed."""
+    if streamed is not None:
+        raise ValueError(
+            "order='streamed' needs a plate with a subsample_size that reads its data with "
+            "numpyro.subsample: the model has no subsampled plate."
+        )
+
+
+def check_no_rows(names: Any) -> None:
+    """Raise where rows are named and no arguments become minibatches."""
+    if names is not None:
+        raise ValueError(
+            "rows names arguments that become minibatches, for a model without a subsampled plate "
+            "and with a batch_size below its rows: leave rows out."
+        )
+
+
+def check_subsampled(arguments: Arguments, summary: Summary) -> None:
+    """Raise unless a plate is subsampled, where there is no batch size: say what it can be."""
+    if any(plate.subsampled for plate in summary.plates.values()):
+        return
     start = "the model has no subsampled plate"
     if not any(site.kind != "latent" for site in summary.sites.values()):
         raise ValueError(f"{start} and observes nothing, so that it has no minibatches; {NUTS}.")

@@ -28,7 +28,7 @@ from stochgrad.federated import visiting
 from stochgrad.interop.numpyro._arguments import Arguments, HostArray, as_arguments, check_call
 from stochgrad.interop.numpyro._epoch_check import Terms, check_epoch, site_terms
 from stochgrad.interop.numpyro._explain import explained
-from stochgrad.interop.numpyro._find_rows import check_no_batch_size
+from stochgrad.interop.numpyro._find_rows import check_no_rows, check_no_stream, check_subsampled
 from stochgrad.interop.numpyro._handler import Streamed, give_rows
 from stochgrad.interop.numpyro._inspect import Summary, summarize
 from stochgrad.interop.numpyro._minibatches import (
@@ -143,29 +143,47 @@ def from_numpyro(
     streamed = Streamed() if order == "streamed" else None
     arguments = as_arguments(args, kwargs, bool(streamed))
     summary, arguments = summarize(model, arguments, streamed)
-    plain = None
+    make = partial(
+        _with_minibatches,
+        model,
+        client_sizes=client_sizes,
+        order=order,
+        layout=layout,
+        streamed=streamed,
+        resident_bytes=resident_bytes,
+        mesh=mesh,
+    )
     if takes_plain_rows(summary, batch_size, order):
-        if streamed is not None:
-            raise ValueError(
-                "order='streamed' needs a plate with a subsample_size that reads its data with "
-                "numpyro.subsample: the model has no subsampled plate."
-            )
+        check_no_stream(streamed)
         with explained(arguments):
             plain = plain_rows(model, arguments, summary, batch_size, rows)
-        summary, sizes, arguments = plain.summary, plain.sizes, plain.arguments
-    else:
-        if rows is not None:
-            raise ValueError(
-                "rows names arguments whose rows become minibatches, for a model without a "
-                "subsampled plate, with batch_size: got no batch_size, or a subsampled plate."
-            )
-        plates = summary.plates.values()
-        if order != "full" and batch_size is None and not any(p.subsampled for p in plates):
-            check_no_batch_size(arguments, summary)
-        sizes = batch_sizes(summary.plates, batch_size, order)
-    plates, own = summary.plates, None if plain is None else plain.own
+        return plain.first_right(
+            lambda plain: make(plain.arguments, plain.summary, plain.sizes, plain)
+        )
+    check_no_rows(rows)
+    if order != "full" and batch_size is None:
+        check_subsampled(arguments, summary)
+    return make(arguments, summary, batch_sizes(summary.plates, batch_size, order), None)
+
+
+def _with_minibatches(
+    model: Callable,
+    arguments: Arguments,
+    summary: Summary,
+    sizes: dict[str, int],
+    plain: PlainRows | None,
+    *,
+    client_sizes: Sequence[int],
+    order: Order,
+    layout: Layout,
+    streamed: Streamed | None,
+    resident_bytes: int,
+    mesh: Mesh | None,
+) -> Posterior:
+    """A model's posterior with minibatches of these sizes, its log density checked."""
+    plates = summary.plates
     _check_latent_sites(summary, sizes)
-    if own is None:
+    if plain is None or plain.own is None:
         check_shapes(summary, sizes)
     if client_sizes:
         minibatches = from_clients(plates, sizes, client_sizes, order)

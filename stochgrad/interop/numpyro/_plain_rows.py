@@ -1,7 +1,7 @@
 """Minibatches of models whose plates are not subsampled: where their rows are."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from stochgrad.interop.numpyro._handler import give_rows
 from stochgrad.interop.numpyro._inspect import Summary, check_values, mid_support
 from stochgrad.interop.numpyro._row_arguments import RowArguments, give_row_arguments
 from stochgrad.interop.numpyro._sites import Plate, Site, as_site, is_latent, unconstrained_shape
+
+T = TypeVar("T")
 
 
 class PlainRows(NamedTuple):
@@ -57,6 +59,23 @@ class PlainRows(NamedTuple):
                 dims = dict.fromkeys([own.name], rows[0]) if rows else {}
             by_site[name] = dims
         return by_site
+
+    def first_right(self, make: Callable[["PlainRows"], T]) -> T:
+        """``make(self)``, or else with arguments of which numpy computes on all rows.
+
+        What a model takes of numpy's arrays, as in ``(x - x.mean()) / x.std()``, is then of all of
+        its data.
+        """
+        try:
+            return make(self)
+        except ValueError as error:
+            if self.own is None:
+                raise
+            on_all = self._replace(arguments=on_host(self.arguments, streamed=False))
+            try:
+                return make(on_all)
+            except ValueError:
+                raise error from None
 
     @property
     def rows(self) -> dict[str, int]:
