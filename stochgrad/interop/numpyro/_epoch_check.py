@@ -144,7 +144,8 @@ class _Expected(NamedTuple):
     def of(cls, values: Any, moved: Any, around, sizes, batch, sample) -> "_Expected":
         values = np.asarray(values)
         eps = float(jnp.finfo(values.dtype).eps)
-        noise = np.abs(np.asarray(moved) - values)
+        with np.errstate(invalid="ignore"):
+            noise = np.abs(np.asarray(moved) - values)
         finite = np.abs(values)[np.isfinite(values)]
         rounding = 2**4 * eps * (np.mean(finite) if finite.size else 0.0)
         tolerance = _SAME * np.abs(values) + _NOISE * noise + rounding
@@ -158,8 +159,9 @@ class _Expected(NamedTuple):
                 index = np.searchsorted(sample[name], index)
             shape = np.broadcast_shapes(values.shape, (rows, *(1,) * (-dim - 1)))
             weight = weight.reshape(-1, *(1,) * (-dim - 1))
-            values = _weighted(np.broadcast_to(values, shape).take(index, dim), weight)
-            tolerance = weight * np.broadcast_to(tolerance, shape).take(index, dim)
+            with np.errstate(invalid="ignore"):  # padding of weight zero repeats rows at -inf
+                values = weight * np.broadcast_to(values, shape).take(index, dim)
+                tolerance = weight * np.broadcast_to(tolerance, shape).take(index, dim)
         return cls(values, tolerance + eps)
 
     def shaped(self, values: Any) -> np.ndarray:
@@ -173,11 +175,6 @@ class _Expected(NamedTuple):
 
     def total(self) -> tuple[np.ndarray, np.ndarray]:
         return np.sum(self.values), np.sum(self.tolerance)
-
-
-def _weighted(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Values times weights, zero where the weight is."""
-    return np.where(weight > 0, weight * np.where(weight > 0, values, 0), 0)
 
 
 def _tied(name: str, site: Site, around, sizes, batch, row, advice: str) -> str:

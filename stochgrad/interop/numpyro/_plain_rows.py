@@ -245,11 +245,13 @@ def _dims_of_rows(run: _Run, summary: Summary, own: RowArguments, count: int) ->
         where = [dim for dim, _ in changed]
         fits = same_rank and all(pair == (own.size, count) for _, pair in changed)
         if not fits or len(changed) > 1 or (inside and where != inside):
+            pairs = ""
+            if len(changed) > 1:
+                pairs = " (a column of shape (N, 1) against rows of shape (N,) is every pair)"
             raise ValueError(
                 f"site {name!r} has shape {site.shape} with all {own.size} rows and {shape} with "
                 f"{count} of them, where one dimension of {own.size} should be one of {count}: its "
-                "rows do not enter one by one (a column of shape (N, 1) against rows of shape "
-                f"(N,) is every pair of them); {NUTS}."
+                f"rows do not enter one by one{pairs}; {NUTS}."
             )
         rows_seen = rows_seen or bool(changed)
         if changed and not inside:

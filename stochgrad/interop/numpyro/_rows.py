@@ -326,7 +326,7 @@ def _sentence(name: str, site: Site | None, batch_sizes: Mapping[str, int], mixe
         )
     extra = [
         i - len(site.shape)
-        for i in range(len(site.shape))
+        for i in range(site.scanned, len(site.shape))
         if i - len(site.shape) not in site.plates.values() and site.shape[i] > 1
     ]
     if mixed and extra:
