@@ -460,6 +460,37 @@ def test_bad_options_get_a_sentence(options, words):
         stochgrad.from_numpyro(outside, X, Y, **options)
 
 
+def columns(t):
+    with numpyro.plate("columns", t.shape[1]):
+        a = mean()
+        observe(a, t)
+
+
+def test_a_batch_size_of_all_rows_takes_the_whole_data():
+    """And one that happens to be the size of another plate does not."""
+    for model, args in [(outside, (X, Y)), (without_a_plate, (X, Y)), (local, (X, Y))]:
+        target = stochgrad.from_numpyro(model, *args, batch_size=N)
+        assert target.batches.epoch == 1
+        z = target.initial(jax.random.key(1))
+        batch, _ = target.batches.next(target.batches.init(jax.random.key(0)))
+        value = jax.jit(lambda z, target=target, batch=batch: target.log_density(z, batch))(z)
+        np.testing.assert_allclose(value, on_all_rows(model, args, z)[0], rtol=1e-5)
+    assert stochgrad.from_numpyro(columns, P, batch_size=3).batches.batch_size == 3
+
+
+def random_effects(x, y):
+    with numpyro.plate("people", N):
+        e = numpyro.sample("e", dist.Normal(0.0, 1.0))
+    with numpyro.plate("rows", len(y)) as i:
+        observe(e[i] + x[i, 0], y[i])
+
+
+def test_latents_that_the_indices_pick_are_those_of_the_rows():
+    target = stochgrad.from_numpyro(random_effects, X, Y, batch_size=B)
+    z = target.initial(jax.random.key(1))
+    assert_close(epoch_mean(target, z), on_all_rows(random_effects, (X, Y), z))
+
+
 def test_too_many_rows_to_check_are_sampled():
     """The same refusals, of a model that is not run on all rows."""
     count = 70_000

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpyro.primitives import Messenger
 
 from stochgrad.core import describe
 from stochgrad.interop.numpyro._arguments import Arguments, names_of
@@ -182,9 +183,12 @@ def named_leaves(
 
 def _numbered(model: Callable, arguments: Arguments) -> dict[str, Any]:
     """The model's arguments by name, each leaf replaced by its number."""
+    function: Any = model
+    while isinstance(function, Messenger):  # handlers around it take anything
+        function = function.fn
     structure = jax.tree.structure(arguments)
     args, kwargs = jax.tree.unflatten(structure, range(structure.num_leaves))
-    return signature(model).bind(*args, **kwargs).arguments
+    return signature(function).bind(*args, **kwargs).arguments
 
 
 def row_names(model: Callable, arguments: Arguments, own: RowArguments) -> str:

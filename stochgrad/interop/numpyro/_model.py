@@ -153,7 +153,7 @@ def from_numpyro(
         resident_bytes=resident_bytes,
         mesh=mesh,
     )
-    if takes_plain_rows(summary, batch_size, order):
+    if takes_plain_rows(arguments, summary, batch_size, order):
         check_no_stream(streamed)
         with explained(arguments):
             plain = plain_rows(model, arguments, summary, batch_size, rows)

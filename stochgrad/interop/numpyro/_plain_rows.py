@@ -98,14 +98,16 @@ class _Run(NamedTuple):
     reported: dict[str, tuple[int, ...]]
 
 
-def takes_plain_rows(summary: Summary, batch_size: Any, order: str) -> bool:
-    """Whether rows of a plate that is not subsampled, or of the arguments, are taken."""
+def takes_plain_rows(arguments: Arguments, summary: Summary, batch_size: Any, order: str) -> bool:
+    """Whether some rows of a plate that is not subsampled, or of the arguments, are taken."""
     if batch_size is None or order == "full":
         return False
     if any(plate.subsampled for plate in summary.plates.values()):
         return False
     data = {p for s in summary.sites.values() if s.kind != "latent" for p in s.plates}
-    return batch_size != max((summary.plates[p].size for p in data), default=0)
+    declared = max((summary.plates[plate].size for plate in data), default=0)
+    undeclared = max(undeclared_sizes(arguments, summary), default=0)
+    return undeclared > declared or batch_size != declared
 
 
 def plain_rows(
