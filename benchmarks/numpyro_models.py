@@ -354,10 +354,10 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("docs/numpyro_models.md"))
     options = parser.parse_args()
     warnings.simplefilter("error")
-    lines, taken = [], 0
+    lines, count = [], 0
     for name, (model, data) in MODELS.items():
         rows, answer, density, gradient, right = try_out(model, data, options.batch_size)
-        taken += right
+        count += right
         lines.append(f"| {name} | {rows} | {answer} | {density} | {gradient} |")
         print(lines[-1], flush=True)
     text = "\n".join(
@@ -373,7 +373,7 @@ def main():
             "variables that a minibatch would leave without data, one model of each kind: they get "
             "the sentence that stands in the table, and are for NUTS.",
             "",
-            f"{taken} of {len(MODELS)} are taken.",
+            f"{count} of {len(MODELS)} are taken.",
             "",
             "| model | rows | taken, or the sentence | log density | gradient |",
             "| --- | --- | --- | --- | --- |",

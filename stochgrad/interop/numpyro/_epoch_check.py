@@ -87,22 +87,24 @@ def check_epoch(
         rows: Any = {name: Rows(None, index, 1.0) for name, index in sample.items()}  # pyright: ignore
         all_terms = lambda position: minibatch_terms(position, rows)
     position: Any = None
-    every: Any = {}
+    full_terms: Any = {}
     for key in jax.random.split(jax.random.key(_SEED), _TRIES):
         position = initial(key)
-        every = all_terms(position)
-        if all(np.all(np.isfinite(terms.values)) for terms in every.values()):
+        full_terms = all_terms(position)
+        if all(np.all(np.isfinite(terms.values)) for terms in full_terms.values()):
             break
-    moved = all_terms(jax.tree.map(lambda x: x * (1 + 2 * jnp.finfo(x.dtype).eps), position))
-    for name, terms in every.items():
+    shifted = all_terms(jax.tree.map(lambda x: x * (1 + 2 * jnp.finfo(x.dtype).eps), position))
+    for name, terms in full_terms.items():
         if not np.asarray(terms.supported):
             warn_of_support(name, stacklevel=4)
     for batch in minibatches:
-        some = minibatch_terms(position, batch)
-        for name, terms in every.items():
+        batch_terms = minibatch_terms(position, batch)
+        for name, terms in full_terms.items():
             around = places.get(name, {})
-            expected = _Expected.of(terms.values, moved[name].values, around, sizes, batch, sample)
-            values = expected.shaped(some[name].values)
+            expected = _Expected.of(
+                terms.values, shifted[name].values, around, sizes, batch, sample
+            )
+            values = expected.shaped(batch_terms[name].values)
             if around:
                 wrong = _differ(values, expected.values, expected.tolerance)
                 if np.any(wrong):
@@ -129,9 +131,9 @@ def _sample(minibatches: list[Any], sizes: Mapping[str, int]) -> dict[str, np.nd
     if max(sizes.values()) <= _MOST_ROWS or len(sizes) > 1:
         return None
     ((name, size),) = sizes.items()
-    some = np.random.default_rng(0).choice(size, _MOST_ROWS // 8, replace=False)
+    extra = np.random.default_rng(0).choice(size, _MOST_ROWS // 8, replace=False)
     rows = [np.asarray(batch[name].index) for batch in minibatches]
-    return {name: np.unique(np.concatenate([some, *rows])).astype(np.int32)}
+    return {name: np.unique(np.concatenate([extra, *rows])).astype(np.int32)}
 
 
 class _Expected(NamedTuple):
@@ -141,11 +143,11 @@ class _Expected(NamedTuple):
     tolerance: np.ndarray
 
     @classmethod
-    def of(cls, values: Any, moved: Any, around, sizes, batch, sample) -> "_Expected":
+    def of(cls, values: Any, shifted: Any, around, sizes, batch, sample) -> "_Expected":
         values = np.asarray(values)
         eps = float(jnp.finfo(values.dtype).eps)
         with np.errstate(invalid="ignore"):
-            noise = np.abs(np.asarray(moved) - values)
+            noise = np.abs(np.asarray(shifted) - values)
         finite = np.abs(values)[np.isfinite(values)]
         rounding = 2**4 * eps * (np.mean(finite) if finite.size else 0.0)
         tolerance = _SAME * np.abs(values) + _NOISE * noise + rounding

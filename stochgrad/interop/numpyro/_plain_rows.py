@@ -106,8 +106,8 @@ def takes_plain_rows(arguments: Arguments, summary: Summary, batch_size: Any, or
         return False
     data = {p for s in summary.sites.values() if s.kind != "latent" for p in s.plates}
     declared = max((summary.plates[plate].size for plate in data), default=0)
-    undeclared = max(undeclared_sizes(arguments, summary), default=0)
-    return undeclared > declared or batch_size != declared
+    undeclared_lengths = max(undeclared_sizes(arguments, summary), default=0)
+    return undeclared_lengths > declared or batch_size != declared
 
 
 def plain_rows(
@@ -125,15 +125,17 @@ def plain_rows(
     Raises:
         ValueError: the model has no rows, or its density is not known to be a sum over them.
     """
-    named = None if names is None else named_leaves(model, arguments, names)
+    leaf_names = None if names is None else named_leaves(model, arguments, names)
     if not any(site.kind != "latent" for site in summary.sites.values()):
         raise ValueError(
             f"the model observes nothing: it has no rows to take minibatches of; {NUTS}."
         )
-    undeclared = undeclared_sizes(arguments, summary)
-    plates, size = row_plates(summary, batch_size, undeclared, named_size(arguments, named or {}))
+    undeclared_lengths = undeclared_sizes(arguments, summary)
+    plates, size = row_plates(
+        summary, batch_size, undeclared_lengths, named_size(arguments, leaf_names or {})
+    )
     reason = ""
-    if plates and named is None:
+    if plates and leaf_names is None:
         sizes = _by_plate(plates, size, summary, batch_size)
         try:
             run = _on_indices(model, arguments, sizes)
@@ -147,9 +149,9 @@ def plain_rows(
                 f"data with the plates' indices or numpyro.subsample ({reason}): subsample one."
             )
         (batch_size,) = batch_size.values()
-    size = size or undeclared_size(arguments, summary, named)
+    size = size or undeclared_size(arguments, summary, leaf_names)
     count = check_batch_size(batch_size, size, "reshuffled")
-    own = row_arguments(arguments, summary, plates, size, named, reason)
+    own = row_arguments(arguments, summary, plates, size, leaf_names, reason)
     if count == size:
         return PlainRows(summary, {}, arguments)
     own_names = row_names(model, arguments, own)
@@ -239,24 +241,24 @@ def _dims_of_rows(run: _Run, summary: Summary, own: RowArguments, count: int) ->
         shape = run.sites[name].shape if name in run.sites else ()
         inside = [dim for plate, dim in site.plates.items() if plate in own.plates]
         same_rank = len(shape) == len(site.shape)
-        changed = [
+        differences = [
             (i - len(shape), pair)
             for i, pair in enumerate(zip(site.shape, shape, strict=False))
             if pair[0] != pair[1]
         ]
-        where = [dim for dim, _ in changed]
-        fits = same_rank and all(pair == (own.size, count) for _, pair in changed)
-        if not fits or len(changed) > 1 or (inside and where != inside):
+        where = [dim for dim, _ in differences]
+        fits = same_rank and all(pair == (own.size, count) for _, pair in differences)
+        if not fits or len(differences) > 1 or (inside and where != inside):
             pairs = ""
-            if len(changed) > 1:
+            if len(differences) > 1:
                 pairs = " (a column of shape (N, 1) against rows of shape (N,) is every pair)"
             raise ValueError(
                 f"site {name!r} has shape {site.shape} with all {own.size} rows and {shape} with "
                 f"{count} of them, where one dimension of {own.size} should be one of {count}: its "
                 f"rows do not enter one by one{pairs}; {NUTS}."
             )
-        rows_seen = rows_seen or bool(changed)
-        if changed and not inside:
+        rows_seen = rows_seen or bool(differences)
+        if differences and not inside:
             dims[name] = where[0]
     if not rows_seen:
         sites = "; ".join(
@@ -282,14 +284,14 @@ def _run(
         rows = {name: Rows(None, index, jnp.float32(1)) for name, index in places.items()}
         with explained(arguments):
             minibatch, (args, kwargs) = give(rows)
-            filled = handlers.seed(handlers.substitute(minibatch, substitute_fn=mid_support), key)
-            traced = handlers.trace(filled).get_trace(*args, **kwargs)
-            check_values(traced)
-        sites = {name: as_site(s) for name, s in traced.items() if s["type"] == "sample"}
-        latent = {n: unconstrained_shape(n, s) for n, s in traced.items() if is_latent(s)}
+            seeded = handlers.seed(handlers.substitute(minibatch, substitute_fn=mid_support), key)
+            trace = handlers.trace(seeded).get_trace(*args, **kwargs)
+            check_values(trace)
+        sites = {name: as_site(s) for name, s in trace.items() if s["type"] == "sample"}
+        latent = {n: unconstrained_shape(n, s) for n, s in trace.items() if is_latent(s)}
         reported = {
             name: tuple(jnp.shape(site["value"]))
-            for name, site in traced.items()
+            for name, site in trace.items()
             if site["type"] == "deterministic"
         }
         results.append(_Run(sites, latent, reported))
