@@ -337,19 +337,33 @@ def test_parameters_that_are_fixed_or_drawn_are_fine():
     }
 
 
-def test_a_subsampled_plate_in_a_scan_is_refused():
-    def model(x):
-        a = numpyro.sample("a", dist.Uniform(-1.0, 1.0))
+def test_a_subsampled_plate_in_a_scan_is_checked():
+    """Its rows are read and scaled as others are, and may not depend on each other."""
 
-        def step(before, now):
-            with numpyro.plate("series", N, subsample_size=B):
-                numpyro.sample("x", dist.Normal(a * read(before), 1.0), obs=read(now))
-            return now, None
+    def make(center):
+        def model(x):
+            a = numpyro.sample("a", dist.Uniform(-1.0, 1.0))
 
-        scan(step, jnp.zeros(N), x)
+            def step(before, now):
+                with numpyro.plate("series", N, subsample_size=B):
+                    values = read(now)
+                    shift = jnp.mean(values) if center else 0.0
+                    numpyro.sample("x", dist.Normal(a * read(before), 1.0), obs=values - shift)
+                return now, None
 
-    with pytest.raises(ValueError, match="plate 'series' lies inside numpyro's scan"):
-        stochgrad.from_numpyro(model, np.ones((5, N), np.float32))
+            scan(step, jnp.zeros(N), x)
+
+        return model
+
+    x = np.random.default_rng(1).normal(size=(5, N)).astype(np.float32)
+    target = stochgrad.from_numpyro(make(False), x)
+    a, before = 0.5, np.concatenate([np.zeros((1, N)), x[:-1]])
+    z = target.unconstrain({"a": jnp.float32(a)})
+    prior = np.log(0.5) + np.log(2 * 0.75 * 0.25)  # of the density 1/2, and of the map to (-1, 1)
+    expected = prior + dist.Normal(a * before, 1.0).log_prob(x).sum()
+    np.testing.assert_allclose(target.log_density(z, target.batches.full), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"site 'x', shape \(5, 10\), depends on which other rows"):
+        stochgrad.from_numpyro(make(True), x)
 
 
 def improper(y):

@@ -190,8 +190,7 @@ def test_models_that_cannot_be_are_refused():
     ]:
         with pytest.raises(ValueError, match=words):
             stochgrad.from_numpyro(model, y)
-    with pytest.raises(ValueError, match="no subsampled plate"):
-        stochgrad.from_numpyro(unsubsampled, y, batch_size=5)
+    assert stochgrad.from_numpyro(unsubsampled, y, batch_size=5).batches.batch_size == 5
     for options in ({"batch_size": 20}, {"order": "full"}):
         target = stochgrad.from_numpyro(unsubsampled, y, **options)
         z = {"z": jnp.float32(0.3)}

@@ -37,10 +37,15 @@ class give_rows(Messenger):
     """
 
     def __init__(
-        self, fn: Callable, rows: Mapping[str, Rows], laid_out: "LaidOut | Streamed | None" = None
+        self,
+        fn: Callable,
+        rows: Mapping[str, Rows],
+        laid_out: "LaidOut | Streamed | None" = None,
+        in_scan: bool = False,
     ) -> None:
         self.rows = rows
         self.laid_out = laid_out
+        self.in_scan = in_scan
         self.sizes: dict[str, int] = {}
         self.indices: dict[str, Any] = {}
         super().__init__(fn)
@@ -51,11 +56,18 @@ class give_rows(Messenger):
             self.sizes[name] = msg["args"][0]
             self.indices[name] = msg["value"] = jnp.asarray(rows.index)
             msg["args"] = (msg["args"][0], rows.index.shape[0])  # else numpyro warns of the size
-        elif msg["type"] == "sample":
+        elif msg["type"] == "control_flow":
+            into_scan(msg, self._step)
+        elif msg["type"] == "sample" and not self.in_scan:  # a scan's sites come out of it again
             for frame in msg["cond_indep_stack"]:
                 rows = self.rows.get(frame.name)
                 if rows is not None and jnp.ndim(rows.weight) == 1:
                     self._weigh(msg, frame, rows)
+
+    def _step(self, step: Callable) -> "give_rows":
+        inside = give_rows(step, self.rows, None, in_scan=True)
+        inside.sizes, inside.indices = self.sizes, self.indices
+        return inside
 
     def _weigh(self, msg: Any, frame: Any, rows: Rows) -> None:
         """Replace the plate's N/B, which ``msg`` carries already, by each row's own weight."""
@@ -133,7 +145,7 @@ def answer_subsample(
     names = {id(index): name for name, index in (indices or {}).items()}
     axes = tuple(
         (name, p.dim - event_dim)
-        for p in _plates()
+        for p in enclosing_plates()
         if (name := names.get(id(p._indices), p.name)) in rows
         and _spans(msg["value"], p.dim - event_dim, p.size)
     )
@@ -214,7 +226,8 @@ class LaidOut:
         return result
 
 
-def _plates() -> list[plate]:
+def enclosing_plates() -> list[plate]:
+    """The plates that a model is in the block of."""
     return [handler for handler in _PYRO_STACK if isinstance(handler, plate)]
 
 

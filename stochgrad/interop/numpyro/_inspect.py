@@ -36,6 +36,7 @@ class Summary(NamedTuple):
         dims: Names of the dimensions of what is reported.
         inside: The subsampled plate of each latent site that lies in one.
         sites: Its sample sites.
+        reported: Shapes of its deterministic sites.
     """
 
     plates: dict[str, Plate]
@@ -43,6 +44,7 @@ class Summary(NamedTuple):
     dims: dict[str, tuple[str, ...]]
     inside: dict[str, str]
     sites: dict[str, Site]
+    reported: dict[str, tuple[int, ...]]
 
 
 class _Notes:
@@ -95,12 +97,10 @@ class _watch(Messenger):
                     f"{size}."
                 )
         plate = Plate(size, subsample_size or size)
-        if self.scanned and plate.subsampled:
+        if self.scanned and plate.subsampled and self.streamed is not None:
             raise ValueError(
-                f"the subsampled plate {name!r} lies inside numpyro's scan, which shows its rows "
-                "to nobody: a minibatch cannot be chosen there. Put the plate around a Python loop "
-                "over the steps, or around jax.lax.scan with the log density of each row in a "
-                "numpyro.factor; or leave subsample_size out and take all rows, order='full'."
+                f"the subsampled plate {name!r} lies inside numpyro's scan, where rows that are "
+                "streamed cannot be read: load the data into memory."
             )
         if self.notes.plates.setdefault(name, plate) != plate:
             raise ValueError(
@@ -170,10 +170,10 @@ def _run_once(
         args, kwargs = jax.tree.unflatten(structure, leaves)
         notes = _Notes()
         with explained((args, kwargs), notes.plates, notes.subsampled):
-            filled = handlers.substitute(model, substitute_fn=_filled)
+            filled = handlers.substitute(model, substitute_fn=mid_support)
             watch = handlers.trace(_watch(handlers.seed(filled, key), notes, streamed))
             sites = watch.get_trace(*args, **kwargs)
-            _check_values(sites)
+            check_values(sites)
         for name in _live(model, args, kwargs, notes.params):
             _refuse_param(name)
         results.append(_summary(notes, sites))
@@ -204,7 +204,7 @@ def _folds_constants() -> bool:
     return seen[0]
 
 
-def _check_values(trace: Mapping[str, Any]) -> None:
+def check_values(trace: Mapping[str, Any]) -> None:
     """Raise an error unless each site's value goes with its distribution, as numpyro does not."""
     for name, site in trace.items():
         if site["type"] == "sample":
@@ -217,7 +217,7 @@ def _check_values(trace: Mapping[str, Any]) -> None:
                 ) from error
 
 
-def _filled(site: Any) -> Any:
+def mid_support(site: Any) -> Any:
     """A value for a latent site, in the middle of its support, for those that cannot be drawn."""
     if not is_latent(site) or site["value"] is not None:
         return None
@@ -259,7 +259,7 @@ def _live(model: Callable, args, kwargs, params: Mapping[str, PyTree]) -> list[s
         return []
 
     def log_probs(key, params):
-        filled = handlers.substitute(handlers.substitute(model, params), substitute_fn=_filled)
+        filled = handlers.substitute(handlers.substitute(model, params), substitute_fn=mid_support)
         notes = _Notes()
         sites = handlers.trace(_watch(handlers.seed(filled, key), notes, None))
         return [
@@ -283,7 +283,7 @@ def _summary(notes: _Notes, trace: Mapping[str, Any]) -> Summary:
             "branches and choose with jnp.where."
         )
     subsampled = {name for name, plate in notes.plates.items() if plate.subsampled}
-    shapes, dims, inside, sites = {}, {}, {}, {}
+    shapes, dims, inside, sites, reported = {}, {}, {}, {}, {}
     for name, site in trace.items():
         latent = is_latent(site)
         within = subsampled & {frame.name for frame in site["cond_indep_stack"]}
@@ -295,4 +295,6 @@ def _summary(notes: _Notes, trace: Mapping[str, Any]) -> Summary:
             sites[name] = as_site(site)
         if latent or (site["type"] == "deterministic" and not within):
             dims[name] = site_dims(name, site)
-    return Summary(notes.plates, shapes, dims, inside, sites)
+        if site["type"] == "deterministic":
+            reported[name] = tuple(jnp.shape(site["value"]))
+    return Summary(notes.plates, shapes, dims, inside, sites, reported)

@@ -1,7 +1,8 @@
 """A numpyro model as a posterior with minibatches."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from functools import partial
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,10 @@ from stochgrad.core import (
     describe,
 )
 from stochgrad.federated import visiting
-from stochgrad.interop.numpyro._arguments import Arguments, as_arguments, check_call
+from stochgrad.interop.numpyro._arguments import Arguments, HostArray, as_arguments, check_call
+from stochgrad.interop.numpyro._epoch_check import Terms, check_epoch, site_terms
 from stochgrad.interop.numpyro._explain import explained
+from stochgrad.interop.numpyro._find_rows import check_no_rows, check_no_stream, check_subsampled
 from stochgrad.interop.numpyro._handler import Streamed, give_rows
 from stochgrad.interop.numpyro._inspect import Summary, summarize
 from stochgrad.interop.numpyro._minibatches import (
@@ -36,6 +39,8 @@ from stochgrad.interop.numpyro._minibatches import (
     from_storage,
     pool_clients,
 )
+from stochgrad.interop.numpyro._plain_rows import PlainRows, plain_rows, takes_plain_rows
+from stochgrad.interop.numpyro._row_arguments import give_row_arguments
 from stochgrad.interop.numpyro._rows import Density, check_rows, check_shapes, site_densities
 
 _RADIUS = 2.0
@@ -50,9 +55,10 @@ def from_numpyro(
     resident_bytes: int = 2**28,
     mesh: Mesh | None = None,
     clients: Sequence[tuple] | None = None,
+    rows: str | Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Posterior:
-    r"""A numpyro model with a subsampled plate as a posterior with minibatches.
+    r"""A numpyro model as a posterior with minibatches.
 
     The position is a dict of the latent sites in unconstrained space; the log density includes the
     Jacobians of the transforms $\theta = T(z)$ and is unbiased over the minibatches:
@@ -60,26 +66,35 @@ def from_numpyro(
     $$\log\hat\pi(z) = \log p(T(z)) + \log\left|\det \partial T / \partial z\right|
       + \frac{N}{B}\sum_{i\in b} \log p(x_i \mid T(z)).$$
 
-    The plate receives its indices at each step and does not draw them. Data that the model reads
-    with ``numpyro.subsample`` are laid out so that a minibatch is a contiguous slice; a model that
-    indexes its data by hand, ``x[idx]``, works as well, at the price of a gather. Several
-    subsampled plates, nested or not, have independent streams of minibatches, each unbiased.
+    A model is taken as it is, with ``batch_size``, the rows of a minibatch. Where it reads its data
+    with the plate's indices or ``numpyro.subsample``, the plate of the observed sites is handed B
+    indices. Where it computes with them outside of the plate, or has no plate, the arguments with
+    as many rows along their first axis become minibatches of rows, and the observed sites are
+    scaled to all N; ``rows`` names them where others have as many entries. A plate that the model
+    subsamples itself has its ``subsample_size`` as the default.
 
-    That the log density is a sum over the plate's rows is checked at one position, on two
-    minibatches: likelihoods outside of the plate, one number for a whole minibatch inside of it,
-    and rows that are paired with each other are refused by site. ``Predictive``,
-    ``log_likelihood`` and ArviZ need ``stochgrad.numpyro.all_rows(model)``.
+    Data that reach the model unchanged are laid out so that a minibatch is a contiguous slice; a
+    model that indexes its data by hand, ``x[idx]``, works as well, at the price of a gather.
+    Several subsampled plates, nested or not, have independent streams of minibatches, each
+    unbiased.
+
+    That the log density is a sum over the rows is checked at one position, on some minibatches:
+    row by row against the model on all rows where the model's own plates are not subsampled.
+    Likelihoods outside of a subsampled plate, one number for a whole minibatch inside of it, rows
+    that depend on each other, and latent sites with one value for each row are refused by site.
+    ``Predictive``, ``log_likelihood`` and ArviZ need ``stochgrad.numpyro.all_rows(model)`` if the
+    model subsamples a plate.
 
     Starting points are uniform on (-2, 2) in unconstrained space. Deterministic sites are part of
-    the results, but for those inside a subsampled plate, which have no full-data value.
+    the results, but for those with a value for each row.
 
     Args:
         model: A numpyro model.
         *args: Its arguments, with the whole data: arrays of numpy or jax, columns of a data frame
             (``Series``). The model sees jax's arrays; where it counts with their values, as in
             ``int(np.max(group)) + 1``, it sees numpy's.
-        batch_size: Rows of a minibatch; by default the plate's own ``subsample_size``. For several
-            subsampled plates, a dict by plate name.
+        batch_size: Rows of a minibatch, B; by default the plate's own ``subsample_size``. For
+            several plates, or to name the plate, a dict by plate name.
         order: As in ``stochgrad.posterior``.
         layout: As in ``stochgrad.posterior``.
         resident_bytes: As in ``stochgrad.posterior``. With ``order="streamed"`` the arguments that
@@ -90,18 +105,21 @@ def from_numpyro(
             minibatch is then of one client, and ``stochgrad.federated`` says who is visited when.
             Arrays have the rows along their first axis, and are of any length; all else is the same
             for all clients. One plate may be subsampled.
+        rows: For a model without a subsampled plate, the names of the arguments whose arrays have
+            the rows along their first axis; by default all arrays with as many entries as there are
+            rows.
         **kwargs: The model's keyword arguments, with the whole data. Where the model itself has an
-            argument called ``batch_size``, ``order``, ``layout``, ``resident_bytes``, ``mesh`` or
-            ``clients``, bind it with ``functools.partial`` first.
+            argument called ``batch_size``, ``order``, ``layout``, ``resident_bytes``, ``mesh``,
+            ``clients`` or ``rows``, bind it with ``functools.partial`` first.
 
     Raises:
         TypeError: the model is none, or cannot be called with the arguments; an argument is a data
             frame, or holds text, objects or masked entries.
-        ValueError: no plate is subsampled (and ``batch_size`` is not the whole data), or only one
-            within numpyro's ``scan``; the log density is no sum over a plate's rows; a latent site
-            is discrete, or lies inside a subsampled plate; the model has ``numpyro.param`` sites
-            that are not fixed; its control flow depends on the value of a latent site; the data
-            hold NaN or infinity; the batch size does not fit; the model fails.
+        ValueError: no plate is subsampled, and there is no ``batch_size``; the model has no rows;
+            the log density is no sum over them; a latent site is discrete, or has a value for each
+            row; the model has ``numpyro.param`` sites that are not fixed; its control flow depends
+            on the value of a latent site; the data hold NaN or infinity; the batch size does not
+            fit; the model fails.
 
     Warns:
         UserWarning: observed values lie outside of the support of their distribution; the model
@@ -109,11 +127,11 @@ def from_numpyro(
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist, stochgrad
-        >>> def model(x):
-        ...     mean = numpyro.sample("mean", dist.Normal(0.0, 10.0))
-        ...     with numpyro.plate("rows", len(x), subsample_size=10):
-        ...         numpyro.sample("x", dist.Normal(mean, 1.0), obs=numpyro.subsample(x, 0))
-        >>> target = stochgrad.from_numpyro(model, jnp.ones(100))
+        >>> def model(x, y):
+        ...     slope = numpyro.sample("slope", dist.Normal(0.0, 10.0))
+        ...     with numpyro.plate("rows", len(y)):
+        ...         numpyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+        >>> target = stochgrad.from_numpyro(model, jnp.arange(100.0), jnp.ones(100), batch_size=10)
         >>> target.batches.size, target.batches.batch_size
         (100, 10)
     """
@@ -125,16 +143,55 @@ def from_numpyro(
     streamed = Streamed() if order == "streamed" else None
     arguments = as_arguments(args, kwargs, bool(streamed))
     summary, arguments = summarize(model, arguments, streamed)
-    plates, sizes = summary.plates, batch_sizes(summary.plates, batch_size, order)
+    make = partial(
+        _with_minibatches,
+        model,
+        client_sizes=client_sizes,
+        order=order,
+        layout=layout,
+        streamed=streamed,
+        resident_bytes=resident_bytes,
+        mesh=mesh,
+    )
+    if takes_plain_rows(arguments, summary, batch_size, order):
+        check_no_stream(streamed)
+        with explained(arguments):
+            plain = plain_rows(model, arguments, summary, batch_size, rows)
+        return plain.first_right(
+            lambda plain: make(plain.arguments, plain.summary, plain.sizes, plain)
+        )
+    check_no_rows(rows)
+    if order != "full" and batch_size is None:
+        check_subsampled(arguments, summary)
+    return make(arguments, summary, batch_sizes(summary.plates, batch_size, order), None)
+
+
+def _with_minibatches(
+    model: Callable,
+    arguments: Arguments,
+    summary: Summary,
+    sizes: dict[str, int],
+    plain: PlainRows | None,
+    *,
+    client_sizes: Sequence[int],
+    order: Order,
+    layout: Layout,
+    streamed: Streamed | None,
+    resident_bytes: int,
+    mesh: Mesh | None,
+) -> Posterior:
+    """A model's posterior with minibatches of these sizes, its log density checked."""
+    plates = summary.plates
     _check_latent_sites(summary, sizes)
-    check_shapes(summary, sizes)
+    if plain is None or plain.own is None:
+        check_shapes(summary, sizes)
     if client_sizes:
         minibatches = from_clients(plates, sizes, client_sizes, order)
     elif streamed is not None:
         minibatches = from_storage(plates, sizes, streamed, resident_bytes, mesh)
     else:
         minibatches = from_memory(plates, sizes, order, layout, mesh)
-    target, by_site = _posterior(model, arguments, summary, minibatches)
+    target, densities = _posterior(model, arguments, summary, minibatches, plain)
     if client_sizes:
         target = visiting(target)
     if streamed is None:
@@ -142,9 +199,21 @@ def from_numpyro(
             _lay_out(target)
     minibatches.arrays.open = False
     initial: Any = target.initial
-    sources = () if streamed is None else tuple(streamed.sources)
     with explained(arguments):
-        check_rows(by_site, initial, summary, sizes, sources)
+        if plain is None:
+            sources = () if streamed is None else tuple(streamed.sources)
+            check_rows(densities.by_site, initial, summary, sizes, sources)
+        elif sizes:
+            check_epoch(
+                densities.on_all,
+                densities.on_batch,
+                initial,
+                target.batches,
+                summary.sites,
+                plain.places,
+                plain.rows,
+                plain.advice,
+            )
     return target
 
 
@@ -174,19 +243,44 @@ def _check_latent_sites(summary: Summary, sizes: Mapping[str, int]) -> None:
         raise ValueError("the model has no latent site: there is nothing to sample.")
 
 
+class _Densities(NamedTuple):
+    """A model's density site by site.
+
+    Attributes:
+        by_site: ``(position, batch) -> {site: Density}``.
+        on_batch: ``(position, batch) -> {site: Terms}``.
+        on_all: ``position -> {site: Terms}``, of the model as it is, on all of its data.
+    """
+
+    by_site: Callable[[Any, Any], dict[str, Density]]
+    on_batch: Callable[[Any, Any], dict[str, Terms]]
+    on_all: Callable[[Any], dict[str, Terms]]
+
+
 def _posterior(
-    model: Callable, arguments: Arguments, summary: Summary, minibatches: Minibatches
-) -> tuple[Posterior, Callable[[Any, Any], dict[str, Density]]]:
-    """A model's posterior, and ``(position, batch) -> log density of each site``."""
+    model: Callable,
+    arguments: Arguments,
+    summary: Summary,
+    minibatches: Minibatches,
+    plain: PlainRows | None,
+) -> tuple[Posterior, _Densities]:
+    """A model's posterior, and its density site by site."""
     args, kwargs = arguments
     batches, template, arrays = minibatches
     streamed = arrays if isinstance(arrays, Streamed) else None
+    own = None if plain is None else plain.own
+
+    def run(position, give, arguments):
+        change = _ChangeOfVariables(position)
+        minibatch = give(handlers.substitute(model, substitute_fn=change))
+        joint, trace = numpyro_log_density(minibatch, arguments[0], arguments[1], {})
+        return joint, trace, change
 
     def on_rows(position, batch):
-        change = _ChangeOfVariables(position)
-        minibatch = give_rows(handlers.substitute(model, substitute_fn=change), batch, arrays)
-        joint, trace = numpyro_log_density(minibatch, args, kwargs, {})
-        return joint, trace, change
+        if own is None:
+            return run(position, lambda model: give_rows(model, batch, arrays), arguments)
+        give = partial(give_row_arguments, rows=batch[own.name], own=own)
+        return run(position, give, own.minibatch(arguments, batch, arrays))
 
     def log_density(position, batch):
         joint, _, change = on_rows(position, batch)
@@ -196,6 +290,12 @@ def _posterior(
         _, trace, change = on_rows(position, batch)
         return site_densities(trace, change.log_jacobians, summary.dims)
 
+    def on_batch(position, batch):
+        return site_terms(on_rows(position, batch)[1])
+
+    def on_all(position):
+        return site_terms(run(position, lambda model: model, arguments)[1])
+
     def initial(key):
         keys = jax.random.split(key, len(summary.shapes))
         return {
@@ -203,17 +303,22 @@ def _posterior(
             for k, (name, shape) in zip(keys, summary.shapes.items(), strict=True)
         }
 
+    def reported_model():
+        """On all rows where they are at hand: what is computed of them is then right."""
+        return model if plain is not None else give_rows(model, template, streamed)
+
     def constrain(position):
-        minibatch = give_rows(model, template, streamed)
-        values = constrain_fn(minibatch, args, kwargs, position, return_deterministic=True)
+        values = constrain_fn(reported_model(), args, kwargs, position, return_deterministic=True)
         return {name: value for name, value in values.items() if name in summary.dims}
 
     def unconstrain(values):
         latent = {name: values[name] for name in summary.shapes}
-        return unconstrain_fn(give_rows(model, template, streamed), args, kwargs, latent)
+        return unconstrain_fn(reported_model(), args, kwargs, latent)
 
+    if own is not None and any(isinstance(leaf, HostArray) for leaf in jax.tree.leaves(arguments)):
+        log_density = jax.jit(log_density)  # rows are known to numpy while they are traced
     target = Posterior(log_density, batches, initial, constrain, unconstrain, summary.dims)
-    return target, by_site
+    return target, _Densities(by_site, on_batch, on_all)
 
 
 def _lay_out(target: Posterior) -> None:

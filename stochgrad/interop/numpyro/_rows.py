@@ -58,12 +58,12 @@ def site_densities(
                 terms = site["scale"] * terms
             other = jnp.asarray(others.get(name, 0.0), terms.dtype)
             densities[name] = Density(
-                jnp.sum(terms) + other, jnp.sum(jnp.abs(terms)) + abs(other), _supported(site)
+                jnp.sum(terms) + other, jnp.sum(jnp.abs(terms)) + abs(other), is_supported(site)
             )
     return densities
 
 
-def _supported(site: Any) -> Any:
+def is_supported(site: Any) -> Any:
     """Whether observed values lie in the support, where that is the same for all parameters."""
     support: Any = getattr(type(own_distribution(site["fn"])), "support", None)
     fixed = isinstance(support, Constraint) and not isinstance(support, type(dependent))
@@ -71,6 +71,15 @@ def _supported(site: Any) -> Any:
         return True
     inside: Any = support(site["value"])
     return jnp.all(inside)
+
+
+def warn_of_support(name: str, stacklevel: int) -> None:
+    """Say that a site observes what its distribution is not over."""
+    warnings.warn(
+        f"site {name!r} observes values outside of the support of its distribution, where the "
+        "density means nothing.",
+        stacklevel=stacklevel,
+    )
 
 
 def check_rows(
@@ -138,11 +147,7 @@ def check_rows(
     )
     for name, density in alone.items():
         if not np.asarray(density.supported):
-            warnings.warn(
-                f"site {name!r} observes values outside of the support of its distribution, where "
-                "the density means nothing.",
-                stacklevel=3,
-            )
+            warn_of_support(name, stacklevel=4)
     for name, density in among.items():
         value, size = np.asarray(density.value), np.asarray(density.size)
         eps = float(jnp.finfo(value.dtype).eps)
@@ -321,7 +326,7 @@ def _sentence(name: str, site: Site | None, batch_sizes: Mapping[str, int], mixe
         )
     extra = [
         i - len(site.shape)
-        for i in range(len(site.shape))
+        for i in range(site.scanned, len(site.shape))
         if i - len(site.shape) not in site.plates.values() and site.shape[i] > 1
     ]
     if mixed and extra:

@@ -28,6 +28,7 @@ class Site(NamedTuple):
         fn_shape: The same, after.
         value_shape: Shape of its value, without the dimensions of an event.
         plates: The plates that it lies in, and their dimensions.
+        scanned: Whether its first dimension is that of a scan's steps.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Site(NamedTuple):
     fn_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
     plates: dict[str, int]
+    scanned: bool = False
 
 
 def unconstrained_shape(name: str, site: Any) -> tuple[int, ...]:
@@ -74,7 +76,15 @@ def as_site(site: Any) -> Site:
     shape = np.broadcast_shapes(tuple(fn.batch_shape), value)
     kind = "factor" if isinstance(own, Unit) else "observed" if site["is_observed"] else "latent"
     plates = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    return Site(kind, shape, tuple(own.batch_shape), tuple(fn.batch_shape), value, plates)
+    return Site(
+        kind,
+        shape,
+        tuple(own.batch_shape),
+        tuple(fn.batch_shape),
+        value,
+        plates,
+        site.get("_control_flow_done", False),
+    )
 
 
 def site_dims(name: str, site: Any) -> tuple[str, ...]:
