@@ -22,9 +22,7 @@ def ordered_regression(x, y, sub=None):
     """Seven ordered answers: cumulative logits with cut points."""
     slopes = numpyro.sample("slopes", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))
     base = dist.Normal(jnp.zeros(6), jnp.array([5.0, 1.0, 1.0, 1.0, 1.0, 1.0])).to_event(1)
-    cuts = numpyro.sample(
-        "cuts", dist.TransformedDistribution(base, transforms.OrderedTransform())
-    )
+    cuts = numpyro.sample("cuts", dist.TransformedDistribution(base, transforms.OrderedTransform()))
     with numpyro.plate("rows", len(y), subsample_size=sub):
         xb = numpyro.subsample(x, event_dim=1)
         yb = numpyro.subsample(y, event_dim=0)
@@ -66,9 +64,7 @@ def quadratic_counts(year, y, sub=None):
 def two_normals(y, low, spread, sub=None):
     """A mixture of two normals in order: the gap between the means is log-normal."""
     base = dist.Normal(jnp.array([low, jnp.log(spread)]), jnp.array([spread, 1.0])).to_event(1)
-    mean = numpyro.sample(
-        "mean", dist.TransformedDistribution(base, transforms.OrderedTransform())
-    )
+    mean = numpyro.sample("mean", dist.TransformedDistribution(base, transforms.OrderedTransform()))
     sigma = numpyro.sample("sigma", dist.HalfNormal(spread).expand([2]).to_event(1))
     share = numpyro.sample("share", dist.Beta(5.0, 5.0))
     with numpyro.plate("rows", len(y), subsample_size=sub):
@@ -110,7 +106,9 @@ def roaches():
 
 def doctor_visits():
     d = r_data("AER", "DoctorVisits")
-    x = floats(d["gender"] == "female", d["age"], d["income"], d["illness"], d["reduced"], d["health"])
+    x = floats(
+        d["gender"] == "female", d["age"], d["income"], d["illness"], d["reduced"], d["health"]
+    )
     return x, np.ones(len(x), np.float32), np.asarray(d["visits"], np.int32)
 
 

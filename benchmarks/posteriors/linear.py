@@ -150,7 +150,13 @@ def diamonds():
     d = r_data("ggplot2", "diamonds").sample(5000, random_state=14)
     log_carat = np.log(d["carat"])
     x = floats(
-        log_carat, d["carat"], log_carat**2, d["depth"], d["table"], d["cut"] == "Ideal", d["color"] <= "F"
+        log_carat,
+        d["carat"],
+        log_carat**2,
+        d["depth"],
+        d["table"],
+        d["cut"] == "Ideal",
+        d["color"] <= "F",
     )
     return x, single(np.log(d["price"]))
 
@@ -229,6 +235,16 @@ ENTRIES = [
         ("b", "sigma"),
         nuts={"target_accept_prob": 0.99, "dense_mass": False},
     ),
-    Entry("weight_loss", growth_curve, lost_weight, 52, 16, ("limit", "loss", "half_life", "sigma")),
-    Entry("lake_autoregression", lagged_regression, lake, 97, 16, ("a", "b", "sigma")),
+    Entry(
+        "weight_loss", growth_curve, lost_weight, 52, 16, ("limit", "loss", "half_life", "sigma")
+    ),
+    Entry(
+        "lake_autoregression",
+        lagged_regression,
+        lake,
+        97,
+        16,
+        ("a", "b", "sigma"),
+        nuts={"num_samples": 20_000},
+    ),
 ]

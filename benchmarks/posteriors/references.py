@@ -27,7 +27,8 @@ R_HAT, EFFECTIVE_DRAWS, DIVERGENT_SHARE = 1.01, 4000, 1e-3
 
 def double(tree):
     return jax.tree.map(
-        lambda x: np.asarray(x, np.float64) if np.asarray(x).dtype.kind == "f" else np.asarray(x), tree
+        lambda x: np.asarray(x, np.float64) if np.asarray(x).dtype.kind == "f" else np.asarray(x),
+        tree,
     )
 
 
@@ -62,9 +63,7 @@ def long_run(entry):
     total = settings["num_samples"] * settings["num_chains"]
     return {
         "accepted": bool(
-            r_hat < R_HAT
-            and effective > EFFECTIVE_DRAWS
-            and divergent <= DIVERGENT_SHARE * total
+            r_hat < R_HAT and effective > EFFECTIVE_DRAWS and divergent <= DIVERGENT_SHARE * total
         ),
         "r_hat": r_hat,
         "effective_draws": effective,

@@ -132,7 +132,12 @@ ENTRIES = [
     ),
     Entry("surgery", surgery, surgery_data, 12, None, ("mean", "scale", "logits"), nuts=HIERARCHY),
     Entry(
-        "lake_gaussian_process", smooth_levels, lake_data, 98, None, ("center", "length", "height", "noise")
+        "lake_gaussian_process",
+        smooth_levels,
+        lake_data,
+        98,
+        None,
+        ("center", "length", "height", "noise"),
     ),
     Entry("two_states", two_states, two_states_data, 200, None, ("stay", "low", "gap", "sigma")),
     Entry("volatility", volatility, returns_data, 400, None, ("mu", "base", "shock", "memory")),
