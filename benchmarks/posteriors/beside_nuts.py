@@ -1,6 +1,7 @@
 """Effective draws per second and per gradient of all rows, beside NUTS, as the data grow."""
 
 import time
+from functools import partial
 
 import arviz as az
 import jax
@@ -90,7 +91,7 @@ def minibatches(model, args, rows):
     begin = time.perf_counter()
     draws = infer(
         jax.random.key(SEED),
-        model,
+        partial(model, sub=ROWS[rows]),
         *args,
         batch_size=ROWS[rows],
         method="sghmc",

@@ -71,7 +71,8 @@ def compare(entry, infer, method, reference) -> dict[str, Any]:
         options: dict[str, Any] = {"num_samples": 1000, "num_chains": 4, "progress": False}
         if entry.batch_size is not None:
             options |= {"batch_size": entry.batch_size, "method": method}
-        draws = infer(jax.random.key(SEED), entry.model, *entry.data(), **options)
+        model = entry.minibatch_model()
+        draws = infer(jax.random.key(SEED), model, *entry.data(), **options)
         table = errors(draws.constrained(), reference)
         record |= worst(table)
         record |= {

@@ -143,7 +143,15 @@ ENTRIES = [
     Entry("wells", logistic_regression, wells, 3020, 378, LINEAR),
     Entry("vote", logistic_regression, vote, 944, 118, LINEAR),
     Entry("party_ordered", ordered_regression, party_ordered, 944, 118, ("slopes", "cuts")),
-    Entry("roaches_poisson", poisson_regression, roaches, 262, 33, LINEAR),
+    Entry(
+        "roaches_poisson",
+        poisson_regression,
+        roaches,
+        262,
+        33,
+        LINEAR,
+        nuts={"start": {"intercept": 3.0, "slopes": [0.0, 0.0, 0.0]}},
+    ),
     Entry(
         "roaches_negative_binomial",
         negative_binomial_regression,

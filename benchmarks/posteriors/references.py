@@ -8,7 +8,7 @@ from pathlib import Path
 import arviz as az
 import jax
 import numpy as np
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC, NUTS, init_to_uniform, init_to_value
 
 from . import ENTRIES
 
@@ -21,6 +21,7 @@ SETTINGS = {
     "target_accept_prob": 0.9,
     "dense_mass": True,
     "max_tree_depth": (7, 10),
+    "start": None,
 }
 R_HAT, EFFECTIVE_DRAWS, DIVERGENT_SHARE = 1.01, 4000, 1e-3
 
@@ -35,11 +36,14 @@ def double(tree):
 def long_run(entry):
     """Mean, sd and bulk effective draws of each compared parameter, and whether they are accepted."""
     settings = SETTINGS | entry.nuts
+    start = settings["start"]
+    values = {name: np.asarray(value) for name, value in (start or {}).items()}
     kernel = NUTS(
         entry.model,
         target_accept_prob=settings["target_accept_prob"],
         dense_mass=settings["dense_mass"],
         max_tree_depth=settings["max_tree_depth"],
+        init_strategy=init_to_value(values=values) if start else init_to_uniform,
     )
     mcmc = MCMC(
         kernel,

@@ -72,7 +72,7 @@ def page():
         "and no setting but the rows of a minibatch. The references are long runs of numpyro's NUTS in "
         f"double precision ({len(runs)} of them, R-hat below {references.R_HAT} and more than "
         f"{references.EFFECTIVE_DRAWS:,} effective draws for every parameter that is compared; a centered "
-        "model has the reference of its non-centered form). *Right* means that every mean is within "
+        "model and its non-centered form share one). *Right* means that every mean is within "
         f"{MEAN_ERROR} reference sd and every sd within {SD_ERROR:.0%}; *says no* that the verdict says not "
         "to use the draws. The columns show the worst parameter.",
         "",
