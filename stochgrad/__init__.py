@@ -30,18 +30,23 @@ from stochgrad.kernels import ascend as ascend
 from stochgrad.kernels import fit as fit
 from stochgrad.kernels import independence as independence
 from stochgrad.sgmcmc import Center as Center
+from stochgrad.sgmcmc import Pathfinder as Pathfinder
+from stochgrad.sgmcmc import Precision as Precision
 from stochgrad.sgmcmc import StepSizeReport as StepSizeReport
+from stochgrad.sgmcmc import WarmUp as WarmUp
 from stochgrad.sgmcmc import cyclical as cyclical
 from stochgrad.sgmcmc import find_center as find_center
 from stochgrad.sgmcmc import find_mass as find_mass
 from stochgrad.sgmcmc import find_step_size as find_step_size
 from stochgrad.sgmcmc import moments as moments
+from stochgrad.sgmcmc import pathfinder as pathfinder
 from stochgrad.sgmcmc import psgld as psgld
 from stochgrad.sgmcmc import replica_exchange as replica_exchange
 from stochgrad.sgmcmc import sghmc as sghmc
 from stochgrad.sgmcmc import sgld as sgld
 from stochgrad.sgmcmc import sgnht as sgnht
 from stochgrad.sgmcmc import swag as swag
+from stochgrad.sgmcmc import warm_up as warm_up
 
 if TYPE_CHECKING:
     from stochgrad import diagnostics as diagnostics
@@ -50,16 +55,29 @@ if TYPE_CHECKING:
     from stochgrad import llm as llm
     from stochgrad import numpyro as numpyro
     from stochgrad import potentials as potentials
+    from stochgrad.diagnostics import Verdict as Verdict
+    from stochgrad.diagnostics import diagnose as diagnose
+    from stochgrad.inference import infer as infer
+    from stochgrad.inference import nuts as nuts
     from stochgrad.interop import ParquetColumns as ParquetColumns
     from stochgrad.interop import from_numpyro as from_numpyro
 
 __version__ = "0.1.0"
 
+_PLACES = {
+    "from_numpyro": "stochgrad.interop",
+    "ParquetColumns": "stochgrad.interop",
+    "diagnose": "stochgrad.diagnostics",
+    "Verdict": "stochgrad.diagnostics",
+    "infer": "stochgrad.inference",
+    "nuts": "stochgrad.inference",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Import what needs numpyro or ArviZ on first use, so that importing stochgrad stays cheap."""
-    if name in ("from_numpyro", "ParquetColumns"):
-        return getattr(import_module("stochgrad.interop"), name)
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
     if name in ("diagnostics", "flower", "flows", "llm", "numpyro", "potentials"):
         try:
             return import_module(f"stochgrad.{name}")

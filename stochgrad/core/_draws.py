@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -41,6 +43,9 @@ class Draws:
         collected: Whether ``positions`` came from a ``collect`` of the caller's.
         summary: What an ``Online`` learnt of the draws, with a leading chain axis if there are
             several chains.
+        settings: The kernel's settings as they are, arrays included.
+        notes: What speaks against the draws from before there were any: a warm-up that has not
+            settled, a budget that was spent.
     """
 
     positions: PyTree
@@ -53,6 +58,8 @@ class Draws:
     posterior: "Posterior | None" = None
     collected: bool = False
     summary: PyTree = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_chunks(
@@ -80,6 +87,7 @@ class Draws:
         draws = cls(
             attrs=run_attributes(kernel, run),
             posterior=getattr(kernel, "posterior", None),
+            settings=dict(getattr(kernel, "settings", ())),
             **fields,
         )
         if np.all(draws.first_bad >= 0):  # nothing is left to keep the last draws for
@@ -93,6 +101,11 @@ class Draws:
     @property
     def num_draws(self) -> int:
         return self.finite.shape[1]
+
+    @cached_property
+    def verdict(self) -> Any:
+        """Whether the draws can be used: ``stochgrad.diagnose`` of them."""
+        return import_module("stochgrad.diagnostics").diagnose(self)
 
     def __getitem__(self, draws: Any) -> "Draws":
         """Some of the draws of all chains: ``draws[500:]``, ``draws[-1]``, ``draws[mask]``.

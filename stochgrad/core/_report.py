@@ -8,13 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from stochgrad.core._draws import Draws
-from stochgrad.core._verdict import (
-    warn_of_convergence,
-    warn_of_density,
-    warn_of_divergence,
-    warn_of_noise,
-    warn_of_rounding,
-)
+from stochgrad.core._verdict import warn_of_divergence, warn_of_draws
 from stochgrad.core._warnings import DivergenceWarning
 
 _MOST_BYTES = 2**28
@@ -71,25 +65,29 @@ def report(
             level,
         )
     healthy = draws.first_bad < 0
-    ratios = draws.stats.get("noise_ratio")
-    if settings.get("order") != "full":  # then gradients differ since positions do
-        warn_of_noise(None if ratios is None else ratios[healthy], level)
-    if not getattr(kernel, "samples", True) or not healthy.any() or not draws.num_draws:
-        return
+    # with all rows gradients differ since positions do
+    ratios = None if settings.get("order") == "full" else draws.stats.get("noise_ratio")
     values = draws.stats.get("log_density", draws.stats.get("logdensity"))
-    if values is not None:
-        warn_of_density(values[healthy], level)
-    arrays = {
+    samples = getattr(kernel, "samples", True) and healthy.any() and draws.num_draws > 0
+    warn_of_draws(
+        last_draws(draws, healthy) if samples else {},
+        noise_ratio=None if ratios is None else ratios[healthy],
+        log_density=None if values is None else values[healthy],
+        steps=thin if exact and not draws.collected else None,
+        samples=samples,
+        level=level,
+    )
+
+
+def last_draws(draws: Draws, healthy: np.ndarray) -> dict[str, np.ndarray]:
+    """Draws of the healthy chains by name; of those in a store the last 256 MiB."""
+    return {
         jax.tree_util.keystr(path, simple=True, separator=".") or "x": _last_draws(x, healthy)
         for path, x in jax.tree_util.tree_leaves_with_path(draws.positions)
     }
-    warn_of_convergence(arrays, level)
-    if not draws.collected and exact:
-        warn_of_rounding(arrays, thin, level)
 
 
 def _last_draws(x: Any, healthy: np.ndarray) -> np.ndarray:
-    """Draws of the healthy chains; of those in a store the last 256 MiB."""
     if not isinstance(x, np.ndarray):
         each = max(x.size // max(x.shape[1], 1) * x.dtype.itemsize, 1)
         x = np.asarray(x[:, max(x.shape[1] - max(_MOST_BYTES // each, 1), 0) :])

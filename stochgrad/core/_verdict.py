@@ -52,40 +52,60 @@ def warn_of_divergence(
     )
 
 
-def warn_of_noise(noise_ratio: np.ndarray | None, level: int) -> None:
-    """Warn if minibatch noise dominates: its ratio to the injected noise is above one."""
+def noise_reason(noise_ratio: np.ndarray | None) -> str | None:
+    """What is wrong where gradient noise exceeds the injected noise."""
     if noise_ratio is None:
-        return
+        return None
     ratios = noise_ratio[np.isfinite(noise_ratio)]
     if ratios.size == 0 or (ratio := float(ratios.mean())) <= 1:
-        return
-    warnings.warn(
+        return None
+    return (
         f"minibatch noise is {ratio:.2g} times the noise that the dynamics injects, so it, and not "
         "the posterior, sets the spread of the draws: with independent minibatches standard "
         f"deviations come out about {np.sqrt(1 + ratio):.2g} times too large (less with "
         "order='reshuffled' when an epoch is short against the chain's memory). Take a smaller "
         "step_size or a larger batch_size (the ratio is proportional to step_size / batch_size), "
-        "more friction (sghmc), or a control variate.",
-        GradientNoiseWarning,
-        stacklevel=level,
+        "more friction (sghmc), or a control variate."
     )
 
 
-def warn_of_density(log_density: np.ndarray, level: int) -> None:
-    """Warn where draws lie at a log density of -inf or NaN, which no gradient leads back from."""
+def density_reason(log_density: np.ndarray) -> str | None:
+    """What is wrong where draws lie at -inf or NaN, which no gradient leads back from."""
     bad = ~np.isfinite(log_density)
-    if bad.any():
-        warnings.warn(
-            f"the log density is -inf or NaN at {bad.mean():.2g} of the draws: without a "
-            "Metropolis step a chain that leaves the support stays outside, and these draws are "
-            "not of the target. Let every position have a positive density, by sampling the "
-            "logarithm of a positive number for example.",
-            DivergenceWarning,
-            stacklevel=level,
-        )
+    if not bad.any():
+        return None
+    return (
+        f"the log density is -inf or NaN at {bad.mean():.2g} of the draws: without a "
+        "Metropolis step a chain that leaves the support stays outside, and these draws are "
+        "not of the target. Let every position have a positive density, by sampling the "
+        "logarithm of a positive number for example."
+    )
 
 
-def warn_of_convergence(draws: Mapping[str, np.ndarray], level: int) -> None:
+def rhat(series: np.ndarray) -> np.ndarray:
+    """Rank-normalized R-hat over split chains, of series of shape (chain, draw, series)."""
+    from arviz_stats.base import array_stats
+
+    chains, length = series.shape[:2]
+    if length < 8:
+        return np.ones(series.shape[2])
+    if chains == 1:
+        series = series[:, : length // 2 * 2].reshape(2, length // 2, -1)
+    with np.errstate(all="ignore"):
+        return np.asarray(array_stats.rhat(series, chain_axis=0, draw_axis=1))
+
+
+def effective_draws(series: np.ndarray, method: str = "bulk") -> np.ndarray:
+    """Effective sample size of series of shape (chain, draw, series)."""
+    from arviz_stats.base import array_stats
+
+    if series.shape[1] < 8:
+        return np.full(series.shape[2], float(series.shape[0] * series.shape[1]))
+    with np.errstate(all="ignore"):
+        return np.asarray(array_stats.ess(series, chain_axis=0, draw_axis=1, method=method))
+
+
+def convergence_reason(draws: Mapping[str, np.ndarray]) -> str | None:
     """Name what has not mixed: R-hat above 1.05, or fewer than 100 effective draws.
 
     Rank-normalized R-hat over split chains and bulk effective sample size (Vehtari et al., Bayesian
@@ -93,32 +113,18 @@ def warn_of_convergence(draws: Mapping[str, np.ndarray], level: int) -> None:
 
     Args:
         draws: Arrays of shape (chain, draw, ...) of finite numbers, by name.
-        level: As ``stacklevel`` of ``warnings.warn``.
     """
-    from arviz_stats.base import array_stats
-
-    names, series, total = _some_series(draws)
+    names, series, total = some_series(draws, _MOST_SERIES)
     if not names:
-        return
-    chains, length = series.shape[:2]
+        return None
     reasons = []
-    if length >= 8:
-        halves = series
-        if chains == 1:
-            halves = series[:, : length // 2 * 2].reshape(2, length // 2, -1)
-        with np.errstate(all="ignore"):
-            rhat = np.asarray(array_stats.rhat(halves, chain_axis=0, draw_axis=1))
-            effective = np.asarray(
-                array_stats.ess(series, chain_axis=0, draw_axis=1, method="bulk")
-            )
-    else:
-        rhat, effective = np.ones(len(names)), np.full(len(names), float(chains * length))
+    ratio, effective = rhat(series), effective_draws(series)
     scope = f"{len(names)} numbers" + ("" if total == len(names) else f" looked at, of {total}")
-    high, few = rhat > MOST_RHAT, effective < LEAST_EFFECTIVE_DRAWS
+    high, few = ratio > MOST_RHAT, effective < LEAST_EFFECTIVE_DRAWS
     if high.any():
-        worst = int(np.nanargmax(rhat))
+        worst = int(np.nanargmax(ratio))
         reasons.append(
-            f"R-hat is {rhat[worst]:.3f} for {names[worst]!r} and above {MOST_RHAT:g} for "
+            f"R-hat is {ratio[worst]:.3f} for {names[worst]!r} and above {MOST_RHAT:g} for "
             f"{high.sum()} of {scope} (chains, or their halves, disagree)"
         )
     if few.any():
@@ -127,19 +133,16 @@ def warn_of_convergence(draws: Mapping[str, np.ndarray], level: int) -> None:
             f"{effective[worst]:.0f} effective draws of {names[worst]!r}, fewer than "
             f"{LEAST_EFFECTIVE_DRAWS} for {few.sum()} of {scope}"
         )
-    if reasons:
-        warnings.warn(
-            "not converged: "
-            + "; ".join(reasons)
-            + ". Run longer (num_samples, thin), discard more "
-            "(num_warmup), or let all directions move at one pace (mass).",
-            ConvergenceWarning,
-            stacklevel=level,
-        )
+    if not reasons:
+        return None
+    return (
+        "not converged: " + "; ".join(reasons) + ". Run longer (num_samples, thin), discard more "
+        "(num_warmup), or let all directions move at one pace (mass)."
+    )
 
 
-def warn_of_rounding(draws: Mapping[str, np.ndarray], steps: int, level: int) -> None:
-    r"""Warn where rounding moves a position about as much as the sampler does.
+def rounding_reason(draws: Mapping[str, np.ndarray], steps: int) -> str | None:
+    r"""What is wrong where rounding moves a position about as much as the sampler does.
 
     A step rounds to a multiple of the spacing s of floating-point numbers at the position, which
     adds a variance of $s^2/12$; so do the ``steps`` from one draw to the next, against the mean
@@ -148,19 +151,15 @@ def warn_of_rounding(draws: Mapping[str, np.ndarray], steps: int, level: int) ->
     Args:
         draws: Positions, arrays of shape (chain, draw, ...), by name.
         steps: Steps from one draw to the next.
-        level: As ``stacklevel`` of ``warnings.warn``.
     """
     half = [n for n, x in draws.items() if x.dtype.itemsize < 4]
     if half:
         dtype = draws[half[0]].dtype
-        warnings.warn(
+        return (
             f"position {half[0]!r} has type {dtype}, whose rounding moves a sampler: small updates "
             "are lost and the spread of the draws is wrong. Keep positions in float32, and convert "
-            f"to {dtype} inside the density.",
-            PrecisionWarning,
-            stacklevel=level,
+            f"to {dtype} inside the density."
         )
-        return
     worst, name, spacing = 0.0, "", 0.0
     for key, x in draws.items():
         if x.dtype.kind != "f" or x.shape[1] < 2 or x.size == 0:
@@ -174,21 +173,49 @@ def warn_of_rounding(draws: Mapping[str, np.ndarray], steps: int, level: int) ->
         if share.max() > worst:
             worst, name, spacing = float(share.max()), key, float(gap[np.argmax(share)])
     if math.isinf(worst):
-        warnings.warn(
+        return (
             f"{name!r} never moved: steps there are below the spacing of floating-point numbers, "
             f"{spacing:.2g}, or every proposal was rejected. Take larger steps, or sample what is "
-            "left after subtracting a constant.",
-            PrecisionWarning,
-            stacklevel=level,
+            "left after subtracting a constant."
         )
-    elif worst > _ROUNDING_SHARE:
-        warnings.warn(
+    if worst > _ROUNDING_SHARE:
+        return (
             f"rounding moves {name!r} about as much as the sampler does: floating-point numbers "
             f"lie {spacing:.2g} apart there, and a step is not large against that. Sample what is "
-            "left after subtracting a constant, or set jax_enable_x64.",
-            PrecisionWarning,
-            stacklevel=level,
+            "left after subtracting a constant, or set jax_enable_x64."
         )
+    return None
+
+
+def warn_of_draws(
+    positions: Mapping[str, np.ndarray],
+    *,
+    noise_ratio: np.ndarray | None,
+    log_density: np.ndarray | None,
+    steps: int | None,
+    samples: bool = True,
+    level: int,
+) -> None:
+    """Warn of what is wrong with the draws of the chains that stayed finite.
+
+    Args:
+        positions: Arrays of shape (chain, draw, ...), by name.
+        noise_ratio: As the kernel reports it; None where gradients have no noise.
+        log_density: Of each draw, if it is known.
+        steps: Steps from one draw to the next; None where draws are not as the sampler had them.
+        samples: Whether the draws stand for a law.
+        level: As ``stacklevel`` of ``warnings.warn``.
+    """
+    reasons = [(GradientNoiseWarning, noise_reason(noise_ratio))]
+    if samples:
+        if log_density is not None:
+            reasons.append((DivergenceWarning, density_reason(log_density)))
+        reasons.append((ConvergenceWarning, convergence_reason(positions)))
+        if steps is not None:
+            reasons.append((PrecisionWarning, rounding_reason(positions, steps)))
+    for category, reason in reasons:
+        if reason is not None:
+            warnings.warn(reason, category, stacklevel=level)
 
 
 def check_start(values: np.ndarray, positions: Any) -> None:
@@ -204,12 +231,12 @@ def check_start(values: np.ndarray, positions: Any) -> None:
         )
 
 
-def _some_series(draws: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray, int]:
-    """Names, series of shape (chain, draw, series), and how many there are in all."""
+def some_series(draws: Mapping[str, np.ndarray], most: int) -> tuple[list[str], np.ndarray, int]:
+    """Names, at most so many series of shape (chain, draw, series), and how many there are."""
     arrays = {n: x for n, x in draws.items() if _is_floating(x) and x.ndim >= 2 and x.size}
     sizes = {name: math.prod(x.shape[2:]) for name, x in arrays.items()}
     total = sum(sizes.values())
-    chosen = _spread(total, _MOST_SERIES)
+    chosen = _spread(total, most)
     names, parts, first = [], [], 0
     for name, x in arrays.items():
         own = chosen[(chosen >= first) & (chosen < first + sizes[name])] - first

@@ -11,6 +11,10 @@ from stochgrad.sgmcmc._online import SWAG as SWAG
 from stochgrad.sgmcmc._online import Moments as Moments
 from stochgrad.sgmcmc._online import moments as moments
 from stochgrad.sgmcmc._online import swag as swag
+from stochgrad.sgmcmc._pathfinder import Normal as Normal
+from stochgrad.sgmcmc._pathfinder import Pathfinder as Pathfinder
+from stochgrad.sgmcmc._pathfinder import pathfinder as pathfinder
+from stochgrad.sgmcmc._precision import Precision as Precision
 from stochgrad.sgmcmc._psgld import PSGLDState as PSGLDState
 from stochgrad.sgmcmc._psgld import psgld as psgld
 from stochgrad.sgmcmc._registry import KERNELS as KERNELS
@@ -24,6 +28,13 @@ from stochgrad.sgmcmc._sgnht import SGNHTState as SGNHTState
 from stochgrad.sgmcmc._sgnht import sgnht as sgnht
 from stochgrad.sgmcmc._step_size import StepSizeReport as StepSizeReport
 from stochgrad.sgmcmc._step_size import find_step_size as find_step_size
+from stochgrad.sgmcmc._warm_up import WarmUp as WarmUp
+from stochgrad.sgmcmc._warm_up import langevin_at as langevin_at
+from stochgrad.sgmcmc._warm_up import warm_up as warm_up
+from stochgrad.sgmcmc._windows import KernelAt as KernelAt
+from stochgrad.sgmcmc._windows import Place as Place
+from stochgrad.sgmcmc._windows import TunedKernel as TunedKernel
+from stochgrad.sgmcmc._windows import Window as Window
 
 __getattr__ = _renamed(
     __name__,

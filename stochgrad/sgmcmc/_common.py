@@ -20,10 +20,13 @@ from stochgrad.core import (
     is_function,
 )
 from stochgrad.gradients import check_center
+from stochgrad.sgmcmc._precision import Precision
 
 
 def check_positive(name: str, value: PyTree, *, zero: bool = False) -> None:
     """Raise unless all numbers of a hyper-parameter are positive (of a matrix, its diagonal)."""
+    if isinstance(value, Precision):
+        return
     leaves = jax.tree.leaves(value)
     if not leaves:
         raise ValueError(f"{name} must hold numbers, got {describe(value)}.")

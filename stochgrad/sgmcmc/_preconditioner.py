@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
 from stochgrad.core import Position, tree_size
+from stochgrad.sgmcmc._precision import Precision, as_whitening
 
 _TOLERANCE = 1e-6
 
@@ -56,6 +57,9 @@ def whitenings(mass: PyTree, friction: PyTree, noise: PyTree) -> Callable[[Posit
 
 
 def _frame(position: Position, given: dict[str, PyTree]) -> Whitening:
+    mass, friction, noise = given.values()
+    if isinstance(mass, Precision) or isinstance(friction, Precision):
+        return _frame_of_precision(position, mass, friction, noise)
     if not any(_is_matrix(value, position) for value in given.values()):
         m, c, b = (spread(name, value, position) for name, value in given.items())
         return Whitening(m, c, b, *4 * (lambda x: x,))
@@ -94,6 +98,21 @@ def _frame(position: Position, given: dict[str, PyTree]) -> Whitening:
         times(w.T, True),
         times(mass @ w, False),
     )
+
+
+def _frame_of_precision(position: Position, mass: Any, friction: Any, noise: Any) -> Whitening:
+    size = tree_size(position)
+    if not isinstance(mass, Precision):
+        raise ValueError("mass must be a Precision where the friction is one.")
+    if mass.scale.size != size:
+        raise ValueError(
+            f"mass must be of the position's size, {size}, got a Precision of {mass.scale.size}."
+        )
+    shapes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), position)
+    with jax.ensure_compile_time_eval():
+        flat, unravel = ravel_pytree(shapes)
+    ravel = lambda x: ravel_pytree(x)[0]
+    return Whitening(*as_whitening(mass, friction, noise, flat, unravel, ravel))
 
 
 def is_number(value: PyTree) -> bool:

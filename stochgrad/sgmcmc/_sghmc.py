@@ -24,6 +24,7 @@ from stochgrad.integrators import Coefficients, Integrator, integrator_of, scale
 from stochgrad.sgmcmc._common import check_positive
 from stochgrad.sgmcmc._kernel import Move, Step, langevin_kernel
 from stochgrad.sgmcmc._noise_variance import effective_temperature, following_variance
+from stochgrad.sgmcmc._precision import Precision
 from stochgrad.sgmcmc._preconditioner import Whitening, is_number, whitenings
 
 
@@ -84,7 +85,8 @@ def sghmc(
         target: A posterior, or a gradient.
         step_size: h, a positive number or an optax-style schedule ``step -> float``.
         friction: C, a number, a tree of the position's structure with a number or an array for each
-            leaf (a diagonal), or a (d, d) matrix over the raveled position of d numbers.
+            leaf (a diagonal), or a (d, d) matrix over the raveled position of d numbers; a multiple
+            of the mass where that is a ``stochgrad.sgmcmc.Precision``.
         mass: M, likewise. Inverse posterior variances (or the inverse covariance) make all
             directions equally fast; a friction of ``rate * mass`` then damps them all at that rate.
         noise_estimate: $\hat B$, the diffusion $hV/2$ that the gradient noise of independent
@@ -142,7 +144,9 @@ def sghmc(
     def check(mass, friction, noise):
         _check_stable(scheme, first, fixed_temperature, mass, friction, noise)
 
-    if all(is_number(x) and np.ndim(x) < 2 for x in (mass, friction, known_noise)):
+    if all(is_number(x) and np.ndim(x) < 2 for x in (mass, friction, known_noise)) and not (
+        isinstance(mass, Precision) or isinstance(friction, Precision)
+    ):
         check(mass, friction, known_noise)
 
     def coefficients(step: Step, whitening: Whitening, variance: Position | None) -> Coefficients:

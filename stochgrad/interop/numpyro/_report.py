@@ -9,13 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from numpyro.infer import MCMC
 
-from stochgrad.core import (
-    warn_of_convergence,
-    warn_of_density,
-    warn_of_divergence,
-    warn_of_noise,
-    warn_of_rounding,
-)
+from stochgrad.core import warn_of_divergence, warn_of_draws
 
 _LEVEL = 4  # the caller of MCMC.run
 
@@ -59,11 +53,12 @@ def _report(mcmc: MCMC, kernel: Any) -> None:
     finite = int(np.sum(~diverging))
     warn_of_divergence(where, chains, settings.get("step_size"), finite, diverging.size, _LEVEL)
     healthy = [n for n in range(chains) if n not in first]
-    if settings.get("order") != "full":
-        warn_of_noise(np.asarray(fields["noise_ratio"])[healthy], _LEVEL)
-    if not healthy:
-        return
-    warn_of_density(-np.asarray(fields["potential_energy"])[healthy], _LEVEL)
-    values = {name: np.asarray(x)[healthy] for name, x in draws.items()}
-    warn_of_convergence(values, _LEVEL)
-    warn_of_rounding(values, mcmc.thinning * settings["num_steps"], _LEVEL)
+    full = settings.get("order") == "full"
+    warn_of_draws(
+        {name: np.asarray(x)[healthy] for name, x in draws.items()} if healthy else {},
+        noise_ratio=None if full else np.asarray(fields["noise_ratio"])[healthy],
+        log_density=-np.asarray(fields["potential_energy"])[healthy],
+        steps=mcmc.thinning * settings["num_steps"],
+        samples=bool(healthy),
+        level=_LEVEL,
+    )
