@@ -118,6 +118,9 @@ def run(names, method):
     from stochgrad import infer  # type: ignore[attr-defined]
 
     for name in names:
+        if not references.known(name):
+            print(f"{name}: no reference yet, see --references", flush=True)
+            continue
         record = compare(ENTRIES[name], infer, method, references.reference(name))
         save(method, name, record)
         if record["outcome"] == "error":

