@@ -15,6 +15,7 @@ from stochgrad.interop.numpyro import ReplicaExchange as ReplicaExchange
 from stochgrad.interop.numpyro import all_rows as all_rows
 from stochgrad.interop.numpyro import latent_guide as latent_guide
 from stochgrad.interop.numpyro import latent_model as latent_model
+from stochgrad.interop.numpyro import to_draws as to_draws
 
 if TYPE_CHECKING:
     from stochgrad.interop.numpyro.auto_flow import AutoFlow as AutoFlow

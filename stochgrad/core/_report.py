@@ -68,7 +68,8 @@ def report(
     # with all rows gradients differ since positions do
     ratios = None if settings.get("order") == "full" else draws.stats.get("noise_ratio")
     values = draws.stats.get("log_density", draws.stats.get("logdensity"))
-    samples = getattr(kernel, "samples", True) and healthy.any() and draws.num_draws > 0
+    law = bool(getattr(kernel, "samples", True))
+    samples = law and bool(healthy.any()) and draws.num_draws > 0
     warn_of_draws(
         last_draws(draws, healthy) if samples else {},
         noise_ratio=None if ratios is None else ratios[healthy],

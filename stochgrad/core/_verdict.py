@@ -206,7 +206,9 @@ def warn_of_draws(
         samples: Whether the draws stand for a law.
         level: As ``stacklevel`` of ``warnings.warn``.
     """
-    reasons = [(GradientNoiseWarning, noise_reason(noise_ratio))]
+    reasons: list[tuple[type[Warning], str | None]] = [
+        (GradientNoiseWarning, noise_reason(noise_ratio))
+    ]
     if samples:
         if log_density is not None:
             reasons.append((DivergenceWarning, density_reason(log_density)))

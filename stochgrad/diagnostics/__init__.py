@@ -12,6 +12,7 @@ from stochgrad.diagnostics._stein import ksd as ksd
 from stochgrad.diagnostics._temperature import Temperatures as Temperatures
 from stochgrad.diagnostics._temperature import temperatures as temperatures
 from stochgrad.diagnostics._verdict import Verdict as Verdict
+from stochgrad.diagnostics._verdict import bias_reasons as bias_reasons
 from stochgrad.diagnostics._verdict import diagnose as diagnose
 from stochgrad.diagnostics._weak_order import Problem as Problem
 from stochgrad.diagnostics._weak_order import WeakOrder as WeakOrder

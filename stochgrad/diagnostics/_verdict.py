@@ -122,12 +122,21 @@ def diagnose(draws: Draws) -> Verdict:
         },
         index=pandas.Index(names, name="parameter"),
     )
-    if isinstance(draws.posterior, Posterior) and not draws.collected:
-        points, values = _gradients(draws, healthy)
-        if points is not None and points.shape[2] == len(names):
-            table["virial"], table["virial_se"] = _virial(points, values)
-            reasons += _of_directions(points, values, names)
+    checked = _gradients(draws, healthy)
+    if checked is not None and checked[0].shape[2] == len(names):
+        table["virial"], table["virial_se"] = _virial(*checked)
+        reasons += _of_directions(*checked, names)
     return Verdict(not reasons, tuple(reasons), table)
+
+
+def bias_reasons(draws: Draws) -> list[str]:
+    """The virial check of ``diagnose`` alone: where gradients say that draws are biased."""
+    healthy = draws.first_bad < 0
+    checked = _gradients(draws, healthy) if healthy.any() and draws.num_draws else None
+    names = some_series(last_draws(draws, healthy), _MOST_SERIES)[0]
+    if checked is None or checked[0].shape[2] != len(names):
+        return []
+    return _of_directions(*checked, names)
 
 
 def _of_run(draws: Draws, positions: dict, stats: dict) -> list[str]:
@@ -159,20 +168,21 @@ def _of_run(draws: Draws, positions: dict, stats: dict) -> list[str]:
     return [reason for reason in reasons if reason is not None]
 
 
-def _gradients(draws: Draws, healthy: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-    """Some draws and estimates of the gradient there: (chain, draw, d) both.
+def _gradients(draws: Draws, healthy: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Some draws and estimates of the gradient there, (chain, draw, d) both, if there are any.
 
     Of more than 256 coordinates those that ``some_series`` takes.
     """
     posterior = draws.posterior
-    assert posterior is not None
+    if not isinstance(posterior, Posterior) or draws.collected:
+        return None
     chains = int(np.sum(healthy))
     size = sum(math.prod(x.shape[2:]) for x in jax.tree.leaves(draws.positions))
     most = min(max(_MOST_POINTS // chains, 50), max(_MOST_BYTES // (4 * size * chains), 10))
     numbers = np.unique(np.linspace(0, draws.num_draws - 1, most).astype(int))
     some = jax.tree.map(lambda x: np.asarray(x[:, numbers])[healthy], draws.positions)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(some)):
-        return None, np.zeros(0)
+        return None
     mean = jax.tree.map(lambda x: x.mean((0, 1), dtype=np.float64).astype(x.dtype), some)
     full = posterior.batches.batch_size >= posterior.batches.size
     try:
@@ -196,7 +206,7 @@ def _gradients(draws: Draws, healthy: np.ndarray) -> tuple[np.ndarray | None, np
         both = hoisted_jit(along)(jax.random.key(0), flat)
     shape = (chains, len(numbers), len(coordinates))
     points, values = (np.asarray(x, np.float64).reshape(shape) for x in both)
-    return (points, values) if np.isfinite(values).all() else (None, values)
+    return (points, values) if np.isfinite(values).all() else None
 
 
 def _virial(points: np.ndarray, gradients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

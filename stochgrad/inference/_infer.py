@@ -302,8 +302,7 @@ def _sample(
     draws = replace(draws, notes=notes)
     every = len(parts)
     kept = draws if every == 1 else draws[every - 1 :: every]
-    kept = replace(kept, attrs=_attrs(kept, tuned, thin * every, spent), notes=notes)
-    return kept
+    return replace(kept, attrs=_attrs(kept, tuned, thin * every, spent), notes=notes)
 
 
 def _attrs(draws: Draws, tuned: WarmUp, thin: int, gradients: float) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class NUTSInfo(NamedTuple):
 
 
 def nuts(posterior: Posterior, step_size: float, inverse_mass: Any) -> Kernel:
-    """blackjax's NUTS on all rows of a posterior, for ``stochgrad.sample``.
+    """NUTS of blackjax on all rows of a posterior, for ``stochgrad.sample``.
 
     Args:
         posterior: A posterior whose rows are in memory.
@@ -136,8 +136,7 @@ def nuts_at(posterior: Posterior, acceptance: float = 0.85) -> KernelAt:
             progress=False,
         )
         steps = np.exp(np.asarray(run.positions, np.float64)).ravel()
-        step = float(np.exp(np.mean(np.log(steps))))
-        return TunedKernel(nuts(posterior, step, inverse_mass))
+        return TunedKernel(nuts(posterior, float(np.exp(np.mean(np.log(steps)))), inverse_mass))
 
     return kernel_at
 

@@ -2,6 +2,7 @@
 
 from stochgrad._deprecations import renamed as _renamed
 from stochgrad.sgmcmc._center import Center as Center
+from stochgrad.sgmcmc._center import center_at as center_at
 from stochgrad.sgmcmc._center import find_center as find_center
 from stochgrad.sgmcmc._curvature import find_mass as find_mass
 from stochgrad.sgmcmc._cyclical import CyclicalState as CyclicalState

@@ -4,7 +4,9 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from stochgrad.core import (
     ConvergenceWarning,
@@ -20,7 +22,7 @@ from stochgrad.core import (
 )
 from stochgrad.gradients import why_no_mode
 from stochgrad.kernels import ascend
-from stochgrad.sgmcmc._mode import climb
+from stochgrad.sgmcmc._mode import Climb, climb
 
 
 class Center(NamedTuple):
@@ -45,6 +47,16 @@ class Center(NamedTuple):
     gradient_norm: float
     distance: float
     improvement: float
+
+
+def center_at(posterior: Posterior, position: Position) -> Center:
+    """A report on a position that is no result of a search: a posterior's mean, for instance."""
+    problem = Climb(posterior, position, 0)
+    x = np.asarray(ravel_pytree(jax.tree.map(jnp.asarray, position))[0], np.float64)
+    value, g = problem.value_and_grad(x)
+    curvature = problem.curvature(x, g)
+    distance = curvature.newton(g)[1] if curvature.positive else float("nan")
+    return Center(position, value, float(np.linalg.norm(g)), distance, 0.0)
 
 
 def find_center(

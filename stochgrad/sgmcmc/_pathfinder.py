@@ -172,7 +172,7 @@ def pathfinder(
         elbo=best[0].elbo,
         paths=tuple(best),
         passes=spent,
-        unravel=lambda x: problem.at(x),
+        unravel=problem.at,
     )
 
 

@@ -184,13 +184,12 @@ def langevin_at(
         rate: Friction over mass.
         factory: ``stochgrad.sghmc`` or ``stochgrad.sgld``.
         **settings: Its settings; those among ``step_size``, ``friction`` and ``mass`` that are left
-            out, or None, fit the place.
+            out fit the place.
     """
-    chosen = {name: value for name, value in settings.items() if value is not None}
     underdamped = factory is sghmc
 
     def kernel_at(place: Place, key: PRNGKey, shrink: float) -> TunedKernel:
-        values = dict(chosen)
+        values = dict(settings)
         if underdamped:
             values.setdefault("mass", 1.0 if "friction" in values else place.precision)
             values.setdefault("friction", _times(rate, values["mass"]))

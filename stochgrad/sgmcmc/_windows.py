@@ -133,7 +133,7 @@ def run_window(
         ValueError: chains diverge at every step size tried.
     """
     begun = time.perf_counter()
-    shrink, diverged = 1.0, 0
+    shrink, step, diverged = 1.0, 0.0, 0
     for attempt in range(_RETRIES + 1):
         kernel_key, run_key = jax.random.split(jax.random.fold_in(key, attempt))
         kernel = kernel_at(place, kernel_key, shrink).kernel

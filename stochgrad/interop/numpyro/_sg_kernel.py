@@ -28,7 +28,7 @@ from stochgrad.core import (
 from stochgrad.interop.numpyro._handler import all_rows
 from stochgrad.interop.numpyro._model import from_numpyro
 from stochgrad.interop.numpyro._report import report_after_runs
-from stochgrad.interop.numpyro._tuning import GradientName, Tuning, as_named_gradient, tune
+from stochgrad.interop.numpyro._tuning import GradientName, Tuning, tune
 
 
 class SGState(NamedTuple):
@@ -97,6 +97,7 @@ class SGKernel(MCMCKernel):
         self._num_steps = check_count("num_steps", num_steps)
         self._share_batches = check_flag("share_batches", share_batches)
         self._sample_fn: Callable | None = None
+        self._num_warmup = 1
         self._bound: tuple[Any, Kernel, Callable] | None = None
 
     @property
@@ -116,6 +117,7 @@ class SGKernel(MCMCKernel):
         return ("z", "diverging", "noise_ratio", "potential_energy")
 
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs) -> SGState:
+        self._num_warmup = num_warmup
         kernel, start = self._kernel(model_args, model_kwargs)
         self._sample_fn = kernel.step
         if init_params is not None:
@@ -170,16 +172,23 @@ class SGKernel(MCMCKernel):
         if self._bound is None or self._bound[0][0] != identity:
             with jax.ensure_compile_time_eval():  # numpyro may be tracing
                 posterior = from_numpyro(self._model, *args, **self._options, **kwargs)
-                settings = self._settings if self._tuned else {}
-                self.tuning = tuning = tune(posterior, self._gradient, **settings)
-                target = as_named_gradient(self._gradient, posterior, tuning.center)
-                kernel = self._factory(target, **{**self._settings, **tuning.settings})
-            start = tuning.start(posterior)
-            self._bound = ((identity, arguments), kernel, start)  # holds on to the ids
+                self.tuning = tune(
+                    posterior,
+                    self._factory,
+                    self._gradient,
+                    self._settings,
+                    self._tuned,
+                    self._num_warmup,
+                )
+            # holds on to the ids
+            self._bound = ((identity, arguments), self.tuning.kernel, self.tuning.start)
         return self._bound[1:]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": None, "_sample_fn": None}
+        tuning = self.tuning  # without its functions
+        if tuning is not None:
+            tuning = tuning._replace(kernel=None, start=None, warm_up=None)
+        return {**self.__dict__, "_bound": None, "_sample_fn": None, "tuning": tuning}
 
 
 def _state(inner: Any, info: Any, rng_key: jax.Array) -> SGState:

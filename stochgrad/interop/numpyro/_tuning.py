@@ -1,6 +1,5 @@
 """The hyper-parameters of a numpyro kernel that were left out."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -8,44 +7,47 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from stochgrad.core import ConvergenceWarning, Gradient, Posterior, Target, noise_like, tree_size
-from stochgrad.gradients import control_variate, minibatch, saga, svrg, why_no_mode
-from stochgrad.sgmcmc import Center, StepSizeReport, find_center, find_mass, find_step_size
+from stochgrad.core import Gradient, Kernel, Posterior
+from stochgrad.gradients import control_variate, minibatch, saga, svrg
+from stochgrad.sgmcmc import (
+    Center,
+    Precision,
+    StepSizeReport,
+    WarmUp,
+    center_at,
+    langevin_at,
+    pathfinder,
+    warm_up,
+)
 
 GradientName: TypeAlias = Literal["minibatch", "control_variate", "svrg", "saga"]
 
 _SEED = 20260501
+_BIAS = 0.02
+_MOST_WINDOWS = 8
+_FOUND = ("step_size", "friction", "mass")
 
 
 class Tuning(NamedTuple):
     """Hyper-parameters that were left out, and what they follow from.
 
     Attributes:
-        center: The mode, where it was needed.
+        kernel: The kernel.
+        start: ``key -> position``, where a chain starts.
+        settings: The hyper-parameters that were found, by name.
+        center: The center of the control variate, and how far from a mode it is.
         mass: The mass, where it was left out.
         step_size: The step size and its reasons, where it was left out.
-        settings: The hyper-parameters by name.
+        warm_up: The windows that all follows from, where there were any.
     """
 
-    center: Center | None = None
-    mass: PyTree | None = None
-    step_size: StepSizeReport | None = None
+    kernel: Any  # a Kernel; None in another process
+    start: Any
     settings: dict[str, Any] = {}
-
-    def start(self, posterior: Posterior) -> Callable:
-        """Where chains start: around the mode where it is known, one standard deviation wide."""
-        center, mass = self.center, self.mass
-        if center is None:
-            assert posterior.initial is not None  # which a numpyro model has
-            return posterior.initial
-        if mass is None:
-            return lambda key: jax.tree.map(jnp.asarray, center.position)
-
-        def around(key):
-            xi = noise_like("normal")(key, jax.tree.map(jnp.asarray, center.position))
-            return jax.tree.map(lambda c, m, xi: c + xi / jnp.sqrt(m), center.position, mass, xi)
-
-        return around
+    center: Center | None = None
+    mass: PyTree | Precision | None = None
+    step_size: StepSizeReport | None = None
+    warm_up: WarmUp | None = None
 
 
 def as_named_gradient(name: GradientName, posterior: Posterior, center: Any) -> Gradient:
@@ -55,38 +57,59 @@ def as_named_gradient(name: GradientName, posterior: Posterior, center: Any) -> 
     return {"minibatch": minibatch, "svrg": svrg, "saga": saga}[name](posterior)
 
 
-def tune(posterior: Posterior, gradient: GradientName, **settings: Any) -> Tuning:
-    """Find what is None among step size, friction and mass, and the center where one is needed.
+def tune(
+    posterior: Posterior,
+    factory: Callable[..., Kernel],
+    gradient: GradientName,
+    settings: dict[str, Any],
+    tunable: bool,
+    num_warmup: int,
+) -> Tuning:
+    """A kernel whose step size, friction and mass, where they are None, fit the posterior.
 
-    Without a friction the mass is taken from the curvature, and the friction is the mass: damping
-    at the rate one in units in which every coordinate has a standard deviation of about one.
-
-    Raises:
-        ValueError: the posterior has no mode near where the search ended.
+    Without friction and mass a warm-up in windows finds the bulk and its covariance, unless
+    ``num_warmup`` is zero; otherwise the center of a control variate and a step size come from
+    Pathfinder's normal alone.
     """
-    values = {"step_size": 1.0, "friction": 1.0, "mass": 1.0, **settings}
-    missing = {name for name in ("step_size", "friction", "mass") if values[name] is None}
-    mass, report = None, None
-    chosen: dict[str, Any] = {}
+    assert posterior.initial is not None  # which a numpyro model has
+    missing = {name for name in _FOUND if name in settings and settings[name] is None}
+    missing = missing if tunable else set()
+    chosen = {name: value for name, value in settings.items() if name not in missing}
     if "mass" in missing and "friction" not in missing:
         chosen["mass"] = 1.0
-    if gradient != "control_variate" and missing == chosen.keys():
-        return Tuning(settings=chosen)
-    keys = jax.random.split(jax.random.key(_SEED), 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # refused instead
-        center = find_center(posterior, keys[0])
-    if reason := why_no_mode(center.distance, tree_size(center.position)):
-        raise ValueError(f"model: {reason}")
-    if "friction" in missing:
-        mass = values["mass"]
-        if mass is None:
-            mass = find_mass(posterior, keys[1], center)
-        chosen |= {"mass": mass, "friction": mass}
-    if "step_size" in missing:
-        target: Target = as_named_gradient(gradient, posterior, center)
-        values = {**settings, **chosen}
-        dynamics = {n: values[n] for n in ("friction", "mass", "integrator") if n in settings}
-        report = find_step_size(target, keys[2], center, **dynamics)
-        chosen["step_size"] = report.step_size
-    return Tuning(center, mass if isinstance(mass, dict) else None, report, chosen)
+        missing.discard("mass")
+    if gradient != "control_variate" and not missing:
+        kernel = factory(as_named_gradient(gradient, posterior, None), **chosen)
+        return Tuning(kernel, posterior.initial, {n: chosen[n] for n in ("mass",) if n in chosen})
+    key = jax.random.key(_SEED)
+    if not missing:
+        first = pathfinder(posterior, key)
+        kernel = factory(control_variate(posterior, first.position), **chosen)
+        around = _around(first.unravel, first.starts(key, 64))
+        return Tuning(kernel, around, center=center_at(posterior, first.position))
+    own = None if gradient == "control_variate" else as_named_gradient(gradient, posterior, None)
+    windows = _MOST_WINDOWS if "friction" in missing and num_warmup else 0
+    kernel_at = langevin_at(posterior, own, _BIAS, 1.0, factory, **chosen)
+    tuned = warm_up(posterior, key, kernel_at=kernel_at, max_windows=windows)
+    values = dict(tuned.kernel.settings)
+    return Tuning(
+        kernel=tuned.kernel,
+        start=_around(tuned.pathfinder.unravel, tuned.pool),
+        settings={name: values[name] for name in _FOUND if name in values},
+        center=None if own is not None else center_at(posterior, tuned.center),
+        mass=values.get("mass") if "mass" in missing else None,
+        step_size=tuned.step_size,
+        warm_up=tuned if windows else None,
+    )
+
+
+def _around(unravel: Callable, pool: Any) -> Callable:
+    """A start at one of some draws."""
+    positions = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(unravel, pool))
+    count = len(pool)
+
+    def start(key):
+        i = jax.random.randint(key, (), 0, count)
+        return jax.tree.map(lambda x: x[i], positions)
+
+    return start

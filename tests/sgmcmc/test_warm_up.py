@@ -1,0 +1,119 @@
+"""Pathfinder and windows find the bulk of a posterior, where its mode is and where it is not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import stochgrad
+
+RNG = np.random.default_rng(0)
+# a regression on raw columns: condition 1e7 of the posterior covariance
+YEAR = RNG.integers(1970, 1983, 300).astype(np.float32)
+WEIGHT = RNG.normal(2970, 850, 300).astype(np.float32)
+MILES = (-880 + 0.47 * YEAR - 0.0066 * WEIGHT + 3.4 * RNG.standard_normal(300)).astype(np.float32)
+# a centered hierarchy, whose joint density is unbounded where the group scale goes to zero
+GROUP = np.repeat(np.arange(12), 6)
+SCORES = (RNG.normal(1.0, 0.7, 12)[GROUP] + RNG.standard_normal(72)).astype(np.float32)
+
+
+def raw_regression(year, weight, miles, rows=50):
+    b = numpyro.sample("b", dist.Normal(0.0, 1000.0).expand([3]).to_event(1))
+    with numpyro.plate("rows", len(miles), subsample_size=rows):
+        y, w, m = (numpyro.subsample(v, 0) for v in (year, weight, miles))
+        numpyro.sample("miles", dist.Normal(b[0] + b[1] * y + b[2] * w, 3.4), obs=m)
+
+
+def hierarchy(group, scores, rows=24):
+    mean = numpyro.sample("mean", dist.Normal(0.0, 2.0))
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    with numpyro.plate("groups", 12):
+        a = numpyro.sample("a", dist.Normal(mean, scale))
+    with numpyro.plate("rows", len(scores), subsample_size=rows):
+        g, s = numpyro.subsample(group, 0), numpyro.subsample(scores, 0)
+        numpyro.sample("scores", dist.Normal(a[g], 1.0), obs=s)
+
+
+def exact_regression():
+    x = np.stack([np.ones(300), YEAR, WEIGHT], 1).astype(np.float64)
+    precision = x.T @ x / 3.4**2 + np.eye(3) / 1e6
+    return np.linalg.solve(precision, x.T @ MILES / 3.4**2), np.linalg.inv(precision)
+
+
+def scale_of_groups():
+    """Mean and sd of the group scale, by integrating all else out."""
+    means = np.array([SCORES[g == GROUP].mean(dtype=np.float64) for g in range(12)])
+    s = np.linspace(1e-4, 4, 4000)
+    v = s[:, None] ** 2 + 1 / 6
+    _weight, total = np.sum(1 / v, 1) * np.ones(1), 0.0
+    a = 12 / v[:, 0] + 1 / 4
+    b = np.sum(means / v, 1)
+    total = -0.5 * s**2 - 0.5 * np.sum(np.log(v) * np.ones(12), 1)
+    total += -0.5 * np.sum(means**2 / v, 1) + 0.5 * b**2 / a - 0.5 * np.log(a)
+    p = np.exp(total - total.max())
+    p /= p.sum()
+    return p @ s, np.sqrt(p @ s**2 - (p @ s) ** 2)
+
+
+def test_pathfinder_on_raw_data_gives_the_exact_normal():
+    target = stochgrad.from_numpyro(raw_regression, YEAR, WEIGHT, MILES)
+    found = stochgrad.pathfinder(target, jax.random.key(0), num_paths=4)
+    mean, covariance = exact_regression()
+    white = found.precision.whiten(found.paths[0].mean - mean)
+    assert np.sqrt(np.mean(white**2)) < 0.1
+    ratio = np.linalg.eigvals(np.linalg.solve(covariance, found.precision.covariance)).real
+    np.testing.assert_allclose(ratio, 1, atol=0.1)  # the curvature is of single precision
+
+
+def test_pathfinder_does_not_fall_into_a_singularity():
+    target = stochgrad.from_numpyro(hierarchy, GROUP, SCORES)
+    found = stochgrad.pathfinder(target, jax.random.key(0))
+    mean, sd = scale_of_groups()
+    scale = float(target.constrain(found.position)["scale"])
+    assert abs(scale - mean) < 2 * sd
+
+
+def test_windows_on_raw_data_keep_a_condition_of_ten_million():
+    target = stochgrad.from_numpyro(raw_regression, YEAR, WEIGHT, MILES, order="symmetric")
+    lines = []
+    tuned = stochgrad.warm_up(target, jax.random.key(0), report=lines.append)
+    assert tuned.settled
+    assert not tuned.reasons
+    assert len(lines) == len(tuned.windows) + 2
+    mean, covariance = exact_regression()
+    center = np.asarray(tuned.center["b"], np.float64)
+    assert np.sqrt((center - mean) @ np.linalg.solve(covariance, center - mean) / 3) < 0.3
+    ratio = np.linalg.eigvals(np.linalg.solve(covariance, tuned.precision.covariance)).real
+    assert ratio.min() > 0.5
+    assert ratio.max() < 2
+
+
+@pytest.mark.slow
+def test_a_centered_hierarchy_is_sampled_right():
+    draws = stochgrad.infer(
+        jax.random.key(0), hierarchy, GROUP, SCORES, method="sghmc", progress=False
+    )
+    mean, sd = scale_of_groups()
+    scale = draws.constrained()["scale"]
+    assert draws.verdict.ok
+    assert abs(scale.mean() - mean) < 0.2 * sd
+    assert abs(scale.std() / sd - 1) < 0.15
+
+
+def test_a_warm_up_that_ends_early_says_so():
+    target = stochgrad.from_numpyro(hierarchy, GROUP, SCORES)
+    tuned = stochgrad.warm_up(target, jax.random.key(0), max_windows=1, num_chains=2)
+    assert not tuned.settled
+    assert "has not settled after 1 windows" in tuned.reasons[0]
+
+
+def test_no_start_is_refused():
+    target = stochgrad.posterior(
+        lambda q: 0.0 * q - jnp.inf, lambda q, x: -0.5 * (x - q) ** 2, jnp.ones(9), order="full"
+    )
+    with pytest.raises(ValueError, match="no starting point leads to"):
+        stochgrad.pathfinder(target, jax.random.key(0), init=jnp.float32(0.0))
+    with pytest.raises(ValueError, match="init is needed"):
+        stochgrad.pathfinder(target, jax.random.key(0))
