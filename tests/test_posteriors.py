@@ -20,10 +20,27 @@ def test_a_model_reads_as_minibatches(name):
     assert set(entry.parameters) <= set(site)
 
 
-def test_references_cover_every_posterior():
-    assert len(ENTRIES) >= 24
-    for name, entry in ENTRIES.items():
-        reference = references.reference(name)
+PENDING = {
+    "contraception",
+    "diamonds",
+    "horseshoe",
+    "item_response",
+    "lake_gaussian_process",
+    "roaches_poisson",
+    "seizures",
+    "ticks_centered",
+    "ticks_noncentered",
+    "volatility",
+}
+"""Posteriors whose long run has not been made or accepted: no comparison knows them."""
+
+
+def test_references_cover_every_posterior_that_is_compared():
+    known = {name for name in ENTRIES if references.known(name)}
+    assert set(ENTRIES) - known == PENDING
+    assert len(known) >= 24
+    for name in known:
+        reference, entry = references.reference(name), ENTRIES[name]
         assert reference["accepted"], name
         assert set(reference["mean"]) == set(reference["sd"]) == set(entry.parameters), name
         assert all(np.all(np.asarray(sd) > 0) for sd in reference["sd"].values()), name
