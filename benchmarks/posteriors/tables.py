@@ -23,7 +23,7 @@ def posterior_table(records):
         if r["outcome"] == "error":
             lines.append(f"{head} | | | | | {r['error'].splitlines()[0]} | | {r['seconds']:.0f} |")
             continue
-        gradients = f"{r['gradients']:,}" if r["gradients"] is not None else ""
+        gradients = f"{r['gradients']:,.0f}" if r["gradients"] is not None else ""
         lines.append(
             f"{head} {r['method']} | {r['mean_error']:.2f} | {r['mean_at']} | {r['sd_ratio']:.2f} | "
             f"{r['sd_at']} | {r['outcome']} | {gradients} | {r['seconds']:.0f} |"
