@@ -97,7 +97,7 @@ def predict_law(
     center: Any,
     *,
     hessian: Float[Array, "d d"] | None = None,
-    covariance: Float[Array, "d d"] | None = None,
+    covariance: Float[Array, "d d"] | np.ndarray | None = None,
 ) -> Law:
     r"""What a chain will have for a law, before it runs.
 

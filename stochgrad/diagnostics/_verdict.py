@@ -1,6 +1,7 @@
 """Whether draws can be used, in words and numbers."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from stochgrad.core import (
     convergence_reason,
     density_reason,
     effective_draws,
+    full_data_mean,
     hoisted_jit,
     last_draws,
     noise_reason,
@@ -38,6 +40,8 @@ _ERRORS = 4.0
 _MATERIAL = 0.3
 _SHIFT = 0.2
 _LEAST_BFMI = 0.2
+_SUSPECTS = 16
+_EXCURSION, _LEAST_EXCURSION = 12.0, 40.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def diagnose(draws: Draws) -> Verdict:
     $E[z_i g_i] = -1$ and $E[g_i] = 0$ under the posterior, with gradients of minibatches centered
     at the draws' mean, which do not know the sampler. Draws 30% too wide or narrow in variance, or
     0.2 standard deviations off, are named where the check is certain of it (4 standard errors).
-    What no gradient at the draws can know is a mode that no chain has seen.
+    Draws far from the others are held against the log density on all rows. What nothing at the
+    draws can know is a mode that no chain has seen.
 
     Args:
         draws: What ``stochgrad.sample`` or ``stochgrad.infer`` returned.
@@ -122,6 +127,7 @@ def diagnose(draws: Draws) -> Verdict:
         },
         index=pandas.Index(names, name="parameter"),
     )
+    reasons += _excursions(draws, healthy, positions)
     checked = _gradients(draws, healthy)
     if checked is not None and checked[0].shape[2] == len(names):
         table["virial"], table["virial_se"] = _virial(*checked)
@@ -166,6 +172,56 @@ def _of_run(draws: Draws, positions: dict, stats: dict) -> list[str]:
                 "heavier than momenta reach; reparameterize."
             )
     return [reason for reason in reasons if reason is not None]
+
+
+def _excursions(draws: Draws, healthy: np.ndarray, positions: dict) -> list[str]:
+    """Draws that lie where the posterior is next to nothing, thrown there by a step too large.
+
+    Few enough that no mean shows them. The draws furthest from the others in some coordinate, and
+    those of the lowest log density by their minibatch, are compared with a sample of all, by the
+    log density on all rows.
+    """
+    posterior = draws.posterior
+    if not isinstance(posterior, Posterior) or draws.collected or draws.num_draws < 20:
+        return []
+    flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in positions.items()}
+    total = len(next(iter(flat.values())))
+    distance = np.zeros(total)
+    for x in flat.values():
+        x = x.reshape(total, -1).astype(np.float64)
+        middle = np.median(x, axis=0)
+        spread = np.maximum(np.median(np.abs(x - middle), axis=0), 1e-300)
+        distance = np.maximum(distance, np.max(np.abs(x - middle) / spread, axis=1))
+    far = np.argsort(-distance)[:_SUSPECTS]
+    values = np.asarray(draws.stats.get("log_density", np.zeros((0, 0))))
+    if values.size and values[healthy].size == total:
+        far = np.union1d(far, np.argsort(values[healthy].ravel())[:_SUSPECTS])
+    sample = np.linspace(0, total - 1, 8 * _SUSPECTS).astype(int)
+    chosen = np.concatenate([np.resize(far, 2 * _SUSPECTS), sample])
+    leaves = [jnp.asarray(x[chosen]) for x in flat.values()]
+    points = jax.tree.unflatten(jax.tree.structure(draws.positions), leaves)
+    densities = np.asarray(_on_all_rows(posterior)(points), np.float64)
+    suspects, usual = densities[: 2 * _SUSPECTS], densities[2 * _SUSPECTS :]
+    middle = np.median(usual)
+    spread = 1.5 * np.median(np.abs(usual - middle))
+    low = suspects < middle - max(_EXCURSION * spread, _LEAST_EXCURSION)
+    count = len(np.unique(np.resize(far, 2 * _SUSPECTS)[low]))
+    if not count:
+        return []
+    return [
+        f"at least {count} of {total} draws lie where the log density is up to "
+        f"{middle - np.min(suspects):.0f} below that of the others, with a spread of {spread:.2g}: "
+        "in a narrow place the step was too large and threw the chain out. Means and standard "
+        "deviations may rest on them. Take a smaller step, or reparameterize (a hierarchy "
+        "non-centered)."
+    ]
+
+
+def _on_all_rows(posterior: Posterior) -> Callable:
+    def each(points, batch):
+        return lax.map(lambda point: posterior.log_density(point, batch), points, batch_size=8)
+
+    return full_data_mean(posterior, each)
 
 
 def _gradients(draws: Draws, healthy: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

@@ -32,7 +32,9 @@ from stochgrad.core import (
     sample,
     some_series,
 )
+from stochgrad.diagnostics import Law
 from stochgrad.inference._nuts import nuts_at
+from stochgrad.inference._step import with_law, worst_bias
 from stochgrad.interop import from_numpyro
 from stochgrad.sgmcmc import WarmUp, warm_up
 
@@ -43,6 +45,7 @@ _CHEAP_RATIO, _CHEAP_OPERATIONS, _TRANSCENDENTAL = 8.0, 1e6, 10.0
 a million operations (half a millisecond), a transcendental function counted as ten."""
 _MOST_ROUNDS = 16
 _MOST_RHAT = 1.02
+_MOST_SD_BIAS = 0.1
 _MOST_SERIES = 256
 
 
@@ -133,7 +136,10 @@ def infer(
         max_seconds=None if budget.seconds == math.inf else budget.seconds / 2,
         report=say,
     )
-    draws = _sample(run_key, tuned, num_samples, num_chains, target_ess, budget, say)
+    kernel, law = with_law(tuned, jax.random.fold_in(run_key, 0))
+    if law is not None:
+        say(f"predicted, with steps of {dict(kernel.settings)['step_size']:.3g}: {law}")
+    draws = _sample(run_key, tuned, kernel, law, num_samples, num_chains, target_ess, budget, say)
     verdict = draws.verdict
     say(f"verdict: {verdict}")
     if not verdict.ok:
@@ -222,6 +228,8 @@ def _cost(posterior: Posterior, batch: Any) -> float:
 def _sample(
     key: PRNGKey,
     tuned: WarmUp,
+    kernel: Kernel,
+    law: Law | None,
     num_samples: int,
     num_chains: int,
     target_ess: float,
@@ -229,14 +237,13 @@ def _sample(
     say: Callable[[str], None],
 ) -> Draws:
     """Rounds of draws, until they are enough or the budget is spent."""
-    kernel = tuned.kernel
-    thin = _first_thin(tuned, num_samples, num_chains, target_ess)
+    thin = _first_thin(tuned, kernel, num_samples, num_chains, target_ess)
     each = _gradients_per_step(kernel)
     if math.isfinite(budget.gradients):
         thin = max(min(thin, int(budget.gradients / (num_samples * num_chains * each))), 1)
     parts: list[Draws] = []
     starts, spent = tuned.starts, 0.0
-    notes: tuple[str, ...] = tuned.reasons
+    notes: tuple[str, ...] = ()
     while True:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -259,6 +266,7 @@ def _sample(
             f"{fewest:.0f} effective draws"
         )
         if np.any(part.first_bad >= 0) or part.num_draws < num_samples:
+            notes = tuned.reasons
             break
         if worst < _MOST_RHAT and fewest >= target_ess:
             break
@@ -269,7 +277,8 @@ def _sample(
             or spent * share > budget.gradients
             or (seconds > budget.left())
         ):
-            notes += (
+            notes = (
+                *tuned.reasons,
                 f"the budget ended before the goal: {fewest:.0f} of {target_ess:g} effective "
                 f"draws, R-hat {worst:.3f}, after {spent:,.0f} gradients; allow more.",
             )
@@ -277,6 +286,14 @@ def _sample(
         starts = jax.tree.map(
             lambda x: jnp.asarray(x[:, -1] if num_chains > 1 else x[0, -1]), part.positions
         )
+    if law is not None:
+        steps = draws.num_draws * thin * num_chains
+        say(
+            f"measured: {steps / max(fewest, 1.0):.2g} steps an effective draw of the slowest "
+            f"number, {law.gradients_per_draw:.2g} predicted"
+        )
+        if worst_bias(law) > _MOST_SD_BIAS:
+            notes += (f"the law of the chain, predicted: {law}.",)
     draws = replace(draws, notes=notes)
     every = len(parts)
     kept = draws if every == 1 else draws[every - 1 :: every]
@@ -288,18 +305,23 @@ def _attrs(draws: Draws, tuned: WarmUp, thin: int, gradients: float) -> dict[str
         **draws.attrs,
         "thin": thin,
         "gradients": gradients,
+        "warm_up_gradients": tuned.gradients,
+        "warm_up_passes": tuned.approximation.passes,
         "warm_up_windows": len(tuned.windows),
         "warm_up_seconds": tuned.seconds,
         "warm_up_settled": tuned.settled,
     }
 
 
-def _first_thin(tuned: WarmUp, num_samples: int, num_chains: int, target_ess: float) -> int:
+def _first_thin(
+    tuned: WarmUp, kernel: Kernel, num_samples: int, num_chains: int, target_ess: float
+) -> int:
     """Steps a draw, so that the last window's mixing gives what is asked, with a margin."""
     last = tuned.windows[-1] if tuned.windows else None
-    if last is None or tuned.kernel.method == "NUTS":
+    if last is None or kernel.method == "NUTS":
         return 1
     per_effective = num_chains * last.steps / 2 / max(last.effective, 1.0)
+    per_effective *= last.step_size / dict(kernel.settings)["step_size"]
     steps = 1.3 * target_ess * per_effective / num_chains
     return int(np.clip(math.ceil(steps / num_samples), 1, 10_000))
 

@@ -1,7 +1,6 @@
 """A normal approximation with independent coordinates, from minibatches alone."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

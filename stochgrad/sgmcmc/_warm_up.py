@@ -67,6 +67,11 @@ class WarmUp(NamedTuple):
     seconds: float
 
     @property
+    def gradients(self) -> float:
+        """Gradients of the density that the windows took, over all chains."""
+        return float(sum(window.gradients for window in self.windows))
+
+    @property
     def reasons(self) -> tuple[str, ...]:
         """Why it has not settled, in words."""
         if self.settled or not self.windows:
