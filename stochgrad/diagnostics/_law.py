@@ -37,8 +37,7 @@ from stochgrad.diagnostics._stationary import (
     stationary_moments,
 )
 from stochgrad.kernels import LinearMaps, joint_maps, mode_maps
-from stochgrad.sgmcmc import sghmc, sgld
-from stochgrad.sgmcmc._common import as_position
+from stochgrad.sgmcmc import as_position, sghmc, sgld
 
 _DENSE_DIMENSION = 500
 _SAME = 1e-5

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from stochgrad.core import Kernel, Position, check_array, tree_size
 from stochgrad.diagnostics._around_center import hessian_times
-from stochgrad.sgmcmc._preconditioner import whitenings
+from stochgrad.sgmcmc import whitenings
 
 PROBES = 64
 _LEAST_CURVATURE = 1e-9

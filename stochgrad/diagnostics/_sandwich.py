@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
 from stochgrad.core import (
+    Batch,
     Gradient,
     PRNGKey,
     Target,
@@ -20,7 +21,6 @@ from stochgrad.core import (
     hoisted_jit,
     tree_size,
 )
-from stochgrad.core._batches import Batch
 from stochgrad.diagnostics._around_center import check_fits, gradient_residuals, hessian_times
 from stochgrad.diagnostics._inputs import gradient_of
 from stochgrad.diagnostics._law import noise_order
@@ -28,8 +28,7 @@ from stochgrad.diagnostics._mass_frame import positive_matrix, square_matrix
 from stochgrad.diagnostics._stationary import NoiseOrder, stationary_moments
 from stochgrad.gradients import minibatch
 from stochgrad.kernels import mode_maps
-from stochgrad.sgmcmc import sghmc
-from stochgrad.sgmcmc._common import as_position
+from stochgrad.sgmcmc import as_position, sghmc
 
 _LEAST_DEGREES = 10
 _ROWS_AT_ONCE = 256

@@ -4,6 +4,7 @@ from stochgrad._deprecations import renamed as _renamed
 from stochgrad.sgmcmc._center import Center as Center
 from stochgrad.sgmcmc._center import center_at as center_at
 from stochgrad.sgmcmc._center import find_center as find_center
+from stochgrad.sgmcmc._common import as_position as as_position
 from stochgrad.sgmcmc._curvature import find_mass as find_mass
 from stochgrad.sgmcmc._cyclical import CyclicalState as CyclicalState
 from stochgrad.sgmcmc._cyclical import cyclical as cyclical
@@ -17,6 +18,7 @@ from stochgrad.sgmcmc._online import moments as moments
 from stochgrad.sgmcmc._online import swag as swag
 from stochgrad.sgmcmc._pathfinder import pathfinder as pathfinder
 from stochgrad.sgmcmc._precision import Precision as Precision
+from stochgrad.sgmcmc._preconditioner import whitenings as whitenings
 from stochgrad.sgmcmc._psgld import PSGLDState as PSGLDState
 from stochgrad.sgmcmc._psgld import psgld as psgld
 from stochgrad.sgmcmc._registry import KERNELS as KERNELS
