@@ -137,6 +137,7 @@ def diagnose(draws: Draws) -> Verdict:
 
 def bias_reasons(draws: Draws) -> list[str]:
     """The virial check of ``diagnose`` alone: where gradients say that draws are biased."""
+    check_instance("draws", draws, Draws, "a stochgrad.Draws")
     healthy = draws.first_bad < 0
     checked = _gradients(draws, healthy) if healthy.any() and draws.num_draws else None
     names = some_series(last_draws(draws, healthy), _MOST_SERIES)[0]

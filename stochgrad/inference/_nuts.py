@@ -71,6 +71,9 @@ def nuts(posterior: Posterior, step_size: float, inverse_mass: Any) -> Kernel:
     check_instance("posterior", posterior, Posterior, "a Posterior")
     step_size = check_number("step_size", step_size)
     matrix = check_array("inverse_mass", inverse_mass)
+    variances = np.diag(matrix) if matrix.ndim == 2 else matrix
+    if not np.all(np.isfinite(matrix)) or np.any(variances <= 0):
+        raise ValueError("inverse_mass must hold finite numbers, its variances positive.")
     log_density = _on_all_rows(posterior)
     transition = blackjax.nuts.build_kernel()
 

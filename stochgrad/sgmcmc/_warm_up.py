@@ -14,6 +14,7 @@ from stochgrad.core import (
     Position,
     Posterior,
     PRNGKey,
+    check_callable,
     check_choice,
     check_count,
     check_instance,
@@ -139,6 +140,9 @@ def warm_up(
     num_chains = check_count("num_chains", num_chains)
     bias, rate = check_number("bias", bias), check_number("rate", rate)
     max_windows = check_count("max_windows", max_windows, least=0)
+    check_callable("report", report, "a function of a line of text")
+    if kernel_at is not None:
+        check_callable("kernel_at", kernel_at, "a function (place, key, shrink) -> TunedKernel")
     begun = time.perf_counter()
     limit = np.inf if max_seconds is None else check_number("max_seconds", max_seconds)
     posterior = target if isinstance(target, Posterior) else target.posterior
