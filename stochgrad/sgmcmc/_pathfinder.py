@@ -27,6 +27,7 @@ from stochgrad.sgmcmc._precision import Precision
 _MEMORY = 8
 _BLOCK = 32
 _SCREENING = 4
+_MANY_ROWS = 50_000
 _REACHES = (0.2, 0.05, 1.0, 0.5)
 """How far the paths start from the origin, in units of the model's own starting points."""
 _EXACT_DIMENSION = 128
@@ -38,7 +39,7 @@ def pathfinder(
     key: PRNGKey,
     *,
     init: Position | Callable[[PRNGKey], Position] | None = None,
-    num_paths: int = 8,
+    num_paths: int | None = None,
     num_draws: int = 16,
     max_iterations: int = 200,
     passes: int = 300,
@@ -57,7 +58,7 @@ def pathfinder(
         key: A typed PRNG key.
         init: Where the paths start: a position, or a function of a key; where the posterior knows
             (a numpyro model), at random at several distances from the origin.
-        num_paths: Paths.
+        num_paths: Paths; eight by default, four beyond 50,000 rows.
         num_draws: Draws to estimate a bound by.
         max_iterations: Iterations of L-BFGS on a path, at most.
         passes: Passes over all rows for the search of the mode after that; zero for none.
@@ -76,6 +77,8 @@ def pathfinder(
     """
     check_instance("posterior", posterior, Posterior, "a Posterior")
     check_key(key)
+    if num_paths is None:
+        num_paths = 8 if posterior.batches.size <= _MANY_ROWS else 4
     num_paths, num_draws = check_count("num_paths", num_paths), check_count("num_draws", num_draws)
     passes = check_count("passes", passes, least=0)
     starts = list(starts_of(posterior, key, init, num_paths))

@@ -87,7 +87,7 @@ TABLE = {
         {
             "posterior": NO_POSTERIOR,
             "key": NO_KEY,
-            "num_paths": NO_COUNT,
+            "num_paths": NO_COUNT[1:],
             "num_draws": NO_COUNT,
             "max_iterations": NO_COUNT,
             "passes": [-1, 2.5, "3", None],
