@@ -85,46 +85,10 @@ def model(rows, sizes, minibatch=None):
         numpyro.sample("late", dist.Bernoulli(logits=logit), obs=row["late"])
 
 
-def fit(key, rows, sizes, batch_size, num_samples, pilot_samples, thin=10):
-    """Center a control variate, learn the scales in a pilot run, sample four chains."""
-    center_key, pilot_key, key = jax.random.split(key, 3)
-    target = stochgrad.from_numpyro(model, rows, sizes, minibatch=batch_size)
-    center = stochgrad.find_center(target, center_key)
-    gradient = stochgrad.control_variate(target, center)
-
-    stiff = float(np.sqrt(0.2 * target.batches.size))  # root of the largest curvature
-    with warnings.catch_warnings():  # a pilot is for scales, and need not have mixed
-        warnings.simplefilter("ignore", stochgrad.ConvergenceWarning)
-        pilot = stochgrad.sample(
-            pilot_key,
-            stochgrad.sghmc(gradient, step_size=0.3 / stiff, friction=10.0),
-            init=center,
-            num_samples=pilot_samples,
-            num_warmup=pilot_samples // 4,
-            thin=thin,
-            num_chains=4,
-        )
-    variance = jax.tree.map(lambda x: x.var(axis=(0, 1)), pilot.positions)
-    mass = jax.tree.map(lambda v: 1 / v, variance)
-
-    def dispersed(key):
-        leaves, structure = jax.tree.flatten(center.position)
-        keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
-        return jax.tree.map(
-            lambda k, c, v: c + 2 * np.sqrt(v) * jax.random.normal(k, c.shape),
-            keys,
-            center.position,
-            variance,
-        )
-
-    return stochgrad.sample(
-        key,
-        stochgrad.sghmc(gradient, step_size=0.1, friction=mass, mass=mass),
-        init=dispersed,
-        num_samples=num_samples,
-        num_warmup=num_samples // 4,
-        thin=2 * thin,
-        num_chains=4,
+def fit(key, rows, sizes, batch_size, num_samples):
+    """Warm-up, four chains and a verdict, in one call."""
+    return stochgrad.infer(
+        key, model, rows, sizes, minibatch=batch_size, num_samples=num_samples, method="sghmc"
     )
 
 
@@ -239,9 +203,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a short run")
     parser.add_argument("--output", type=Path, default=Path("examples/output/flights.png"))
     options = parser.parse_args()
-    num_samples, pilot_samples, nuts_samples, subset = (
-        (200, 200, 50, 4000) if options.smoke else (2000, 1500, 500, 20_000)
-    )
+    num_samples, nuts_samples, subset = (200, 50, 4000) if options.smoke else (1000, 500, 20_000)
 
     begun = time.perf_counter()
     rows, labels, held_out = load()
@@ -249,7 +211,7 @@ def main():
     test = {name: v[held_out] for name, v in rows.items()}
     sizes = {name: len(labels[name]) for name in GROUPS}
     clock = time.perf_counter()
-    draws = fit(jax.random.key(0), train, sizes, 1000, num_samples, pilot_samples)
+    draws = fit(jax.random.key(0), train, sizes, 1000, num_samples)
     seconds = time.perf_counter() - clock
     tree = draws.to_arviz(coords=labels, dims={"slope": ["predictor"]})
     print(f"\n{draws} of {len(train['late']):,} flights in {seconds:.0f} s")
@@ -271,7 +233,7 @@ def main():
     pick = np.random.default_rng(0).permutation(len(train["late"]))[:subset]
     small = {name: v[pick] for name, v in train.items()}
     clock = time.perf_counter()
-    ours = fit(jax.random.key(2), small, sizes, 500, num_samples, pilot_samples)
+    ours = fit(jax.random.key(2), small, sizes, 500, num_samples)
     seconds = time.perf_counter() - clock
     start = {name: jnp.asarray(v[0, -1]) for name, v in ours.constrained().items()}
     clock = time.perf_counter()
