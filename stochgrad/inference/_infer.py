@@ -5,18 +5,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from stochgrad.core import (
     ConvergenceWarning,
     Draws,
     Gradient,
-    Kernel,
     Position,
     Posterior,
     PRNGKey,
@@ -26,17 +22,12 @@ from stochgrad.core import (
     check_flag,
     check_key,
     check_number,
-    effective_draws,
-    last_draws,
-    rhat,
-    sample,
-    some_series,
 )
-from stochgrad.diagnostics import Law
 from stochgrad.inference._nuts import nuts_at
-from stochgrad.inference._step import with_law, worst_bias
+from stochgrad.inference._rounds import Budget, sample_until
+from stochgrad.inference._step import with_law
 from stochgrad.interop import from_numpyro
-from stochgrad.sgmcmc import WarmUp, warm_up
+from stochgrad.sgmcmc import warm_up
 
 Method: TypeAlias = Literal["auto", "sghmc", "nuts"]
 
@@ -67,9 +58,9 @@ def infer(
     """Draws from the posterior of a model, from warm-up to verdict.
 
     Reads the model (``stochgrad.from_numpyro``, with symmetric sweeps), finds where its posterior
-    lies and tunes a kernel to it (``stochgrad.warm_up``), samples until chains agree and the draws
-    are worth ``target_ess`` independent ones (``stochgrad.sample``), and judges what came out
-    (``stochgrad.diagnose``): ``draws.verdict`` says whether to use it. Where a gradient on all rows
+    lies and tunes a kernel to it (``stochgrad.warm_up``), samples until chains agree, the draws
+    are worth ``target_ess`` independent ones and a run with half the step gives the same
+    (``stochgrad.sample``), and judges what came out (``stochgrad.diagnose``): ``draws.verdict`` says whether to use it. Where a gradient on all rows
     takes less than a million operations, or less than eight of a minibatch's, NUTS on all rows is
     taken, and a line says so: it has no bias, and is the faster one there.
 
@@ -115,7 +106,7 @@ def infer(
     num_samples = check_count("num_samples", num_samples, least=20)
     num_chains = check_count("num_chains", num_chains)
     target_ess = check_number("target_ess", target_ess)
-    budget = _Budget(
+    budget = Budget(
         time.perf_counter(),
         math.inf if max_seconds is None else check_number("max_seconds", max_seconds),
         math.inf if max_gradients is None else check_number("max_gradients", max_gradients),
@@ -139,21 +130,14 @@ def infer(
     kernel, law = with_law(tuned, jax.random.fold_in(run_key, 0))
     if law is not None:
         say(f"predicted, with steps of {dict(kernel.settings)['step_size']:.3g}: {law}")
-    draws = _sample(run_key, tuned, kernel, law, num_samples, num_chains, target_ess, budget, say)
+    draws = sample_until(
+        run_key, tuned, kernel, law, num_samples, num_chains, target_ess, budget, say
+    )
     verdict = draws.verdict
     say(f"verdict: {verdict}")
     if not verdict.ok:
         warnings.warn("do not use: " + " Also: ".join(verdict.reasons), ConvergenceWarning, 2)
     return draws
-
-
-class _Budget(NamedTuple):
-    begun: float
-    seconds: float
-    gradients: float
-
-    def left(self) -> float:
-        return self.seconds - (time.perf_counter() - self.begun)
 
 
 def _printer(progress: bool) -> Callable[[str], None]:
@@ -222,137 +206,4 @@ def _cost(posterior: Posterior, batch: Any) -> float:
             return counts["flops"] + _TRANSCENDENTAL * counts.get("transcendentals", 0.0)
     return 100.0 * (
         posterior.batches.size if batch is posterior.batches.full else posterior.batches.batch_size
-    )
-
-
-def _sample(
-    key: PRNGKey,
-    tuned: WarmUp,
-    kernel: Kernel,
-    law: Law | None,
-    num_samples: int,
-    num_chains: int,
-    target_ess: float,
-    budget: _Budget,
-    say: Callable[[str], None],
-) -> Draws:
-    """Rounds of draws, until they are enough or the budget is spent."""
-    thin = _first_thin(tuned, kernel, num_samples, num_chains, target_ess)
-    each = _gradients_per_step(kernel)
-    if math.isfinite(budget.gradients):
-        thin = max(min(thin, int(budget.gradients / (num_samples * num_chains * each))), 1)
-    parts: list[Draws] = []
-    starts, spent = tuned.starts, 0.0
-    notes: tuple[str, ...] = ()
-    while True:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            part = sample(
-                jax.random.fold_in(key, len(parts)),
-                kernel,
-                init=starts,
-                num_samples=num_samples,
-                thin=thin,
-                num_chains=num_chains,
-                progress=False,
-            )
-        parts.append(part)
-        steps = num_samples * thin * num_chains
-        spent += float(np.sum(part.stats["n_steps"])) if "n_steps" in part.stats else steps * each
-        draws = _joined(parts)
-        worst, fewest = _worst(draws)
-        say(
-            f"{draws.num_draws} draws a chain, {thin} steps each: R-hat {worst:.3f}, "
-            f"{fewest:.0f} effective draws"
-        )
-        if np.any(part.first_bad >= 0) or part.num_draws < num_samples:
-            notes = tuned.reasons
-            break
-        if worst < _MOST_RHAT and fewest >= target_ess:
-            break
-        share = 1 + 1 / len(parts)  # of what another round makes of all
-        seconds = float(np.sum([p.timings["total"] for p in parts])) / len(parts)
-        if (
-            len(parts) == _MOST_ROUNDS
-            or spent * share > budget.gradients
-            or (seconds > budget.left())
-        ):
-            notes = (
-                *tuned.reasons,
-                f"the budget ended before the goal: {fewest:.0f} of {target_ess:g} effective "
-                f"draws, R-hat {worst:.3f}, after {spent:,.0f} gradients; allow more.",
-            )
-            break
-        starts = jax.tree.map(
-            lambda x: jnp.asarray(x[:, -1] if num_chains > 1 else x[0, -1]), part.positions
-        )
-    if law is not None:
-        steps = draws.num_draws * thin * num_chains
-        say(
-            f"measured: {steps / max(fewest, 1.0):.2g} steps an effective draw of the slowest "
-            f"number, {law.gradients_per_draw:.2g} predicted"
-        )
-        if worst_bias(law) > _MOST_SD_BIAS:
-            notes += (f"the law of the chain, predicted: {law}.",)
-    draws = replace(draws, notes=notes)
-    every = len(parts)
-    kept = draws if every == 1 else draws[every - 1 :: every]
-    return replace(kept, attrs=_attrs(kept, tuned, thin * every, spent), notes=notes)
-
-
-def _attrs(draws: Draws, tuned: WarmUp, thin: int, gradients: float) -> dict[str, Any]:
-    return {
-        **draws.attrs,
-        "thin": thin,
-        "gradients": gradients,
-        "warm_up_gradients": tuned.gradients,
-        "warm_up_passes": tuned.approximation.passes,
-        "warm_up_windows": len(tuned.windows),
-        "warm_up_seconds": tuned.seconds,
-        "warm_up_settled": tuned.settled,
-    }
-
-
-def _first_thin(
-    tuned: WarmUp, kernel: Kernel, num_samples: int, num_chains: int, target_ess: float
-) -> int:
-    """Steps a draw, so that the last window's mixing gives what is asked, with a margin."""
-    last = tuned.windows[-1] if tuned.windows else None
-    if last is None or kernel.method == "NUTS":
-        return 1
-    per_effective = num_chains * last.steps / 2 / max(last.effective, 1.0)
-    per_effective *= last.step_size / dict(kernel.settings)["step_size"]
-    steps = 1.3 * target_ess * per_effective / num_chains
-    return int(np.clip(math.ceil(steps / num_samples), 1, 10_000))
-
-
-def _gradients_per_step(kernel: Kernel) -> float:
-    """Minibatch gradients of a step: two with a control variate, about."""
-    order = dict(kernel.settings).get("order")
-    return 1.0 if order == "full" else 2.0
-
-
-def _worst(draws: Draws) -> tuple[float, float]:
-    """The largest R-hat and the fewest effective draws."""
-    healthy = draws.first_bad < 0
-    if not healthy.any() or not draws.num_draws:
-        return math.inf, 0.0
-    _, series, _ = some_series(last_draws(draws, healthy), _MOST_SERIES)
-    return float(np.nanmax(rhat(series))), float(np.nanmin(effective_draws(series)))
-
-
-def _joined(parts: list[Draws]) -> Draws:
-    """Runs one after another as one."""
-    if len(parts) == 1:
-        return parts[0]
-    join: Any = lambda *leaves: np.concatenate(leaves, axis=1)
-    last = parts[-1]
-    return replace(
-        last,
-        positions=jax.tree.map(join, *(p.positions for p in parts)),
-        stats=jax.tree.map(join, *(p.stats for p in parts)),
-        finite=join(*(p.finite for p in parts)),
-        timings={
-            name: float(np.sum([p.timings.get(name, 0.0) for p in parts])) for name in last.timings
-        },
     )

@@ -1,7 +1,5 @@
 """The law of a kernel before it runs, and the longest step that it allows."""
 
-from typing import Any
-
 import jax
 import numpy as np
 
@@ -24,12 +22,11 @@ def with_law(tuned: WarmUp, key: PRNGKey) -> tuple[Kernel, Law | None]:
     kernel, report = tuned.kernel, tuned.step_size
     if kernel.method != "SGHMC" or report is None or tuned.precision.scale.size > _MOST_DIMENSION:
         return kernel, None
-    settings = dict(kernel.settings)
-    step = longest = settings["step_size"]
+    step = longest = _step_of(kernel)
     best: tuple[Kernel, Law] | None = None
     last: tuple[Kernel, Law] | None = None
     for _ in range(_TRIALS):
-        candidate = kernel if step == longest else _with_step(kernel, settings, step)
+        candidate = kernel if step == longest else with_step(kernel, step)
         law = _law(candidate, key, tuned)
         bias = np.inf if law is None else worst_bias(law)
         if law is not None:
@@ -63,7 +60,9 @@ def worst_bias(law: Law) -> float:
     return float(max(np.max(np.abs(x)) for x in jax.tree.leaves(law.sd_bias)))
 
 
-def _with_step(kernel: Kernel, settings: dict[str, Any], step_size: float) -> Kernel:
+def with_step(kernel: Kernel, step_size: float) -> Kernel:
+    """The same kernel of ``stochgrad.sghmc`` with another step size."""
+    settings = dict(kernel.settings)
     names = ("mass", "noise_estimate", "temperature", "integrator", "noise")
     options = {name: settings[name] for name in names}
     assert kernel.gradient is not None  # a kernel of ours keeps it
