@@ -60,9 +60,10 @@ def infer(
     Reads the model (``stochgrad.from_numpyro``, with symmetric sweeps), finds where its posterior
     lies and tunes a kernel to it (``stochgrad.warm_up``), samples until chains agree, the draws
     are worth ``target_ess`` independent ones and a run with half the step gives the same
-    (``stochgrad.sample``), and judges what came out (``stochgrad.diagnose``): ``draws.verdict`` says whether to use it. Where a gradient on all rows
-    takes less than a million operations, or less than eight of a minibatch's, NUTS on all rows is
-    taken, and a line says so: it has no bias, and is the faster one there.
+    (``stochgrad.sample``), and judges what came out (``stochgrad.diagnose``): ``draws.verdict``
+    says whether to use it. Where a gradient on all rows takes less than a million operations, or
+    less than eight of a minibatch's, NUTS on all rows is taken, and a line says so: it has no bias,
+    and is the faster one there.
 
     Args:
         key: A typed PRNG key.
