@@ -46,6 +46,7 @@ class Draws:
         settings: The kernel's settings as they are, arrays included.
         notes: What speaks against the draws from before there were any: a warm-up that has not
             settled, a budget that was spent.
+        law: What ``stochgrad.diagnostics.predict_law`` predicted of them, if it was asked.
     """
 
     positions: PyTree
@@ -60,6 +61,7 @@ class Draws:
     summary: PyTree = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    law: Any = None
 
     @classmethod
     def from_chunks(

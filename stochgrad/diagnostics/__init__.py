@@ -7,6 +7,9 @@ from stochgrad.diagnostics._errors import mcse as mcse
 from stochgrad.diagnostics._errors import rhat as rhat
 from stochgrad.diagnostics._law import Law as Law
 from stochgrad.diagnostics._law import predict_law as predict_law
+from stochgrad.diagnostics._longest_step import with_law as with_law
+from stochgrad.diagnostics._longest_step import with_step as with_step
+from stochgrad.diagnostics._longest_step import worst_bias as worst_bias
 from stochgrad.diagnostics._neighbors import knn_divergence as knn_divergence
 from stochgrad.diagnostics._richardson import Extrapolated as Extrapolated
 from stochgrad.diagnostics._richardson import richardson as richardson

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from stochgrad.core import (
     some_series,
 )
 from stochgrad.gradients import control_variate, minibatch
+from stochgrad.sgmcmc import Precision
 
 if TYPE_CHECKING:
     import pandas
@@ -54,7 +55,8 @@ class Verdict:
         table: Numbers by parameter, a data frame: ``mean`` and ``sd`` in unconstrained space,
             ``rhat``, ``ess_bulk``, and ``virial``, $E[(\theta_i - \bar\theta_i) g_i]$ with the
             gradient g of the log density, which is -1 for draws of the posterior (integration by
-            parts), with its standard error ``virial_se``; NaN where there is no gradient.
+            parts), with its standard error ``virial_se``; ``sd_predicted``, of the chain's law, and
+            ``mass_sd``, the spread that the kernel's mass takes for one. NaN where there is none.
     """
 
     ok: bool
@@ -124,6 +126,8 @@ def diagnose(draws: Draws) -> Verdict:
             "ess_bulk": effective_draws(series),
             "virial": np.nan,
             "virial_se": np.nan,
+            "sd_predicted": _chosen(draws.law and draws.law.sd, len(names)),
+            "mass_sd": _chosen(_spread_of_mass(draws), len(names)),
         },
         index=pandas.Index(names, name="parameter"),
     )
@@ -133,6 +137,26 @@ def diagnose(draws: Draws) -> Verdict:
         table["virial"], table["virial_se"] = _virial(*checked)
         reasons += _of_directions(*checked, names)
     return Verdict(not reasons, tuple(reasons), table)
+
+
+def _spread_of_mass(draws: Draws) -> Any:
+    """The standard deviations, over the raveled position, at which a mass makes paces equal."""
+    mass = draws.settings.get("mass")
+    if isinstance(mass, Precision):
+        return np.sqrt(mass.variances)
+    inverse = draws.settings.get("inverse_mass")
+    if inverse is not None:
+        return np.sqrt(np.diag(inverse) if np.ndim(inverse) == 2 else inverse)
+    return None
+
+
+def _chosen(values: Any, count: int) -> np.ndarray:
+    """Those of the numbers of a tree, one for each of a position, that a table shows."""
+    if values is None:
+        return np.full(count, np.nan)
+    flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(values)])
+    flat = flat[np.unique(np.linspace(0, len(flat) - 1, min(len(flat), _MOST_SERIES)).astype(int))]
+    return flat if len(flat) == count else np.full(count, np.nan)
 
 
 def bias_reasons(draws: Draws) -> list[str]:

@@ -23,9 +23,9 @@ from stochgrad.core import (
     check_key,
     check_number,
 )
+from stochgrad.diagnostics import with_law
 from stochgrad.inference._nuts import nuts_at
 from stochgrad.inference._rounds import Budget, sample_until
-from stochgrad.inference._step import with_law
 from stochgrad.interop import from_numpyro
 from stochgrad.sgmcmc import warm_up
 

@@ -22,8 +22,7 @@ from stochgrad.core import (
     sample,
     some_series,
 )
-from stochgrad.diagnostics import Law
-from stochgrad.inference._step import with_step, worst_bias
+from stochgrad.diagnostics import Law, with_step, worst_bias
 from stochgrad.sgmcmc import WarmUp
 
 _MOST_ROUNDS = 16
@@ -137,7 +136,7 @@ def sample_until(
         "warm_up_seconds": tuned.seconds,
         "warm_up_settled": int(tuned.settled),
     }
-    return replace(draws, attrs=attrs, notes=notes)
+    return replace(draws, attrs=attrs, notes=notes, law=law)
 
 
 def _halved(

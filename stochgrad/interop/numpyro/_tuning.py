@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from stochgrad.core import Gradient, Kernel, Posterior
+from stochgrad.diagnostics import with_law
 from stochgrad.gradients import control_variate, minibatch, saga, svrg
 from stochgrad.sgmcmc import (
     Center,
@@ -91,9 +92,10 @@ def tune(
     windows = _MOST_WINDOWS if "friction" in missing and num_warmup else 0
     kernel_at = langevin_at(posterior, own, _BIAS, 1.0, factory, **chosen)
     tuned = warm_up(posterior, key, kernel_at=kernel_at, max_windows=windows)
-    values = dict(tuned.kernel.settings)
+    kernel = with_law(tuned, jax.random.fold_in(key, 1))[0] if windows else tuned.kernel
+    values = dict(kernel.settings)
     return Tuning(
-        kernel=tuned.kernel,
+        kernel=kernel,
         start=_around(tuned.approximation.unravel, tuned.pool),
         settings={name: values[name] for name in _FOUND if name in values},
         center=None if own is not None else center_at(posterior, tuned.center),

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from stochgrad.core import Kernel, PRNGKey
-from stochgrad.diagnostics import Law, predict_law
+from stochgrad.diagnostics._law import Law, predict_law
 from stochgrad.sgmcmc import WarmUp, sghmc
 
 _MOST_DIMENSION = 256
