@@ -13,11 +13,10 @@ from jaxtyping import PyTree
 from stochgrad.core._checks import describe, first_line
 from stochgrad.core._datatree import by_name
 from stochgrad.core._jit import hoisted_jit, remembered
+from stochgrad.core._protocols import Posterior
 
 if TYPE_CHECKING:
     import xarray
-
-    from stochgrad.core._protocols import Posterior
 
 
 _FEW = 2048
@@ -56,7 +55,7 @@ class Draws:
     state: Any = None
     timings: dict[str, float] = field(default_factory=dict)
     attrs: dict[str, Any] = field(default_factory=dict)
-    posterior: "Posterior | None" = None
+    posterior: Posterior | None = None
     collected: bool = False
     summary: PyTree = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -108,6 +107,15 @@ class Draws:
     def verdict(self) -> Any:
         """Whether the draws can be used: ``stochgrad.diagnose`` of them."""
         return import_module("stochgrad.diagnostics").diagnose(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``pickle``: the draws in the model's own space, without functions and state."""
+        kept = {**self.__dict__, "state": None, "settings": {}}
+        if self.posterior is not None:
+            names = {"dims": self.posterior.dims, "coords": self.posterior.coords}
+            kept |= {"positions": self.constrained(), "collected": True}
+            kept["posterior"] = Posterior(_not_here, None, **names)  # pyright: ignore
+        return kept
 
     def __getitem__(self, draws: Any) -> "Draws":
         """Some of the draws of all chains: ``draws[500:]``, ``draws[-1]``, ``draws[mask]``.
@@ -206,6 +214,10 @@ class Draws:
             f"Draws({self.attrs.get('method')}, {self.num_chains} chains of {self.num_draws} "
             f"draws, positions {shapes})"
         )
+
+
+def _not_here(position: Any, batch: Any) -> Any:
+    raise ValueError("these draws were unpickled, and their posterior did not come with them.")
 
 
 def _index(draws: Any, size: int) -> slice | np.ndarray:

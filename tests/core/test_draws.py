@@ -1,5 +1,6 @@
 """Results, and what ArviZ makes of them."""
 
+import pickle
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -213,3 +214,12 @@ def test_two_arrays_of_one_name_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"two arrays have the name 'a\.b'"):
             run(position).to_datatree()
     assert not (tmp_path / "d").exists()
+
+
+def test_draws_can_be_pickled_with_their_names(draws):
+    """Functions stay behind: what comes back is in the model's own space."""
+    copy = pickle.loads(pickle.dumps(draws))
+    np.testing.assert_array_equal(copy.constrained()["x"], draws.constrained()["x"])
+    assert copy.attrs == draws.attrs
+    assert copy.to_datatree().equals(draws.to_datatree())
+    assert list(copy.verdict.table.index) == ["x[0]", "x[1]"]
