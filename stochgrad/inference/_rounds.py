@@ -23,9 +23,10 @@ from stochgrad.core import (
     some_series,
 )
 from stochgrad.diagnostics import Law, with_step, worst_bias
+from stochgrad.inference._modes import unvisited
 from stochgrad.sgmcmc import WarmUp
 
-_MOST_ROUNDS = 16
+_MOST_ROUNDS, _PATIENCE = 16, 4
 _MOST_HALVINGS = 4
 _MOST_RHAT = 1.02
 _MOST_SERIES = 256
@@ -124,6 +125,7 @@ def sample_until(
         run, kernel, notes = _halved(key, kernel, run, goal)
         if law is not None and worst_bias(law) > _MOST_SD_BIAS:
             notes += (f"the law of the chain, predicted: {law}.",)
+    notes += unvisited(tuned, run.draws, jax.random.fold_in(key, 2000))
     every = run.count
     draws = run.draws if every == 1 else run.draws[every - 1 :: every]
     attrs = {
@@ -228,11 +230,15 @@ def _rounds(
         reached = ratio < _MOST_RHAT and effective >= goal.target_ess
         if reached and len(parts) >= least:
             break
+        hopeless = len(parts) >= _PATIENCE and effective < goal.target_ess / 20
         room = goal.budget.allows(spent + own, part.timings["total"])
-        if not reached and (len(parts) >= _MOST_ROUNDS or not room):
+        if not reached and (len(parts) >= _MOST_ROUNDS or hopeless or not room):
+            what, remedy = "the budget ended before the goal", "allow more"
+            if hopeless:
+                what, remedy = "chains do not mix", "they may lie in modes of their own"
             notes = (
-                f"the budget ended before the goal: {effective:.0f} of {goal.target_ess:g} "
-                f"effective draws, R-hat {ratio:.3f}, after {spent:,.0f} gradients; allow more.",
+                f"{what}: {effective:.0f} of {goal.target_ess:g} effective draws, "
+                f"R-hat {ratio:.3f}, after {spent:,.0f} gradients; {remedy}.",
             )
             break
     return _Rounds(draws, len(parts), thin, effective, spent, starts, notes)

@@ -16,8 +16,10 @@ from stochgrad.sgmcmc._online import SWAG as SWAG
 from stochgrad.sgmcmc._online import Moments as Moments
 from stochgrad.sgmcmc._online import moments as moments
 from stochgrad.sgmcmc._online import swag as swag
+from stochgrad.sgmcmc._pathfinder import evidence_bound as evidence_bound
 from stochgrad.sgmcmc._pathfinder import pathfinder as pathfinder
 from stochgrad.sgmcmc._precision import Precision as Precision
+from stochgrad.sgmcmc._precision import precision_of as precision_of
 from stochgrad.sgmcmc._preconditioner import whitenings as whitenings
 from stochgrad.sgmcmc._psgld import PSGLDState as PSGLDState
 from stochgrad.sgmcmc._psgld import psgld as psgld

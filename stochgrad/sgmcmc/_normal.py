@@ -57,10 +57,23 @@ class NormalApproximation(NamedTuple):
     unravel: Callable[[Any], Position]
 
     def starts(self, key: PRNGKey, count: int) -> Float[np.ndarray, "count d"]:
-        """Draws of the best normals, in turn; of those alone whose bound is within 5 of it."""
+        """Draws of the best normals, in turn; of those alone whose bound is within 5 of it.
+
+        Each is the one furthest from those before it, so that few chains see what modes there are.
+        """
         best = [path for path in self.paths if path.elbo > self.elbo - _EQUALS] or self.paths[:1]
-        white = generator(key).standard_normal((count, best[0].mean.size))
-        return np.concatenate([best[i % len(best)].draws(white[i : i + 1]) for i in range(count)])
+        order = [best[0]]
+        while len(order) < len(best):
+            rest = [path for path in best if not any(path is other for other in order)]
+            order.append(max(rest, key=lambda path: min(_distance(path, o) for o in order)))
+        white = generator(key).standard_normal((count, order[0].mean.size))
+        return np.concatenate([order[i % len(order)].draws(white[i : i + 1]) for i in range(count)])
+
+
+def _distance(one: Normal, other: Normal) -> float:
+    """How far the mean of one is from the other, in standard deviations of either."""
+    gap = one.mean - other.mean
+    return float(min(np.linalg.norm(x.precision.whiten(gap)) for x in (one, other)))
 
 
 def generator(key: PRNGKey) -> np.random.Generator:

@@ -87,13 +87,7 @@ def pathfinder(
     rng = generator(key)
 
     def bounds(normals: list[Normal], count: int) -> list[Normal]:
-        white = rng.standard_normal((len(normals), count, problem.size))
-        points = [normal.draws(z) for normal, z in zip(normals, white, strict=True)]
-        densities = values(np.concatenate(points)).reshape(len(normals), count)
-        own = [normal.log_density(z) for normal, z in zip(normals, white, strict=True)]
-        elbos = np.mean(densities - own, axis=1)
-        elbos = np.where(np.isfinite(elbos), elbos, -np.inf)
-        return [normal._replace(elbo=float(e)) for normal, e in zip(normals, elbos, strict=True)]
+        return _with_bounds(values, rng, normals, count)
 
     best, ends = [], []
     for start in starts:
@@ -124,6 +118,26 @@ def pathfinder(
         passes=spent,
         unravel=problem.at,
     )
+
+
+def _with_bounds(values, rng, normals: list[Normal], count: int) -> list[Normal]:
+    """The same normals with their evidence bounds, from so many draws of each."""
+    white = rng.standard_normal((len(normals), count, normals[0].mean.size))
+    points = [normal.draws(z) for normal, z in zip(normals, white, strict=True)]
+    densities = values(np.concatenate(points)).reshape(len(normals), count)
+    own = [normal.log_density(z) for normal, z in zip(normals, white, strict=True)]
+    elbos = np.mean(densities - own, axis=1)
+    elbos = np.where(np.isfinite(elbos), elbos, -np.inf)
+    return [normal._replace(elbo=float(e)) for normal, e in zip(normals, elbos, strict=True)]
+
+
+def evidence_bound(
+    posterior: Posterior, position: Position, normal: Normal, key: PRNGKey, count: int = 64
+) -> float:
+    """The evidence lower bound of a normal, from so many draws on all rows."""
+    problem = Climb(posterior, position, _UNLIMITED)
+    values = _values(posterior, problem)
+    return _with_bounds(values, generator(key), [normal], count)[0].elbo
 
 
 def starts_of(posterior: Posterior, key: PRNGKey, init: Any, count: int) -> Iterator[Position]:

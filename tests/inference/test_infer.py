@@ -98,3 +98,25 @@ def test_what_does_not_fit_is_refused():
         stochgrad.infer(0, model, X, Y)
     with pytest.raises(ValueError, match="NUTS needs all rows in memory"):
         stochgrad.nuts(stochgrad.from_numpyro(model, X, Y, 30, order="streamed"), 0.1, np.ones(2))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:do not use")
+def test_a_mode_that_no_chain_has_seen_is_named():
+    """A mixture whose two means can change places: all chains in one order is no posterior."""
+    y = np.where(RNG.random(400) < 0.5, -2, 2) + RNG.standard_normal(400)
+
+    def mixture(y):
+        mean = numpyro.sample("mean", dist.Normal(0.0, 5.0).expand([2]).to_event(1))
+        parts = [dist.Normal(mean[i], 1.0) for i in range(2)]
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample(
+                "y", dist.MixtureGeneral(dist.Categorical(probs=np.full(2, 0.5)), parts), obs=y
+            )
+
+    draws = stochgrad.infer(
+        jax.random.key(1), mixture, y.astype(np.float32), batch_size=40, progress=False
+    )
+    assert not draws.verdict.ok
+    words = " ".join(draws.verdict.reasons)
+    assert "no chain has visited a place" in words or "R-hat is" in words
