@@ -37,7 +37,6 @@ _MOST_STEPS = 20_000
 _SMALL_STEP = 0.03
 _POOL = 64
 _MANY_NUMBERS = 5000
-_LEAST_WINDOWS, _APART = 6, 1.4
 
 
 class WarmUp(NamedTuple):
@@ -168,7 +167,7 @@ def warm_up(
         place, found = run_window(kernel_at, place, window, length, _MOST_STEPS)
         windows.append(found)
         report(f"window {i + 1}: {found}")
-        if found.settled or _stuck(windows):
+        if found.settled:
             break
         length *= 2
     tuned = kernel_at(place, last_key, 1.0)
@@ -184,13 +183,6 @@ def warm_up(
         step_size=tuned.step_size,
         seconds=time.perf_counter() - begun,
     )
-
-
-def _stuck(windows: list[Window]) -> bool:
-    """Whether chains stay apart however long the windows are, in modes of their own for example."""
-    if len(windows) < _LEAST_WINDOWS or windows[-1].rhat < _APART:
-        return False
-    return windows[-1].rhat - 1 > 0.7 * (windows[-3].rhat - 1)
 
 
 def _approximation(posterior, key, init, start: str, report) -> NormalApproximation:
