@@ -15,6 +15,7 @@ from stochgrad.core._supply import Supply
 from stochgrad.core._trees import insert_resident, remove_resident
 
 _WORDS = (0, 0)
+_AT_ONCE = 8
 
 
 def full_data_mean(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,6 +43,16 @@ def full_data_mean(posterior: Posterior, function: Callable[..., Any]) -> Callab
         return jax.tree.map(lambda x: x / stream.num_batches, total)
 
     return run
+
+
+def log_densities(posterior: Posterior) -> Callable[[Any], Any]:
+    """``positions -> values`` on all data, of positions with a leading axis; compiled."""
+
+    def each(positions, batch):
+        one = lambda position: posterior.log_density(position, batch)
+        return lax.map(one, positions, batch_size=_AT_ONCE)
+
+    return full_data_mean(posterior, each)
 
 
 def resident_block(posterior: Posterior | None) -> AbstractContextManager:

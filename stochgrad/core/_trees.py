@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, PyTree, Scalar
 
@@ -132,3 +133,9 @@ def tree_probe(tree: PyTree, size: int = 64) -> PyTree:
 def at_least_float32(dtype: Any) -> Any:
     """The type itself, or float32 where it is narrower."""
     return dtype if dtype.itemsize > 4 else jnp.dtype(jnp.float32)
+
+
+def ravel_draws(positions: PyTree) -> np.ndarray:
+    """Leaves of shape (chain, draw, ...) as one array (chain, draw, d), in double precision."""
+    parts = [np.asarray(x, np.float64) for x in jax.tree.leaves(positions)]
+    return np.concatenate([x.reshape(*x.shape[:2], -1) for x in parts], axis=2)

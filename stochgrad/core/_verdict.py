@@ -165,7 +165,7 @@ def rounding_reason(draws: Mapping[str, np.ndarray], steps: int) -> str | None:
         if x.dtype.kind != "f" or x.shape[1] < 2 or x.size == 0:
             continue
         flat = x.reshape(*x.shape[:2], -1)
-        flat = flat[:, :, _spread(flat.shape[2], _MOST_SERIES)]
+        flat = flat[:, :, evenly(flat.shape[2], _MOST_SERIES)]
         moved = np.mean(np.diff(flat.astype(np.float64), axis=1) ** 2, axis=(0, 1))
         gap = np.spacing(np.abs(flat).max(axis=(0, 1))).astype(np.float64)
         with np.errstate(divide="ignore"):
@@ -187,16 +187,15 @@ def rounding_reason(draws: Mapping[str, np.ndarray], steps: int) -> str | None:
     return None
 
 
-def warn_of_draws(
+def draw_reasons(
     positions: Mapping[str, np.ndarray],
     *,
     noise_ratio: np.ndarray | None,
     log_density: np.ndarray | None,
     steps: int | None,
     samples: bool = True,
-    level: int,
-) -> None:
-    """Warn of what is wrong with the draws of the chains that stayed finite.
+) -> list[tuple[type[Warning], str]]:
+    """What is wrong with the draws of the chains that stayed finite, each with its kind.
 
     Args:
         positions: Arrays of shape (chain, draw, ...), by name.
@@ -204,7 +203,6 @@ def warn_of_draws(
         log_density: Of each draw, if it is known.
         steps: Steps from one draw to the next; None where draws are not as the sampler had them.
         samples: Whether the draws stand for a law.
-        level: As ``stacklevel`` of ``warnings.warn``.
     """
     reasons: list[tuple[type[Warning], str | None]] = [
         (GradientNoiseWarning, noise_reason(noise_ratio))
@@ -215,9 +213,13 @@ def warn_of_draws(
         reasons.append((ConvergenceWarning, convergence_reason(positions)))
         if steps is not None:
             reasons.append((PrecisionWarning, rounding_reason(positions, steps)))
-    for category, reason in reasons:
-        if reason is not None:
-            warnings.warn(reason, category, stacklevel=level)
+    return [(category, reason) for category, reason in reasons if reason is not None]
+
+
+def warn_of_draws(positions: Mapping[str, np.ndarray], *, level: int, **known: Any) -> None:
+    """Warn of what ``draw_reasons`` finds; ``level`` is as ``stacklevel`` of ``warnings.warn``."""
+    for category, reason in draw_reasons(positions, **known):
+        warnings.warn(reason, category, stacklevel=level)
 
 
 def check_start(values: np.ndarray, positions: Any) -> None:
@@ -238,7 +240,7 @@ def some_series(draws: Mapping[str, np.ndarray], most: int) -> tuple[list[str], 
     arrays = {n: x for n, x in draws.items() if _is_floating(x) and x.ndim >= 2 and x.size}
     sizes = {name: math.prod(x.shape[2:]) for name, x in arrays.items()}
     total = sum(sizes.values())
-    chosen = _spread(total, most)
+    chosen = evenly(total, most)
     names, parts, first = [], [], 0
     for name, x in arrays.items():
         own = chosen[(chosen >= first) & (chosen < first + sizes[name])] - first
@@ -262,6 +264,6 @@ def _is_floating(x: np.ndarray) -> bool:
     return x.dtype.kind == "f" or x.dtype.name == "bfloat16"
 
 
-def _spread(size: int, most: int) -> np.ndarray:
+def evenly(size: int, most: int) -> np.ndarray:
     """At most so many of the numbers below ``size``, evenly spread."""
     return np.unique(np.linspace(0, size - 1, min(size, most)).astype(int))

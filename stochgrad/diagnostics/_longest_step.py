@@ -5,9 +5,8 @@ import numpy as np
 
 from stochgrad.core import Kernel, PRNGKey
 from stochgrad.diagnostics._law import Law, predict_law
-from stochgrad.sgmcmc import WarmUp, sghmc
+from stochgrad.sgmcmc import DENSE_DIMENSION, WarmUp, sghmc
 
-_MOST_DIMENSION = 256
 _MOST_BIAS = 0.02
 _TRIALS = 6
 
@@ -20,13 +19,13 @@ def with_law(tuned: WarmUp, key: PRNGKey) -> tuple[Kernel, Law | None]:
     cancels. Above 256 dimensions, or where no law can be predicted, the kernel is as it is.
     """
     kernel, report = tuned.kernel, tuned.step_size
-    if kernel.method != "SGHMC" or report is None or tuned.precision.scale.size > _MOST_DIMENSION:
+    if kernel.method != "SGHMC" or report is None or tuned.precision.scale.size > DENSE_DIMENSION:
         return kernel, None
-    step = longest = _step_of(kernel)
+    step = own = _step_of(kernel)
     best: tuple[Kernel, Law] | None = None
     last: tuple[Kernel, Law] | None = None
     for _ in range(_TRIALS):
-        candidate = kernel if step == longest else with_step(kernel, step)
+        candidate = kernel if step == own else with_step(kernel, step)
         law = _law(candidate, key, tuned)
         bias = np.inf if law is None else worst_bias(law)
         if law is not None:

@@ -1,7 +1,6 @@
 """Whether draws can be used, in words and numbers."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +15,14 @@ from stochgrad.core import (
     Draws,
     Posterior,
     check_instance,
-    convergence_reason,
-    density_reason,
+    draw_reasons,
     effective_draws,
-    full_data_mean,
+    evenly,
     hoisted_jit,
     last_draws,
-    noise_reason,
+    log_densities,
     resident_block,
     rhat,
-    rounding_reason,
     some_series,
 )
 from stochgrad.gradients import control_variate, minibatch
@@ -155,7 +152,7 @@ def _chosen(values: Any, count: int) -> np.ndarray:
     if values is None:
         return np.full(count, np.nan)
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(values)])
-    flat = flat[np.unique(np.linspace(0, len(flat) - 1, min(len(flat), _MOST_SERIES)).astype(int))]
+    flat = flat[evenly(len(flat), _MOST_SERIES)]
     return flat if len(flat) == count else np.full(count, np.nan)
 
 
@@ -172,15 +169,14 @@ def bias_reasons(draws: Draws) -> list[str]:
 
 def _of_run(draws: Draws, positions: dict, stats: dict) -> list[str]:
     """What the run's own numbers say."""
-    settings = draws.settings
-    ratios = None if settings.get("order") == "full" else stats.get("noise_ratio")
-    values = stats.get("log_density")
-    reasons = [noise_reason(ratios)]
-    if values is not None:
-        reasons.append(density_reason(values))
-    reasons.append(convergence_reason(positions))
-    if not draws.collected:
-        reasons.append(rounding_reason(positions, int(draws.attrs.get("thin", 1))))
+    full = draws.settings.get("order") == "full"
+    found = draw_reasons(
+        positions,
+        noise_ratio=None if full else stats.get("noise_ratio"),
+        log_density=stats.get("log_density"),
+        steps=None if draws.collected else int(draws.attrs.get("thin", 1)),
+    )
+    reasons = [reason for _, reason in found]
     divergent = stats.get("diverging")
     if divergent is not None and np.mean(divergent) > 0:
         reasons.append(
@@ -196,7 +192,7 @@ def _of_run(draws: Draws, positions: dict, stats: dict) -> list[str]:
                 f"the energy's BFMI is {np.min(bfmi):.2f} (below {_LEAST_BFMI:g}): tails are "
                 "heavier than momenta reach; reparameterize."
             )
-    return [reason for reason in reasons if reason is not None]
+    return reasons
 
 
 def _excursions(draws: Draws, healthy: np.ndarray, positions: dict) -> list[str]:
@@ -225,7 +221,7 @@ def _excursions(draws: Draws, healthy: np.ndarray, positions: dict) -> list[str]
     chosen = np.concatenate([np.resize(far, 2 * _SUSPECTS), sample])
     leaves = [jnp.asarray(x[chosen]) for x in flat.values()]
     points = jax.tree.unflatten(jax.tree.structure(draws.positions), leaves)
-    densities = np.asarray(_on_all_rows(posterior)(points), np.float64)
+    densities = np.asarray(log_densities(posterior)(points), np.float64)
     suspects, usual = densities[: 2 * _SUSPECTS], densities[2 * _SUSPECTS :]
     middle = np.median(usual)
     spread = 1.5 * np.median(np.abs(usual - middle))
@@ -242,13 +238,6 @@ def _excursions(draws: Draws, healthy: np.ndarray, positions: dict) -> list[str]
     ]
 
 
-def _on_all_rows(posterior: Posterior) -> Callable:
-    def each(points, batch):
-        return lax.map(lambda point: posterior.log_density(point, batch), points, batch_size=8)
-
-    return full_data_mean(posterior, each)
-
-
 def _gradients(draws: Draws, healthy: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Some draws and estimates of the gradient there, (chain, draw, d) both, if there are any.
 
@@ -260,8 +249,8 @@ def _gradients(draws: Draws, healthy: np.ndarray) -> tuple[np.ndarray, np.ndarra
     chains = int(np.sum(healthy))
     size = sum(math.prod(x.shape[2:]) for x in jax.tree.leaves(draws.positions))
     most = min(max(_MOST_POINTS // chains, 50), max(_MOST_BYTES // (4 * size * chains), 10))
-    numbers = np.unique(np.linspace(0, draws.num_draws - 1, most).astype(int))
-    some = jax.tree.map(lambda x: np.asarray(x[:, numbers])[healthy], draws.positions)
+    numbers = evenly(draws.num_draws, most)
+    some = draws[numbers].finite_chains().positions
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(some)):
         return None
     mean = jax.tree.map(lambda x: x.mean((0, 1), dtype=np.float64).astype(x.dtype), some)
@@ -270,7 +259,7 @@ def _gradients(draws: Draws, healthy: np.ndarray) -> tuple[np.ndarray, np.ndarra
         gradient = minibatch(posterior) if full else control_variate(posterior, mean)
     except ValueError:  # the mean is no place where the density is finite
         gradient = minibatch(posterior)
-    coordinates = np.unique(np.linspace(0, size - 1, min(size, _MOST_SERIES)).astype(int))
+    coordinates = evenly(size, _MOST_SERIES)
 
     def along(key, positions):
         state = gradient.init(key, jax.tree.map(lambda x: x[0], positions))

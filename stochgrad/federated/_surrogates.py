@@ -21,6 +21,7 @@ from stochgrad.core import (
     check_number,
     check_position,
     hoisted_jit,
+    ravel_draws,
     sample,
 )
 from stochgrad.federated._checks import as_reference, check_federated, check_surrogates
@@ -204,9 +205,7 @@ def sampled(
             "draws from the clients' likelihoods alone leave the finite numbers: take a smaller "
             "step_size, or surrogate='global_first_order', which needs none."
         )
-    of_chain = jax.tree.map(lambda x: x[0], draws.positions)
-    raveled = jax.vmap(jax.vmap(lambda p: ravel_pytree(p)[0]))(of_chain)
-    flat = np.asarray(raveled, np.float64)
+    flat = ravel_draws(jax.tree.map(lambda x: x[0], draws.positions))
     mean = jax.tree.map(lambda x: jnp.asarray(x[0].mean(axis=0)), draws.positions)
     covariances = [np.atleast_2d(np.cov(flat[:, s].T)) for s in range(count)]
     for s, covariance in enumerate(covariances):

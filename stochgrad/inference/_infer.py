@@ -34,10 +34,6 @@ Method: TypeAlias = Literal["auto", "sghmc", "nuts"]
 _CHEAP_RATIO, _CHEAP_OPERATIONS, _TRANSCENDENTAL = 8.0, 1e6, 10.0
 """All rows are cheap where a gradient on them takes less than eight of a minibatch's, or less than
 a million operations (half a millisecond), a transcendental function counted as ten."""
-_MOST_ROUNDS = 16
-_MOST_RHAT = 1.02
-_MOST_SD_BIAS = 0.1
-_MOST_SERIES = 256
 
 
 def infer(

@@ -1,15 +1,12 @@
 """Places of a posterior that the search saw and no chain has visited."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
-from stochgrad.core import Draws, PRNGKey
-from stochgrad.sgmcmc import Normal, WarmUp, evidence_bound, precision_of
+from stochgrad.core import Draws, PRNGKey, evenly, ravel_draws
+from stochgrad.sgmcmc import EQUALS, Normal, WarmUp, evidence_bound, precision_of
 
 _MOST_DRAWS = 2000
-_FURTHER, _EQUALS = 1.5, 5.0
+_FURTHER = 1.5
 
 
 def unvisited(tuned: WarmUp, draws: Draws, key: PRNGKey) -> tuple[str, ...]:
@@ -23,12 +20,8 @@ def unvisited(tuned: WarmUp, draws: Draws, key: PRNGKey) -> tuple[str, ...]:
     if posterior is None or not healthy.any() or not draws.num_draws:
         return ()
     number = max(_MOST_DRAWS // int(np.sum(healthy)), 2)
-    numbers = np.unique(np.linspace(0, draws.num_draws - 1, number).astype(int))
-    some = jax.tree.map(lambda x: np.asarray(x[:, numbers])[healthy], draws.positions)
-    flat = jax.vmap(jax.vmap(lambda position: ravel_pytree(position)[0]))(
-        jax.tree.map(jnp.asarray, some)
-    )
-    x = np.asarray(flat, np.float64).reshape(-1, flat.shape[-1])
+    some = draws[evenly(draws.num_draws, number)].finite_chains()
+    x = np.concatenate(ravel_draws(some.positions))
     mean, precision = precision_of(x, len(x) / 4, tuned.precision)
     furthest = np.max(np.linalg.norm(precision.whiten(x - mean), axis=1))
     paths = tuned.approximation.paths
@@ -37,7 +30,7 @@ def unvisited(tuned: WarmUp, draws: Draws, key: PRNGKey) -> tuple[str, ...]:
     if not far:
         return ()
     bound = evidence_bound(posterior, tuned.center, Normal(mean, precision), key)
-    far = [(distance, elbo) for distance, elbo in far if elbo > bound - _EQUALS]
+    far = [(distance, elbo) for distance, elbo in far if elbo > bound - EQUALS]
     if not far:
         return ()
     distance, elbo = max(far, key=lambda pair: pair[1])

@@ -20,10 +20,9 @@ from stochgrad.core import (
     number,
     sample,
 )
-from stochgrad.sgmcmc import KernelAt, Place, Precision, TunedKernel
+from stochgrad.sgmcmc import DENSE_DIMENSION, KernelAt, Place, Precision, TunedKernel
 
 _ADAPTATION_STEPS = 150
-_DENSE_DIMENSION = 256
 
 
 class NUTSInfo(NamedTuple):
@@ -155,7 +154,7 @@ def _log_step_size(state: _Adapting) -> Any:
 
 
 def _inverse_mass(precision: Precision) -> np.ndarray:
-    if precision.scale.size <= _DENSE_DIMENSION:
+    if precision.scale.size <= DENSE_DIMENSION:
         return precision.covariance
     return precision.variances
 

@@ -10,6 +10,7 @@ from stochgrad.sgmcmc._cyclical import CyclicalState as CyclicalState
 from stochgrad.sgmcmc._cyclical import cyclical as cyclical
 from stochgrad.sgmcmc._kernel import StepInfo as StepInfo
 from stochgrad.sgmcmc._mean_field import mean_field as mean_field
+from stochgrad.sgmcmc._normal import EQUALS as EQUALS
 from stochgrad.sgmcmc._normal import Normal as Normal
 from stochgrad.sgmcmc._normal import NormalApproximation as NormalApproximation
 from stochgrad.sgmcmc._online import SWAG as SWAG
@@ -18,6 +19,7 @@ from stochgrad.sgmcmc._online import moments as moments
 from stochgrad.sgmcmc._online import swag as swag
 from stochgrad.sgmcmc._pathfinder import evidence_bound as evidence_bound
 from stochgrad.sgmcmc._pathfinder import pathfinder as pathfinder
+from stochgrad.sgmcmc._precision import DENSE_DIMENSION as DENSE_DIMENSION
 from stochgrad.sgmcmc._precision import Precision as Precision
 from stochgrad.sgmcmc._precision import precision_of as precision_of
 from stochgrad.sgmcmc._preconditioner import whitenings as whitenings

@@ -4,15 +4,15 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from stochgrad.core import (
     ConvergenceWarning,
+    Draws,
     Position,
     Posterior,
     PRNGKey,
+    Target,
     check_count,
     check_instance,
     check_key,
@@ -22,7 +22,7 @@ from stochgrad.core import (
 )
 from stochgrad.gradients import why_no_mode
 from stochgrad.kernels import ascend
-from stochgrad.sgmcmc._mode import Climb, climb
+from stochgrad.sgmcmc._mode import climb
 
 
 class Center(NamedTuple):
@@ -51,12 +51,24 @@ class Center(NamedTuple):
 
 def center_at(posterior: Posterior, position: Position) -> Center:
     """A report on a position that is no result of a search: a posterior's mean, for instance."""
-    problem = Climb(posterior, position, 0)
-    x = np.asarray(ravel_pytree(jax.tree.map(jnp.asarray, position))[0], np.float64)
-    value, g = problem.value_and_grad(x)
-    curvature = problem.curvature(x, g)
-    distance = curvature.newton(g)[1] if curvature.positive else float("nan")
-    return Center(position, value, float(np.linalg.norm(g)), distance, 0.0)
+    mode = climb(posterior, position, 0)
+    return Center(mode.position, mode.value, mode.gradient_norm, mode.distance, 0.0)
+
+
+def last_tenth(
+    key: PRNGKey, target: Target, optimizer: Any, init: Any, num_steps: int
+) -> Draws | None:
+    """The last tenth of an optimizer's way uphill, for averages; None where it diverged."""
+    tail = num_steps // 10
+    path = sample(
+        key,
+        ascend(target, optimizer),
+        init=init,
+        num_samples=tail,
+        num_warmup=num_steps - tail,
+        progress=False,
+    )
+    return path if path.num_draws == tail and path.finite.all() else None
 
 
 def find_center(
@@ -110,21 +122,13 @@ def find_center(
     rate = check_number("learning_rate", learning_rate)
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(rate, num_steps))
-    tail = num_steps // 10
-    path = sample(
-        key,
-        ascend(posterior, optimizer),
-        init=init,
-        num_samples=tail,
-        num_warmup=num_steps - tail,
-        progress=False,
-    )
-    if path.num_draws < tail or not path.finite.all():
+    path = last_tenth(key, posterior, optimizer, init, num_steps)
+    if path is None:
         raise ValueError("find_center diverged: try a smaller learning_rate.")
     average = jax.tree.map(
         lambda x: np.mean(x[0], axis=0, dtype=np.float64).astype(x.dtype), path.positions
     )
-    values = path.stats["log_density"][0]
+    values, tail = path.stats["log_density"][0], path.num_draws
     mode = climb(posterior, average, passes)
     center = Center(
         mode.position,

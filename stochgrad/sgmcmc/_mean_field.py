@@ -17,9 +17,8 @@ from stochgrad.core import (
     check_key,
     check_number,
     noise_like,
-    sample,
 )
-from stochgrad.kernels import ascend
+from stochgrad.sgmcmc._center import last_tenth
 from stochgrad.sgmcmc._normal import Normal, NormalApproximation
 from stochgrad.sgmcmc._pathfinder import starts_of
 from stochgrad.sgmcmc._precision import Precision
@@ -78,16 +77,14 @@ def mean_field(
     start = next(iter(starts_of(posterior, key, init, 1)))
     flat, unravel = ravel_pytree(start)
     bound = _evidence_bound(posterior, unravel, num_draws)
-    tail = max(num_steps // 10, 1)
-    run = sample(
+    run = last_tenth(
         jax.random.fold_in(key, 2),
-        ascend(bound, optax.adam(optax.cosine_decay_schedule(rate, num_steps))),
-        init=(flat, jnp.full_like(flat, _LOG_SD)),
-        num_samples=tail,
-        num_warmup=num_steps - tail,
-        progress=False,
+        bound,
+        optax.adam(optax.cosine_decay_schedule(rate, num_steps)),
+        (flat, jnp.full_like(flat, _LOG_SD)),
+        num_steps,
     )
-    if run.num_draws < tail or not run.finite.all():
+    if run is None:
         raise ValueError("mean_field diverged: try a smaller learning_rate, or another init.")
     mean, log_sd = (np.atleast_1d(x[0].mean(0, dtype=np.float64)) for x in run.positions)
     precision = Precision(np.exp(log_sd), np.zeros((mean.size, 0)), np.zeros(0))

@@ -17,7 +17,7 @@ from stochgrad.core import (
     hoisted_jit,
 )
 
-_EXACT_DIMENSION = 128
+EXACT_DIMENSION = 128
 _LANCZOS_STEPS = 64
 _ROUNDING = 1e-5
 """Eigenvalues below this share of the largest, of a matrix of unit diagonal, are rounding."""
@@ -112,7 +112,7 @@ class Climb:
     def curvature(self, x: np.ndarray, g: np.ndarray) -> Curvature:
         """Minus the Hessian: exact up to 128 numbers, else in the Krylov space of the gradient."""
         position = self.at(x)
-        if self.size <= _EXACT_DIMENSION:
+        if self.size <= EXACT_DIMENSION:
             self.left -= 2 * self.size
             h = np.asarray(self._matrix(position), np.float64)
             diagonal = np.abs(np.diag(h))

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from stochgrad.core import Position, PRNGKey, key_words
 from stochgrad.sgmcmc._precision import Precision
 
-_EQUALS = 5.0
+EQUALS = 5.0
 """Normals whose evidence bounds differ by less than this are as good as each other."""
 
 
@@ -61,7 +61,7 @@ class NormalApproximation(NamedTuple):
 
         Each is the one furthest from those before it, so that few chains see what modes there are.
         """
-        best = [path for path in self.paths if path.elbo > self.elbo - _EQUALS] or self.paths[:1]
+        best = [path for path in self.paths if path.elbo > self.elbo - EQUALS] or self.paths[:1]
         order = [best[0]]
         while len(order) < len(best):
             rest = [path for path in best if not any(path is other for other in order)]

@@ -17,10 +17,10 @@ from stochgrad.core import (
     check_instance,
     check_key,
     check_position,
-    full_data_mean,
     is_function,
+    log_densities,
 )
-from stochgrad.sgmcmc._mode import Climb, climb
+from stochgrad.sgmcmc._mode import EXACT_DIMENSION, Climb, climb
 from stochgrad.sgmcmc._normal import Normal, NormalApproximation, generator
 from stochgrad.sgmcmc._precision import Precision
 
@@ -30,7 +30,6 @@ _SCREENING = 4
 _MANY_ROWS = 50_000
 _REACHES = (0.2, 0.05, 1.0, 0.5)
 """How far the paths start from the origin, in units of the model's own starting points."""
-_EXACT_DIMENSION = 128
 _UNLIMITED = 10**9
 
 
@@ -98,7 +97,7 @@ def pathfinder(
             by_bound = sorted(bounds(normals, _SCREENING), key=lambda normal: -normal.elbo)
             best.append(max(bounds(by_bound[:4], num_draws), key=lambda normal: normal.elbo))
             ends.append(max(iterates, key=lambda point: point[1])[0])
-    if best and passes and problem.size <= _EXACT_DIMENSION:
+    if best and passes and problem.size <= EXACT_DIMENSION:
         end = ends[int(np.argmax([normal.elbo for normal in best]))]
         for normal in _at_mode(posterior, problem, end, passes):
             best += bounds([normal], num_draws)
@@ -166,12 +165,7 @@ def starts_of(posterior: Posterior, key: PRNGKey, init: Any, count: int) -> Iter
 
 def _values(posterior: Posterior, problem: Climb) -> Callable[[np.ndarray], np.ndarray]:
     """Log densities on all rows at many points, in blocks of one shape."""
-
-    def of_block(points, batch):
-        one = lambda x: posterior.log_density(problem.unravel(x), batch)
-        return jax.lax.map(one, points, batch_size=8)
-
-    on_all_rows = full_data_mean(posterior, of_block)
+    on_all_rows, unravel = log_densities(posterior), jax.vmap(problem.unravel)
 
     def values(points: np.ndarray) -> np.ndarray:
         problem.left -= len(points)
@@ -179,7 +173,9 @@ def _values(posterior: Posterior, problem: Climb) -> Callable[[np.ndarray], np.n
         for i in range(0, len(points), _BLOCK):
             part = points[i : i + _BLOCK]
             block = np.resize(part, (min(_BLOCK, 16 * -(-len(part) // 16)), problem.size))
-            parts.append(np.asarray(on_all_rows(jnp.asarray(block, problem.dtype)))[: len(part)])
+            parts.append(
+                np.asarray(on_all_rows(unravel(jnp.asarray(block, problem.dtype))))[: len(part)]
+            )
         return np.concatenate(parts).astype(np.float64)
 
     return values

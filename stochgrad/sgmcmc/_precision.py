@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from stochgrad.core import check_array, check_number
 
@@ -45,6 +44,7 @@ class Precision:
     values: Float[np.ndarray, " k"]
     rate: float = 1.0
 
+    ndim = 2
     __array_ufunc__ = None  # a number of numpy's on the left leaves the product to us
 
     def __post_init__(self):
@@ -175,27 +175,3 @@ def precision_of(
 def _standard_deviations(centered: np.ndarray, effective: float) -> np.ndarray:
     sd = np.sqrt(np.mean(centered**2, axis=0) * effective / (effective - 1))
     return np.maximum(sd, max(1e-6 * np.max(sd, initial=0.0), 1e-30))
-
-
-def as_whitening(
-    mass: "Precision", friction: Any, noise: Any, flat: Array, unravel: Any, ravel: Any
-) -> tuple[Any, ...]:
-    """Mass, friction and noise in white coordinates, and the four maps; see ``Whitening``.
-
-    Raises:
-        ValueError: friction is no multiple of the mass, or there is an estimate of the noise.
-    """
-    if not mass.same_shape(friction) or not (np.ndim(noise) == 0 and noise == 0):
-        raise ValueError(
-            "friction must be a multiple of the mass where that is a Precision, as 1.0 * mass is, "
-            "and noise_estimate zero."
-        )
-    return (
-        mass.rate,
-        friction.rate,
-        0.0,
-        lambda q: mass.whiten(ravel(q)),
-        lambda z: unravel(mass.color(z)),
-        lambda p: mass.color_dual(ravel(p)),
-        lambda p: unravel(mass.whiten_dual(jnp.asarray(p, flat.dtype))),
-    )

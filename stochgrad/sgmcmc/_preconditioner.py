@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
 from stochgrad.core import Position, tree_size
-from stochgrad.sgmcmc._precision import Precision, as_whitening
+from stochgrad.sgmcmc._precision import Precision
 
 _TOLERANCE = 1e-6
 
@@ -84,12 +84,10 @@ def _frame(position: Position, given: dict[str, PyTree]) -> Whitening:
                 "mass, friction and noise_estimate cannot be made diagonal together: give the "
                 "friction as a multiple of the mass, or one of the other two as a number."
             )
-    shapes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), position)
-    with jax.ensure_compile_time_eval():
-        flat, unravel = ravel_pytree(shapes)
+    dtype, unravel = _flattening(position)
 
     def times(matrix, inward):
-        matrix = np.asarray(matrix, flat.dtype)
+        matrix = np.asarray(matrix, dtype)
         if inward:
             return lambda x: matrix @ ravel_pytree(x)[0]
         return lambda x: unravel(matrix @ x)
@@ -113,11 +111,30 @@ def _frame_of_precision(position: Position, mass: Any, friction: Any, noise: Any
         raise ValueError(
             f"mass must be of the position's size, {size}, got a Precision of {mass.scale.size}."
         )
-    shapes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), position)
-    with jax.ensure_compile_time_eval():
-        flat, unravel = ravel_pytree(shapes)
+    if not mass.same_shape(friction) or not (np.ndim(noise) == 0 and noise == 0):
+        raise ValueError(
+            "friction must be a multiple of the mass where that is a Precision, as 1.0 * mass is, "
+            "and noise_estimate zero."
+        )
+    dtype, unravel = _flattening(position)
     ravel = lambda x: ravel_pytree(x)[0]
-    return Whitening(*as_whitening(mass, friction, noise, flat, unravel, ravel))
+    return Whitening(
+        mass.rate,
+        friction.rate,
+        0.0,
+        lambda q: mass.whiten(ravel(q)),
+        lambda z: unravel(mass.color(z)),
+        lambda p: mass.color_dual(ravel(p)),
+        lambda p: unravel(mass.whiten_dual(jnp.asarray(p, dtype))),
+    )
+
+
+def _flattening(position: Position) -> tuple[Any, Callable[[Any], Position]]:
+    """The type of a raveled position, and the way back from it."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), position)
+    with jax.ensure_compile_time_eval():
+        flat, unravel = ravel_pytree(zeros)
+    return flat.dtype, unravel
 
 
 def is_number(value: PyTree) -> bool:

@@ -24,7 +24,6 @@ from stochgrad.integrators import Coefficients, Integrator, integrator_of, scale
 from stochgrad.sgmcmc._common import check_positive
 from stochgrad.sgmcmc._kernel import Move, Step, langevin_kernel
 from stochgrad.sgmcmc._noise_variance import effective_temperature, following_variance
-from stochgrad.sgmcmc._precision import Precision
 from stochgrad.sgmcmc._preconditioner import Whitening, is_number, whitenings
 
 
@@ -144,9 +143,7 @@ def sghmc(
     def check(mass, friction, noise):
         _check_stable(scheme, first, fixed_temperature, mass, friction, noise)
 
-    if all(is_number(x) and np.ndim(x) < 2 for x in (mass, friction, known_noise)) and not (
-        isinstance(mass, Precision) or isinstance(friction, Precision)
-    ):
+    if all(is_number(x) and np.ndim(x) < 2 for x in (mass, friction, known_noise)):
         check(mass, friction, known_noise)
 
     def coefficients(step: Step, whitening: Whitening, variance: Position | None) -> Coefficients:

@@ -102,11 +102,10 @@ def warm_up(
     r"""Find where a posterior lies and how wide it is, and tune a kernel to that.
 
     ``stochgrad.pathfinder`` on all rows, or ``stochgrad.mean_field`` on minibatches, gives a first
-    center, covariance and spread starts. Then
-    windows of BAOAB with a control variate run from there, each twice as long as the one before;
-    center, mass, friction and step size are renewed from its second half. They end when chains
-    agree (R-hat below 1.05) and the last window has left center (0.3 standard deviations) and
-    variances (a factor of 2.5) as they were.
+    center, covariance and spread starts. Then windows of BAOAB with a control variate run from
+    there, each twice as long as the one before; center, mass, friction and step size are renewed
+    from its second half. They end when chains agree (R-hat below 1.05) and the last window has left
+    center (0.3 standard deviations) and variances (a factor of 2.5) as they were.
 
     Args:
         target: A posterior, or a gradient of one, which then takes the control variate's place.
@@ -235,7 +234,7 @@ def langevin_at(
         values = dict(settings)
         if underdamped:
             values.setdefault("mass", 1.0 if "friction" in values else place.precision)
-            values.setdefault("friction", _times(rate, values["mass"]))
+            values.setdefault("friction", jax.tree.map(lambda m: rate * m, values["mass"]))
             values.setdefault("integrator", "BAOAB")
         names = ("mass", "friction", "integrator", "temperature")
         dynamics = {name: values[name] for name in names if name in values}
@@ -261,7 +260,3 @@ def langevin_at(
         return TunedKernel(factory(gradient, shrink * report.step_size, **values), center, report)
 
     return kernel_at
-
-
-def _times(rate: float, mass: Any) -> Any:
-    return rate * mass if isinstance(mass, Precision) else jax.tree.map(lambda m: rate * m, mass)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
 from stochgrad.core import (
@@ -17,7 +16,8 @@ from stochgrad.core import (
     PRNGKey,
     as_schedule,
     effective_draws,
-    hoisted_jit,
+    evenly,
+    ravel_draws,
     rhat,
     sample,
 )
@@ -159,18 +159,16 @@ def run_window(
         )
     diverged = max(diverged, bad)
     half = x[:, x.shape[1] // 2 :]
-    dimension = half.shape[2]
-    coordinates = _spread(dimension)
+    flat = np.concatenate(half)
+    coordinates = evenly(half.shape[2], DENSE_DIMENSION)
     values = half[:, :, coordinates]
     effective = effective_draws(values)
-    mean, precision = precision_of(
-        half.reshape(-1, dimension), float(np.nanmedian(effective)), place.precision
-    )
+    middling = float(np.nanmedian(effective))
+    mean, precision = precision_of(flat, middling, place.precision)
     both = np.concatenate([values, precision.whiten(half - mean)[:, :, coordinates]], axis=2)
-    white = place.precision.whiten(half.reshape(-1, dimension) - place.mean)
+    white = place.precision.whiten(flat - place.mean)
     moved = precision.whiten(mean - place.mean)
-    flat = half.reshape(-1, dimension)
-    pool = flat[np.unique(np.linspace(0, len(flat) - 1, len(place.pool)).astype(int))]
+    pool = flat[evenly(len(flat), len(place.pool))]
     following = Place(
         mean, precision, np.resize(half[:, -1], place.starts.shape), place.unravel, pool
     )
@@ -180,7 +178,7 @@ def run_window(
         rhat=float(np.nanmax(rhat(both), initial=1.0)),
         effective=float(np.nanmin(effective_draws(both), initial=np.inf)),
         shift=float(np.sqrt(np.mean(moved**2))),
-        change=_change(white, float(np.nanmedian(effective))),
+        change=_change(white, middling),
         noise_ratio=ratio,
         diverged=diverged,
         gradients=gradients,
@@ -211,15 +209,10 @@ def _run(
     if not healthy.any() or draws.num_draws < steps // thin:
         return np.zeros((0, 0, dimension)), np.nan, chains, leapfrogs
     positions = jax.tree.map(lambda x: x[healthy], draws.positions)
-    x = np.asarray(_raveled(positions), np.float64)
+    x = ravel_draws(positions)
     ratios = draws.stats.get("noise_ratio", np.full((chains, 1), np.nan))[healthy]
     ratio = float(np.nanmean(ratios)) if np.isfinite(ratios).any() else float("nan")
     return x, ratio, int(np.sum(~healthy)), leapfrogs
-
-
-@hoisted_jit
-def _raveled(positions: Position) -> Any:
-    return jax.vmap(jax.vmap(lambda position: ravel_pytree(position)[0]))(positions)
 
 
 def _change(white: np.ndarray, effective: float) -> float:
@@ -236,7 +229,3 @@ def _change(white: np.ndarray, effective: float) -> float:
         variances = np.concatenate([variances, extremes])
     variances = np.maximum(variances, 1e-30)
     return float(np.max(np.maximum(variances, 1 / variances)))
-
-
-def _spread(size: int) -> np.ndarray:
-    return np.unique(np.linspace(0, size - 1, min(size, DENSE_DIMENSION)).astype(int))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from stochgrad.core import Batches, Rows, hoisted_jit
-from stochgrad.interop.numpyro._rows import is_supported, warn_of_support
+from stochgrad.interop.numpyro._rows import is_supported, scaled_log_density, warn_of_support
 from stochgrad.interop.numpyro._sites import Site
 
 _MOST_MINIBATCHES = 4
@@ -43,10 +43,7 @@ def site_terms(trace: Mapping[str, Any]) -> dict[str, Terms]:
     terms = {}
     for name, site in trace.items():
         if site["type"] == "sample":
-            extra = (site["intermediates"],) if site["intermediates"] else ()
-            values = jnp.asarray(site["fn"].log_prob(site["value"], *extra))
-            values = values if site["scale"] is None else site["scale"] * values
-            terms[name] = Terms(values, is_supported(site))
+            terms[name] = Terms(scaled_log_density(site), is_supported(site))
     return terms
 
 

@@ -52,15 +52,19 @@ def site_densities(
             value = jnp.asarray(site["value"]).astype(float)
             densities[name] = Density(jnp.sum(value), jnp.sum(jnp.abs(value)))
         if site["type"] == "sample":
-            extra = (site["intermediates"],) if site["intermediates"] else ()
-            terms = jnp.asarray(site["fn"].log_prob(site["value"], *extra))
-            if site["scale"] is not None:
-                terms = site["scale"] * terms
+            terms = scaled_log_density(site)
             other = jnp.asarray(others.get(name, 0.0), terms.dtype)
             densities[name] = Density(
                 jnp.sum(terms) + other, jnp.sum(jnp.abs(terms)) + abs(other), is_supported(site)
             )
     return densities
+
+
+def scaled_log_density(site: Any) -> Array:
+    """The log densities of a traced site, entry by entry, scaled as it is."""
+    extra = (site["intermediates"],) if site["intermediates"] else ()
+    terms = jnp.asarray(site["fn"].log_prob(site["value"], *extra))
+    return terms if site["scale"] is None else site["scale"] * terms
 
 
 def is_supported(site: Any) -> Any:
