@@ -1,4 +1,8 @@
-"""Strict numerics for every test."""
+"""Strict numerics for every test; a program that many tests need is compiled once."""
+
+import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -15,7 +19,26 @@ Z = 5.5
 MANY = 400
 """Programs after which a process lets all go: beside 2,500 the next compiles half as fast."""
 
+CACHE = {
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+"""Every program is kept on disk, in a directory that goes with the session."""
+
 programs = []
+
+
+def pytest_configure(config):
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a worker has its controller's
+        config.programs = tempfile.mkdtemp(prefix="stochgrad-tests-")
+        for name, value in {**CACHE, "jax_compilation_cache_dir": config.programs}.items():
+            os.environ[name.upper()] = str(value)
+            jax.config.update(name, value)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "programs"):
+        shutil.rmtree(config.programs, ignore_errors=True)
 
 
 def _count(event, duration, **_):

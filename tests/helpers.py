@@ -1,5 +1,11 @@
 """Targets with known answers, and Monte Carlo errors."""
 
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +13,20 @@ from numpyro.diagnostics import effective_sample_size
 
 import stochgrad
 from stochgrad.core import Gradient
+
+
+def run_on_devices(count, script):
+    """Run a script in a process that sees its cores as several devices."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def exact_gradient(log_density):

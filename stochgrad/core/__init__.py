@@ -1,5 +1,6 @@
 """The ground floor: protocols, batches, noise, the loop and its draws."""
 
+from stochgrad.core._after_draws import observations_of as observations_of
 from stochgrad.core._archive import load_notes as load_notes
 from stochgrad.core._archive import load_tree as load_tree
 from stochgrad.core._archive import save_tree as save_tree
@@ -19,6 +20,7 @@ from stochgrad.core._batches import check_order as check_order
 from stochgrad.core._batches import data_batches as data_batches
 from stochgrad.core._batches import row_batches as row_batches
 from stochgrad.core._batches import streamed_rows as streamed_rows
+from stochgrad.core._by_rows import MEMORY as MEMORY
 from stochgrad.core._checks import StepSize as StepSize
 from stochgrad.core._checks import as_schedule as as_schedule
 from stochgrad.core._checks import check_callable as check_callable
@@ -52,6 +54,8 @@ from stochgrad.core._noise import Noise as Noise
 from stochgrad.core._noise import key_words as key_words
 from stochgrad.core._noise import noise_like as noise_like
 from stochgrad.core._noise import threefry as threefry
+from stochgrad.core._observations import Observations as Observations
+from stochgrad.core._observations import plain_observations as plain_observations
 from stochgrad.core._open_draws import open_draws as open_draws
 from stochgrad.core._orders import ORDERS as ORDERS
 from stochgrad.core._orders import is_balanced as is_balanced

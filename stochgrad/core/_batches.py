@@ -1,6 +1,7 @@
 """Minibatches: the rows that an order visits, where they lie, and how they are weighted."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -103,6 +104,21 @@ class Partition(NamedTuple):
         """Numbers of a block's rows."""
         return block_of(self.order, block, self.batch_size)
 
+    def take(self, laid_out: PyTree) -> Callable[[np.ndarray], Batch]:
+        """What gives rows by their numbers, of arrays that ``lay_out`` made."""
+
+        @cache
+        def places():
+            return np.unique(self.order, return_index=True)[1]
+
+        def take(index):
+            where = places()[index]
+            if self.mesh is not None:
+                where = where // self.batch_size, where % self.batch_size
+            return _taken(laid_out, where)
+
+        return take
+
 
 def row_batches(
     size: int,
@@ -113,9 +129,9 @@ def row_batches(
 ) -> tuple[Batches, Partition | None]:
     """A stream of ``Rows``, and the partition that its blocks refer to."""
     check_order(order, layout)
-    full: Any = Rows(None, np.arange(size, dtype=np.int32), np.float32(1))  # pyright: ignore
+    full: Any = _numbered_rows(np.arange(size))
     if mesh is None and (order == "full" or batch_size == size):
-        return _whole(full, size), None
+        return _whole(full, size, _numbered_rows), None
     mesh = _checked(mesh, batch_size, layout)
     num_batches = -(-size // batch_size)
     visit = partial(_visit, ORDERS["reshuffled" if order == "full" else order], num_batches)
@@ -137,7 +153,7 @@ def row_batches(
             return block, following
 
         blocks = Blocks(num_batches, next_block, at)
-        return _numbered(full, size, batch_size, order, blocks, mesh), partition
+        return _numbered(full, size, batch_size, order, blocks, _numbered_rows, mesh), partition
 
     def next_rows(state):
         block, permutation, following = visit(state)
@@ -148,7 +164,16 @@ def row_batches(
         index = lax.optimization_barrier(index)
         return Rows(None, index, weight(block)), following
 
-    return Batches(_init, next_rows, full, size, batch_size, order, is_balanced(order)), None
+    return Batches(
+        init=_init,
+        next=next_rows,
+        full=full,
+        size=size,
+        batch_size=batch_size,
+        order=order,
+        balanced=is_balanced(order),
+        take=_numbered_rows,
+    ), None
 
 
 def data_batches(
@@ -176,9 +201,10 @@ def data_batches(
         return _blocks_of(data, partition, rows, None)
     with jax.ensure_compile_time_eval():
         full = Batch(jax.tree.map(jnp.asarray, data), jnp.float32(1))
-    if rows.batch_size == size:
-        return _whole(full, size)
     data = full.data
+    take = partial(_taken, data)
+    if rows.batch_size == size:
+        return _whole(full, size, take)
     if partition is not None:
         data = jax.tree.map(partition.lay_out, data)
         with jax.ensure_compile_time_eval():
@@ -193,7 +219,7 @@ def data_batches(
         parts = jax.tree.map(lambda leaf: leaf.at[chosen.index].get(mode="promise_in_bounds"), data)
         return Batch(parts, chosen.weight), state
 
-    return rows._replace(next=next_batch, full=full)
+    return rows._replace(next=next_batch, full=full, take=take)
 
 
 def streamed_batches(data: PyTree, batch_size: int | None, resident_bytes: int) -> Batches:
@@ -214,7 +240,11 @@ def streamed_batches(data: PyTree, batch_size: int | None, resident_bytes: int) 
         fetch = partial(block_of, block=chosen.block, size=batch_size)
         return Batch(jax.tree.map(fetch, chosen.resident), chosen.weight), state
 
-    return rows._replace(next=next)
+    def take(index):
+        resident = rows.take(index).resident  # pyright: ignore
+        return Batch(resident, np.float32(1))
+
+    return rows._replace(next=next, take=take)
 
 
 def _blocks_of(data: PyTree, partition: Partition, rows: Batches, full: Any) -> Batches:
@@ -226,8 +256,8 @@ def _blocks_of(data: PyTree, partition: Partition, rows: Batches, full: Any) -> 
         parts = jax.tree.map(lambda leaf: partition.fetch(leaf, block), data)
         return Batch(parts, numbered.at(block).weight)
 
-    blocks = numbered._replace(at=at)
-    return _numbered(full, rows.size, rows.batch_size, rows.order, blocks, rows.mesh)
+    blocks, take = numbered._replace(at=at), partition.take(data)
+    return _numbered(full, rows.size, rows.batch_size, rows.order, blocks, take, rows.mesh)
 
 
 def streamed_rows(sources: PyTree, size: int, batch_size: int, resident_bytes: int) -> Batches:
@@ -239,6 +269,10 @@ def streamed_rows(sources: PyTree, size: int, batch_size: int, resident_bytes: i
         rows = partial(block_of, block=slot, size=batch_size)
         return Rows(slot, rows(resident.index), rows(resident.weight), resident.data), state
 
+    def take(index):
+        read = jax.tree.map(lambda s: s.rows(index), sources, is_leaf=lambda x: type(x) is Source)
+        return _numbered_rows(index, read)
+
     return Batches(
         init=stream.init,
         next=next,
@@ -248,6 +282,7 @@ def streamed_rows(sources: PyTree, size: int, batch_size: int, resident_bytes: i
         order="streamed",
         balanced=True,
         stream=stream,
+        take=take,
     )
 
 
@@ -320,8 +355,24 @@ def _visit(order, num_batches: int, state: BatchState):
     return block, visit.permutation, state._replace(count=Shared(count + np.uint32(1)))
 
 
+def _numbered_rows(index: Any, resident: PyTree = None) -> Rows:
+    """The rows with these numbers, each of weight one."""
+    block: Any = None if resident is None else np.int32(0)
+    return Rows(block, np.asarray(index, np.int32), np.float32(1), resident)  # pyright: ignore
+
+
+def _taken(data: PyTree, index: Any) -> Batch:
+    return Batch(jax.tree.map(lambda leaf: leaf[index], data), np.float32(1))  # pyright: ignore
+
+
 def _numbered(
-    full: Any, size: int, batch_size: int, order: str, blocks: Blocks, mesh: Mesh | None = None
+    full: Any,
+    size: int,
+    batch_size: int,
+    order: str,
+    blocks: Blocks,
+    take: Callable[[np.ndarray], Any],
+    mesh: Mesh | None = None,
 ) -> Batches:
     """A stream of numbered minibatches."""
 
@@ -340,10 +391,11 @@ def _numbered(
         balanced=is_balanced(order),
         blocks=blocks,
         mesh=mesh,
+        take=take,
     )
 
 
-def _whole(full: Any, size: int) -> Batches:
+def _whole(full: Any, size: int, take: Callable[[np.ndarray], Any]) -> Batches:
     """A stream of one minibatch, the whole data."""
     blocks = Blocks(1, lambda state: (np.int32(0), state), lambda block: full)
     return Batches(
@@ -353,4 +405,5 @@ def _whole(full: Any, size: int) -> Batches:
         size=size,
         batch_size=size,
         blocks=blocks,
+        take=take,
     )

@@ -4,16 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from stochgrad.core._after_draws import log_likelihoods, predictions
+from stochgrad.core._by_rows import MEMORY
 from stochgrad.core._checks import describe, first_line
 from stochgrad.core._datatree import by_name
 from stochgrad.core._jit import hoisted_jit, remembered
-from stochgrad.core._protocols import Posterior
+from stochgrad.core._protocols import Posterior, PRNGKey
 
 if TYPE_CHECKING:
     import xarray
@@ -152,6 +155,90 @@ class Draws:
 
         values = _in_bulk(constrain)(jax.tree.map(padded, self.positions))
         return {name: np.asarray(value)[:, :size] for name, value in values.items()}
+
+    def predict(
+        self,
+        key: PRNGKey,
+        *args: Any,
+        sites: Sequence[str] | None = None,
+        rows: Any = None,
+        memory_bytes: int = MEMORY,
+        store: "str | Path | None" = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        r"""Draws of what is observed, row by row: $\tilde y_i \sim p(y_i \mid \theta)$.
+
+        The work is done in blocks of draws and of rows, over all devices; one key gives the same
+        predictions whatever the memory.
+
+        Args:
+            key: A typed PRNG key.
+            *args: Other data than those of the run: the model's arguments, with None for what it
+                would observe, or the ``data`` of a plain posterior. Without any, the predictions
+                are of the rows of the run.
+            sites: Which sites: observed ones by default; deterministic ones have names, too.
+            rows: Numbers of rows; all by default.
+            memory_bytes: Memory for the work at one time, and for what is returned. Work on one
+                draw and 4,096 rows must fit (all rows, for other data than those of the run where
+                the model has no plate that it reads them by).
+            store: A directory to be made for predictions that do not fit into memory: a zarr group
+                that ``xarray.open_datatree`` reads lazily.
+            **kwargs: The model's keyword arguments, with other data.
+
+        Returns:
+            Arrays of shape (chain, draw, row, ...) by site; with a store, its zarr arrays.
+
+        Raises:
+            ValueError: the draws have no posterior, or one that cannot predict; ``memory_bytes``
+                is too small; the store is there already.
+            TypeError: an argument is of another kind.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, stochgrad
+            >>> target = stochgrad.posterior(
+            ...     lambda m: -0.5 * m**2,
+            ...     lambda m, x: -0.5 * (x - m) ** 2,
+            ...     jnp.ones(10),
+            ...     order="full",
+            ...     predict=lambda key, m, x: m + jax.random.normal(key, x.shape),
+            ... )
+            >>> draws = stochgrad.sample(
+            ...     jax.random.key(0), stochgrad.sgld(target, 0.1), init=jnp.zeros(()),
+            ...     num_samples=100, num_chains=2,
+            ... )
+            >>> draws.predict(jax.random.key(1))["x"].shape
+            (2, 100, 10)
+        """
+        options: dict[str, Any] = {"memory_bytes": memory_bytes, "store": store}
+        return predictions(self, key, (args, kwargs), sites=sites, rows=rows, **options)
+
+    def log_likelihood(
+        self,
+        *args: Any,
+        rows: Any = None,
+        memory_bytes: int = MEMORY,
+        store: "str | Path | None" = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        r"""The log likelihood of each row at each draw: $\log p(y_i \mid \theta)$, unscaled.
+
+        Args:
+            *args: Other data than those of the run, as in ``predict``, with what was observed.
+            rows: As in ``predict``.
+            memory_bytes: As in ``predict``.
+            store: As in ``predict``.
+            **kwargs: As in ``predict``.
+
+        Returns:
+            Arrays of shape (chain, draw, row, ...) by observed site, without the dimensions of an
+            event; with a store, its zarr arrays.
+
+        Raises:
+            ValueError: as in ``predict``, or the model observes nothing.
+            TypeError: an argument is of another kind.
+        """
+        options: dict[str, Any] = {"memory_bytes": memory_bytes, "store": store}
+        return log_likelihoods(self, (args, kwargs), rows=rows, **options)
 
     def to_datatree(
         self,

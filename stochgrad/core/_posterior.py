@@ -1,6 +1,7 @@
 """A posterior from two plain JAX functions and the data."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ from stochgrad.core._batches import (
     streamed_batches,
 )
 from stochgrad.core._checks import check_callable, check_count, first_line
-from stochgrad.core._protocols import Position, Posterior
+from stochgrad.core._observations import plain_observations
+from stochgrad.core._protocols import Position, Posterior, PRNGKey
 
 
 def posterior(
@@ -31,6 +33,7 @@ def posterior(
     layout: Layout = "blocks",
     resident_bytes: int = 2**28,
     mesh: Mesh | None = None,
+    predict: Callable[[PRNGKey, Position, Any], PyTree] | None = None,
 ) -> Posterior:
     r"""A posterior density and a stream of minibatches of its data.
 
@@ -63,6 +66,8 @@ def posterior(
             ``jax.sharding.Mesh`` with an axis ``"data"``, over which the rows of every minibatch
             are spread, and possibly an axis ``"chain"`` for the chains. The batch size must be a
             multiple of the devices along ``"data"``.
+        predict: ``(key, position, batch) -> rows``, a draw of what is observed for each row of the
+            batch: an array or a tree of arrays with a leading axis of rows, for ``draws.predict``.
 
     Raises:
         ValueError: the data have no rows, differ in their leading axes or are not finite; the batch
@@ -84,11 +89,16 @@ def posterior(
     """
     log_density = joint_density(log_prior, log_likelihood)
     check_order(order, layout)
+    if predict is not None:
+        check_callable("predict", predict)
     if order == "streamed":
         check_no_mesh(mesh)
         resident_bytes = check_count("resident_bytes", resident_bytes)
-        return Posterior(log_density, streamed_batches(data, batch_size, resident_bytes))
-    return Posterior(log_density, data_batches(data, batch_size, order, layout, mesh))
+        batches = streamed_batches(data, batch_size, resident_bytes)
+    else:
+        batches = data_batches(data, batch_size, order, layout, mesh)
+    about = partial(plain_observations, log_prior, log_likelihood, predict, batches)
+    return Posterior(log_density, batches, observations=about)
 
 
 def joint_density(

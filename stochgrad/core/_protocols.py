@@ -64,6 +64,8 @@ class Batches(NamedTuple):
         anchored: ``(posterior, function, point) -> Anchored``, where no one place knows the
             function's value on all data; None where ``full_data_mean`` finds it.
         owners: Who owns the rows, where that is more than one; for the floors above.
+        take: ``numbers -> batch``, on the host: the rows with these numbers in the data as they
+            came, each of weight one.
     """
 
     init: Callable[[PRNGKey], Any]
@@ -78,6 +80,7 @@ class Batches(NamedTuple):
     mesh: Mesh | None = None
     anchored: Callable[..., Anchored] | None = None
     owners: Any = None
+    take: Callable[[Any], Any] | None = None
 
     @property
     def epoch(self) -> int:
@@ -98,6 +101,7 @@ class Posterior(NamedTuple):
         unconstrain: The way back, for the latent sites among the names; None likewise.
         dims: Names of the dimensions of the arrays that ``constrain`` returns.
         coords: Coordinates along those dimensions.
+        observations: ``() -> Observations``, what it says of its data row by row.
     """
 
     log_density: Callable[[Position, Any], Scalar]
@@ -107,6 +111,7 @@ class Posterior(NamedTuple):
     unconstrain: Callable[[Mapping[str, Array]], Position] | None = None
     dims: Mapping[str, tuple[str, ...]] = {}
     coords: Mapping[str, Any] = {}
+    observations: Callable[[], Any] | None = None
 
 
 class Gradient(NamedTuple):

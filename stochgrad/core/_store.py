@@ -1,10 +1,9 @@
 """Draws on disk: one zarr group that grows while the run goes on."""
 
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from stochgrad.core._lock import LOCK, Lock
 from stochgrad.core._stored_draws import (
     check_chunks,
     damaged_store,
+    quiet,
     whole_draws,
     zarr_library,
 )
@@ -142,7 +142,7 @@ class Writer:
         last = self.draws
         for name in pieces[0]:
             last = self._append_to(name, Group.joined([piece[name] for piece in pieces]))
-        with _quiet():
+        with quiet():
             zarr_library().consolidate_metadata(self._root.store)
         self.draws = last
         self._took = time.monotonic() - begun
@@ -184,7 +184,7 @@ class Writer:
                 check_chunks(self.path, self._root[path])
                 return
         values = np.asarray(values)
-        with _quiet():
+        with quiet():
             self._root.create_array(
                 path,
                 data=values.astype(str) if values.dtype.kind == "O" else values,
@@ -266,7 +266,7 @@ def _open(path: Path, run: dict[str, Any], resume: bool) -> tuple[Any, Lock]:
             raise
         raise OSError(f"{name} cannot be written: {error.strerror}.") from error
     try:
-        with _quiet():
+        with quiet():
             if (path / "zarr.json").exists():
                 return _go_on(path, name, run, resume), lock
             root = zarr.create_group(path, attributes={_RUN: run})
@@ -304,11 +304,3 @@ def _go_on(path: Path, name: str, run: dict[str, Any], resume: bool) -> Any:
                 path, array, draws=slice(None) if group == "sample_stats" else last, read=True
             )
     return root
-
-
-@contextmanager
-def _quiet():
-    """Without zarr's notes that consolidated metadata and strings are not in version 3 yet."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

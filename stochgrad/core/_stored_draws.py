@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,6 +154,14 @@ def damaged_store(root: Path, name: str, reason: str) -> str:
         f"store={str(root)!r} is damaged: {name} ({reason}); put back a copy of the store, or "
         "remove it and the checkpoint beside it and run again, which gives the same draws."
     )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without zarr's notes that consolidated metadata and strings are not in version 3 yet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def zarr_library() -> Any:

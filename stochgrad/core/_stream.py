@@ -79,6 +79,13 @@ class Source(NamedTuple):
         rows = [self.read(i, i + 1, self.array.dtype) for i in places]
         return np.concatenate(rows, axis=self.axis)
 
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """The rows with these numbers, those that follow each other read together."""
+        dtype = jax.dtypes.canonicalize_dtype(self.array.dtype)
+        runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
+        parts = [self.read(int(run[0]), int(run[-1]) + 1, dtype) for run in runs]
+        return np.concatenate(parts, axis=self.axis)
+
     def length(self) -> int:
         """How many rows it has now."""
         try:

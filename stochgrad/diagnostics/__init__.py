@@ -10,6 +10,7 @@ from stochgrad.diagnostics._law import predict_law as predict_law
 from stochgrad.diagnostics._longest_step import with_law as with_law
 from stochgrad.diagnostics._longest_step import with_step as with_step
 from stochgrad.diagnostics._longest_step import worst_bias as worst_bias
+from stochgrad.diagnostics._loo import loo as loo
 from stochgrad.diagnostics._neighbors import knn_divergence as knn_divergence
 from stochgrad.diagnostics._richardson import Extrapolated as Extrapolated
 from stochgrad.diagnostics._richardson import richardson as richardson

@@ -150,6 +150,7 @@ def client_rows(
         batch_size=rows,
         order=order,
         balanced=is_balanced(order),
+        take=lambda index: full._replace(index=np.asarray(index, np.int32)),
     )
     return batches._replace(owners=clients), partition
 
@@ -186,7 +187,7 @@ def client_batches(clients: Sequence[PyTree], batch_size: int | None, order: Ord
     def of(rows):
         return Batch(jax.tree.map(lambda x: partition.fetch(x, rows.block), data), rows.weight)
 
-    return map_batches(batches, of, full)
+    return map_batches(batches, of, full)._replace(take=partition.take(data))
 
 
 def map_batches(batches: Batches, of: Callable[[Rows], Any], full: Any) -> Batches:

@@ -1,11 +1,12 @@
 """A posterior of data that several clients own."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from stochgrad.core import Order, Position, Posterior, joint_density
+from stochgrad.core import Order, Position, Posterior, joint_density, plain_observations
 from stochgrad.federated._clients import client_batches
 from stochgrad.federated._schedule import visiting
 
@@ -54,4 +55,6 @@ def posterior(
         [0.3, 0.7]
     """
     log_density = joint_density(log_prior, log_likelihood)
-    return visiting(Posterior(log_density, client_batches(clients, batch_size, order)))
+    batches = client_batches(clients, batch_size, order)
+    about = partial(plain_observations, log_prior, log_likelihood, None, batches)
+    return visiting(Posterior(log_density, batches, observations=about))

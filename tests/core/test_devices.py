@@ -5,13 +5,13 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from tests.core import worker
+from tests.helpers import run_on_devices
 
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np, stochgrad, sys
@@ -41,17 +41,7 @@ assert worst < 1e-5, worst
 @pytest.mark.slow
 def test_data_spread_over_devices_give_the_draws_of_one():
     """Draws of some tenths in size agree to 1e-5: sums are taken in another order."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONWARNINGS": "ignore",
-    }
-    root = Path(worker.__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, cwd=root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_devices(4, SCRIPT)
 
 
 @pytest.mark.slow

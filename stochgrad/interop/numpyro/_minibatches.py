@@ -79,6 +79,7 @@ def from_clients(
         )
     stream, partition = client_rows(client_sizes, None if order == "full" else sizes[name], order)
     batches = map_batches(stream, lambda rows: {name: rows}, {name: stream.full})
+    batches = batches._replace(take=lambda index: {name: stream.take(index)})
     return Minibatches(batches, _template({name: stream}), LaidOut({name: partition}))
 
 
@@ -173,9 +174,13 @@ def _together(streams: Mapping[str, Batches]) -> Batches:
     together = main._replace(init=init, next=next, full=full, blocks=None)
     if main.stream is not None or main.mesh is not None:
         together = together._replace(full=None)
-    if len(streams) > 1 or main.blocks is None:
+    if len(streams) > 1:
+        return together._replace(take=None)
+    ((name, stream),) = streams.items()
+    together = together._replace(take=lambda index: {name: stream.take(index)})
+    if main.blocks is None:
         return together
-    (name,), (count, next_in, at) = streams, main.blocks
+    count, next_in, at = main.blocks
 
     def next_block(state):
         block, following = next_in(state[name])

@@ -39,6 +39,7 @@ from stochgrad.interop.numpyro._minibatches import (
     from_storage,
     pool_clients,
 )
+from stochgrad.interop.numpyro._observations import observations
 from stochgrad.interop.numpyro._plain_rows import PlainRows, plain_rows, takes_plain_rows
 from stochgrad.interop.numpyro._row_arguments import give_row_arguments
 from stochgrad.interop.numpyro._rows import Density, check_rows, check_shapes, site_densities
@@ -317,7 +318,26 @@ def _posterior(
 
     if own is not None and any(isinstance(leaf, HostArray) for leaf in jax.tree.leaves(arguments)):
         log_density = jax.jit(log_density)  # rows are known to numpy while they are traced
-    target = Posterior(log_density, batches, initial, constrain, unconstrain, summary.dims)
+    about = partial(
+        observations,
+        model,
+        _ChangeOfVariables,
+        arguments,
+        frozenset(summary.shapes),
+        {name: summary.plates[name].size for name in template},
+        batches.take,
+        arrays,
+        own,
+    )
+    target = Posterior(
+        log_density,
+        batches,
+        initial,
+        constrain,
+        unconstrain,
+        summary.dims,
+        observations=about,
+    )
     return target, _Densities(by_site, on_batch, on_all)
 
 

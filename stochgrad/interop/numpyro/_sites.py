@@ -69,12 +69,35 @@ def own_distribution(fn: Any) -> Any:
     return fn
 
 
+def is_factor(site: Any) -> bool:
+    """Whether a sample site is a term of the log density and observes nothing."""
+    return isinstance(own_distribution(site["fn"]), Unit)
+
+
+def batch_shape(site: Any) -> tuple[int, ...]:
+    """Shape of a site without the dimensions of an event."""
+    if site["type"] != "sample":
+        return tuple(jnp.shape(site["value"]))
+    return np.broadcast_shapes(tuple(site["fn"].batch_shape), _without_event(site))
+
+
+def batch_dims(name: str, site: Any) -> list[str]:
+    """A name for each dimension of a site but for those of an event: its plate's, if it has one."""
+    count = len(batch_shape(site))
+    plates = {frame.dim + count: frame.name for frame in site["cond_indep_stack"]}
+    return [plates.get(i, f"{name}_dim_{i}") for i in range(count)]
+
+
+def _without_event(site: Any) -> tuple[int, ...]:
+    value = jnp.shape(site["value"])
+    return tuple(value[: len(value) - len(site["fn"].event_shape)])
+
+
 def as_site(site: Any) -> Site:
     fn, own = site["fn"], own_distribution(site["fn"])
-    value = jnp.shape(site["value"])
-    value = value[: len(value) - len(fn.event_shape)]
+    value = _without_event(site)
     shape = np.broadcast_shapes(tuple(fn.batch_shape), value)
-    kind = "factor" if isinstance(own, Unit) else "observed" if site["is_observed"] else "latent"
+    kind = "factor" if is_factor(site) else "observed" if site["is_observed"] else "latent"
     plates = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
     return Site(
         kind,

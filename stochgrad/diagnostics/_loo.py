@@ -1,0 +1,263 @@
+r"""Leave-one-out cross-validation of draws, at any number of rows.
+
+The expected log predictive density of rows that were left out,
+
+$$\text{elpd} = \sum_{i=1}^N \log p(y_i \mid y_{-i}),$$
+
+needs a likelihood for each row and draw. Here it is the sum over all rows of something cheap,
+$\log p(y_i \mid \bar\theta)$ at the draws' mean, corrected by what a few rows say of the difference.
+"""
+
+import warnings
+from dataclasses import replace
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import arviz
+import jax
+import numpy as np
+import xarray
+from arviz_stats.base import array_stats
+from jaxtyping import Float
+
+from stochgrad.core import (
+    MEMORY,
+    Draws,
+    check_choice,
+    check_count,
+    check_instance,
+    describe,
+    observations_of,
+)
+
+_MOST_PARETO_K = 0.7
+_SEED = 20260501
+
+
+def loo(
+    draws: Draws,
+    rows: int | None = 500,
+    *,
+    groups: Any = None,
+    var_name: str | None = None,
+    seed: int = _SEED,
+    memory_bytes: int = MEMORY,
+) -> Any:
+    r"""Expected log predictive density of rows left out, by PSIS on some of the rows.
+
+    With $e_i = \log p(y_i \mid \bar\theta)$ at the mean of the draws and $\ell_i$ the PSIS estimate
+    of $\log p(y_i \mid y_{-i})$ for a random subset $S$ of m rows,
+
+    $$\widehat{\text{elpd}} = \sum_{i=1}^N e_i + \frac{N}{m} \sum_{i \in S} (\ell_i - e_i).$$
+
+    It takes N + m S evaluations of a likelihood for S draws, where all rows would take N S. Two
+    models of the same data get the same rows from the same ``seed``, so that most of what the
+    subset leaves open cancels in their difference.
+
+    A step size that is too large widens the draws; elpd then is that of a posterior as wide as
+    they are, and is biased by about half the relative excess of the variances for each parameter
+    that the data determine. The verdict of the draws bounds that excess.
+
+    Args:
+        draws: Draws of a posterior with rows.
+        rows: m, or None for all rows.
+        groups: A label for each row, to leave out a group at a time: all rows are read, and each
+            group counts as one data point.
+        var_name: The observed site, if there are several.
+        seed: Chooses the rows.
+        memory_bytes: Memory for the work, as in ``draws.log_likelihood``.
+
+    Returns:
+        ArviZ's ``ELPDData``, pointwise: with ArviZ 1.x ``ELPDDataLOOSubsample`` (``ELPDDataLOO``
+        where all rows are used), so that ``arviz.compare`` takes it and ``plot_khat`` the sampled
+        rows. Rows that were not sampled have ``e_i`` plus the mean difference, and no ``pareto_k``.
+        ``se`` has the subset's error in it with ArviZ 0.2x.
+
+    Raises:
+        ValueError: the draws know no rows; ``var_name`` is needed; ``rows`` or ``groups`` do not
+            fit.
+
+    Warns:
+        UserWarning: some ``pareto_k`` is too large for PSIS.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, stochgrad
+        >>> target = stochgrad.posterior(
+        ...     lambda m: -0.5 * m**2,
+        ...     lambda m, x: -0.5 * (x - m) ** 2,
+        ...     jax.random.normal(jax.random.key(1), (2000,)),
+        ...     batch_size=100,
+        ... )
+        >>> draws = stochgrad.infer(
+        ...     jax.random.key(0), target, init=jnp.zeros(()), progress=False
+        ... )
+        >>> result = stochgrad.diagnostics.loo(draws, rows=200)
+        >>> result.n_data_points
+        2000
+
+    Source: Magnusson, Andersen, Jonasson and Vehtari 2020, AISTATS (the difference estimator);
+    Vehtari, Simpson, Gelman, Yao and Gabry 2024, JMLR 25 (PSIS).
+    """
+    check_instance("draws", draws, Draws, "draws of stochgrad.sample or stochgrad.infer")
+    of = observations_of(draws, ((), {}))
+    if groups is not None:
+        labels, numbers = _group_numbers(groups, of.size)
+        found = _psis(summed_log_likelihood(draws, numbers, var_name, memory_bytes))
+        return _elpd_data(found.elpd, found, np.arange(len(labels)), labels, "group")
+    size = of.size
+    if rows is None or of.rows is None:
+        index = np.arange(size)
+    else:
+        count = min(check_count("rows", rows, least=2), size)
+        index = np.sort(np.random.default_rng(seed).choice(size, count, replace=False))
+    some = None if of.rows is None else index
+    options: dict[str, Any] = {"memory_bytes": memory_bytes}
+    sampled = _site(draws.log_likelihood(rows=some, **options), var_name)
+    found = _psis(sampled)
+    if len(found.elpd) == size or of.rows is None:
+        size = len(found.elpd)
+        return _elpd_data(found.elpd, found, np.arange(size), np.arange(size), of.rows or "row")
+    around = _site(_mean_of(draws).log_likelihood(**options), var_name)[0, 0].astype(np.float64)
+    return _elpd_data(around, found, index, np.arange(size), of.rows)
+
+
+def _mean_of(draws: Draws) -> Draws:
+    """The mean of the positions, as the only draw."""
+    mean = jax.tree.map(
+        lambda x: np.asarray(x, np.float64).mean((0, 1), keepdims=True).astype(x.dtype),
+        draws.positions,
+    )
+    return replace(
+        draws, positions=mean, stats={}, finite=np.ones((1, 1), bool), first_bad=np.full(1, -1)
+    )
+
+
+def summed_log_likelihood(
+    draws: Draws, groups: np.ndarray, var_name: str | None, memory_bytes: int
+) -> Float[np.ndarray, "chains draws groups"]:
+    """Log likelihoods summed over the rows of each group, some rows at a time.
+
+    Args:
+        draws: Draws of a posterior with rows.
+        groups: The number of each row's group.
+        var_name: The observed site, if there are several.
+        memory_bytes: Memory for the work.
+    """
+    lead = draws.num_chains, draws.num_draws
+    total = np.zeros((*lead, int(groups.max()) + 1))
+    at_once = max(memory_bytes // (16 * lead[0] * lead[1]), 1)
+    for start in range(0, len(groups), at_once):
+        rows = np.arange(start, min(start + at_once, len(groups)))
+        some = _site(draws.log_likelihood(rows=rows, memory_bytes=memory_bytes), var_name)
+        np.add.at(total, (slice(None), slice(None), groups[rows]), some)
+    return total
+
+
+def _group_numbers(groups: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of the groups, and the number of each row's."""
+    labels = np.asarray(groups)
+    if labels.shape != (size,):
+        raise ValueError(f"groups must be a label for each of {size} rows, got {describe(groups)}.")
+    return np.unique(labels, return_inverse=True)
+
+
+class _Psis(NamedTuple):
+    """PSIS of some rows: their elpd, Pareto k and effective parameters, and the draws used."""
+
+    elpd: Float[np.ndarray, " rows"]
+    pareto_k: Float[np.ndarray, " rows"]
+    parameters: Float[np.ndarray, " rows"]
+    draws: int
+
+
+def _psis(log_likelihood: np.ndarray) -> _Psis:
+    """PSIS of log likelihoods of shape (chain, draw, row)."""
+    values = np.moveaxis(log_likelihood.astype(np.float64), -1, 0)
+    if not np.all(np.isfinite(values)):
+        raise ValueError(
+            "the log likelihood is not finite at some draw and row: draws.finite_chains() keeps "
+            "what is, and a row outside of the support of its distribution has none."
+        )
+    likelihood = np.exp(values - values.max((1, 2), keepdims=True))
+    efficiency = array_stats.ess(likelihood, method="mean", relative=True)
+    efficiency = float(np.clip(np.nanmean(efficiency), 1e-3, 1.0))
+    return _Psis(*map(np.asarray, array_stats.loo(values, r_eff=efficiency)), values[0].size)
+
+
+def _elpd_data(
+    around: np.ndarray, found: _Psis, index: np.ndarray, labels: np.ndarray, dim: str
+) -> Any:
+    """ArviZ's ``ELPDData`` of some data points.
+
+    Args:
+        around: Something near to the elpd of each data point, e.
+        found: PSIS of some of them.
+        index: Which these are.
+        labels: Names of all data points.
+        dim: What they are.
+    """
+    size, count = len(around), len(index)
+    difference = found.elpd - around[index]
+    pointwise = around + difference.mean()
+    pointwise[index] = found.elpd
+    elpd = float(around.sum() + size * difference.mean())
+    # variance of one data point's elpd, from e on all and the sample's second moments
+    spread = around.var() + 2 * np.cov(around[index], difference)[0, 1] + difference.var()
+    error = float(np.sqrt(size * max(spread, 0.0)))
+    unsampled = (1 - count / size) * difference.var(ddof=1) / count
+    subset_error = float(size * np.sqrt(unsampled))
+    good = float(min(1 - 1 / np.log10(found.draws), _MOST_PARETO_K))
+    bad = int(np.sum(found.pareto_k > good))
+    if bad:
+        warnings.warn(
+            f"{bad} of {count} {dim}s have a Pareto k above {good:.2f}: leaving them out changes "
+            "the posterior more than its draws can be reweighted for; refit without them "
+            "(stochgrad.diagnostics.kfold), or take a likelihood with heavier tails.",
+            stacklevel=3,
+        )
+    pareto_k = np.full(size, np.nan)
+    pareto_k[index] = found.pareto_k
+
+    def array(values, name):
+        return xarray.DataArray(values, {dim: labels}, [dim], name)
+
+    common = {
+        "se": error,
+        "n_samples": found.draws,
+        "n_data_points": size,
+        "scale": "log",
+        "warning": bad > 0,
+        "good_k": good,
+        "pareto_k": array(pareto_k, "pareto_k"),
+    }
+    parameters = float(size * found.parameters.mean())
+    if hasattr(arviz, "ELPDData"):  # ArviZ 0.2x
+        common["se"] = float(np.hypot(error, subset_error))
+        values = {"elpd_loo": elpd, "p_loo": parameters, "loo_i": array(pointwise, "loo_i")}
+        names = ["elpd_loo", "se", "p_loo", "n_samples", "n_data_points", "warning"]
+        names += ["loo_i", "pareto_k", "scale", "good_k"]
+        return arviz.ELPDData([{**common, **values}[name] for name in names], names)
+    common |= {"elpd": elpd, "p": parameters, "elpd_i": array(pointwise, "elpd_i")}
+    arviz_stats = import_module("arviz_stats")
+    if count == size:
+        return arviz_stats.ELPDDataLOO(**common)
+    return arviz_stats.ELPDDataLOOSubsample(
+        **common,
+        subsample_size=count,
+        subsampling_se=subset_error,
+        loo_subsample_observations=index,
+        elpd_loo_approx=array(around, "elpd_loo_approx"),
+    )
+
+
+def _site(found: dict[str, Any], var_name: str | None) -> np.ndarray:
+    """The log likelihood of one site, with one dimension of data points."""
+    if var_name is None:
+        if len(found) > 1:
+            raise ValueError(
+                f"var_name must say which of the observed sites is meant: {list(found)}."
+            )
+        (values,) = found.values()
+    else:
+        values = found[check_choice("var_name", var_name, found)]
+    return values.reshape(*values.shape[:2], -1)
