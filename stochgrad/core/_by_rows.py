@@ -111,7 +111,7 @@ class _Site(NamedTuple):
         if axis is not None:
             assert shape[axis] == rows, f"{name} has shape {shape} on {rows} rows"
             shape[axis] = size
-        known = observations.dims.get(name, (observations.rows,))
+        known = observations.dims_of(name)
         more = (f"{name}_dim_{i}" for i in range(len(known), len(shape)))
         return cls(tuple(shape), one.dtype, (*known, *more), axis)
 

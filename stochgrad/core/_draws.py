@@ -5,22 +5,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
+import xarray
 from jaxtyping import PyTree
 
 from stochgrad.core._after_draws import log_likelihoods, predictions
 from stochgrad.core._by_rows import MEMORY
 from stochgrad.core._checks import describe, first_line
-from stochgrad.core._datatree import by_name
+from stochgrad.core._datatree import by_name, to_datatree
+from stochgrad.core._groups import ALWAYS, Groups
 from stochgrad.core._jit import hoisted_jit, remembered
 from stochgrad.core._protocols import Posterior, PRNGKey
-
-if TYPE_CHECKING:
-    import xarray
-
 
 _FEW = 2048
 
@@ -242,10 +240,16 @@ class Draws:
 
     def to_datatree(
         self,
+        groups: str | Sequence[str] = ALWAYS,
         *,
         coords: Mapping[str, Any] | None = None,
         dims: Mapping[str, Sequence[str]] | None = None,
-    ) -> "xarray.DataTree":
+        key: PRNGKey | None = None,
+        predictions: Mapping[str, Any] | None = None,
+        prior_draws: int = 500,
+        memory_bytes: int = MEMORY,
+        store: "str | Path | None" = None,
+    ) -> xarray.DataTree:
         """The draws as an ``xarray.DataTree`` with the groups that ArviZ reads.
 
         Group ``posterior`` holds the draws, constrained and named for a numpyro model;
@@ -253,8 +257,18 @@ class Draws:
         what is not finite); the attributes say method, settings, seed and versions.
 
         Args:
+            groups: Names of groups of ArviZ's schema, or ``"all"`` that can be made: beside the two
+                ``observed_data``, ``constant_data`` (numpyro arguments that are not observed),
+                ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``predictions``,
+                ``prior`` and ``prior_predictive`` (numpyro), ``unconstrained_posterior``.
             coords: Labels along the dimensions, added to the model's own.
             dims: Names of the dimensions of a variable after chain and draw, likewise.
+            key: For the groups that are random.
+            predictions: Of other rows, from ``draws.predict(key, ...)``, for that group.
+            prior_draws: Draws of ``prior`` and ``prior_predictive``.
+            memory_bytes: As in ``predict``.
+            store: A directory to be made for the groups that have a value for each row and draw,
+                which are then read as they are looked at.
 
         A slash in a name, as numpyro's ``scope`` makes it, becomes a dot (``group/m`` is
         ``group.m``), and a variable called ``chain`` or ``draw`` gets an underscore at its end;
@@ -263,27 +277,31 @@ class Draws:
         Raises:
             TypeError: ``coords`` or ``dims`` is no mapping to labels or names.
             ValueError: they name what is not there, or have another length; two variables have
-                one name.
+                one name; a group cannot be made, or does not fit into the memory.
         """
-        from stochgrad.core._datatree import to_datatree
+        made = Groups(self, key, predictions, prior_draws, memory_bytes, store)
+        names = made.chosen(groups)
+        tree = to_datatree(self, coords=coords, dims=dims)
+        for name in ALWAYS:
+            if name not in names:
+                del tree[name]
+        for name in names:
+            if name not in ALWAYS:
+                tree[name] = xarray.DataTree(made.make(name))
+        return tree
 
-        return to_datatree(self, coords=coords, dims=dims)
-
-    def to_arviz(
-        self,
-        *,
-        coords: Mapping[str, Any] | None = None,
-        dims: Mapping[str, Sequence[str]] | None = None,
-    ) -> Any:
-        """The draws as whatever the installed ArviZ takes.
+    def to_arviz(self, groups: str | Sequence[str] = ALWAYS, **options: Any) -> Any:
+        """The draws as whatever the installed ArviZ takes; the arguments are ``to_datatree``'s.
 
         With ArviZ 1.x the ``xarray.DataTree`` of ``to_datatree``, with 0.2x an ``InferenceData``.
+        There are no energies (momenta are not drawn anew each step), so that BFMI and
+        ``plot_energy`` are for NUTS alone; draws of the warm-up are not kept.
         """
         try:
             import arviz
         except ImportError as error:
             raise ImportError("to_arviz needs ArviZ: pip install arviz.") from error
-        tree = self.to_datatree(coords=coords, dims=dims)
+        tree = self.to_datatree(groups, **options)
         return arviz.from_datatree(tree) if hasattr(arviz, "from_datatree") else tree
 
     def _select(self, index: Any, chains: Any = slice(None)) -> "Draws":

@@ -57,9 +57,13 @@ class Observations(NamedTuple):
     constants: Callable[[], Mapping[str, tuple[tuple[str, ...], Any]]] | None = None
     simulate: Callable[[Key[Array, ""]], Sites] | None = None
 
+    def dims_of(self, site: str) -> tuple[str, ...]:
+        """Names of the dimensions of a site's densities."""
+        return self.dims.get(site, () if self.rows is None else (self.rows,))
+
     def axis(self, site: str) -> int | None:
         """The dimension of the rows in the values and densities of a site, if it has one."""
-        dims = self.dims.get(site, (self.rows,))
+        dims = self.dims_of(site)
         return dims.index(self.rows) if self.rows in dims else None
 
 

@@ -4,8 +4,9 @@ The expected log predictive density of rows that were left out,
 
 $$\text{elpd} = \sum_{i=1}^N \log p(y_i \mid y_{-i}),$$
 
-needs a likelihood for each row and draw. Here it is the sum over all rows of something cheap,
-$\log p(y_i \mid \bar\theta)$ at the draws' mean, corrected by what a few rows say of the difference.
+needs a likelihood for each row and draw. Here it is a sum over all rows of something cheap,
+$\log p(y_i \mid \bar\theta)$ at the mean of the draws, corrected by what some rows say of the
+difference.
 """
 
 import warnings
