@@ -215,7 +215,15 @@ HIERARCHY = {"target_accept_prob": 0.95, "dense_mass": False, "num_samples": 10_
 ENTRIES = [
     *both("counts", partially_pooled_counts, counts_data, 960, 96, ("m", "s", "b", "phi")),
     *both("radon", radon, radon_data, 919, 115, ("level", "soil", "floor", "between", "within")),
-    *both("ticks", ticks, ticks_data, 403, 50, ("level", "years", "slope", "scale"), num_samples=20_000),
+    *both(
+        "ticks",
+        ticks,
+        ticks_data,
+        403,
+        50,
+        ("level", "years", "slope", "scale"),
+        num_samples=20_000,
+    ),
     *both("funnel", funnel, funnel_data, 160, 20, ("mean", "scale")),
     *both(
         "sleep",

@@ -233,7 +233,7 @@ ENTRIES = [
         200,
         25,
         ("b", "sigma"),
-        nuts={"target_accept_prob": 0.9995, "dense_mass": False, "max_tree_depth": 10},
+        nuts={"target_accept_prob": 0.99, "dense_mass": False, "max_tree_depth": 10},
     ),
     Entry(
         "weight_loss", growth_curve, lost_weight, 52, 16, ("limit", "loss", "half_life", "sigma")

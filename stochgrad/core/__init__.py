@@ -1,5 +1,6 @@
 """The ground floor: protocols, batches, noise, the loop and its draws."""
 
+from stochgrad.core._after_draws import log_priors as log_priors
 from stochgrad.core._after_draws import observations_of as observations_of
 from stochgrad.core._archive import load_notes as load_notes
 from stochgrad.core._archive import load_tree as load_tree

@@ -9,6 +9,7 @@ function and enter it in ``ORDERS``.
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -96,8 +97,15 @@ def permuted(
     Permutations of different ``stream`` are independent. With a ``limit``, at most ``size``, it is
     a permutation of ``range(limit)``; the closer to ``size`` the cheaper.
     """
+    stream = jnp.asarray(stream, np.uint32)
+    if isinstance(size, int | np.integer):
+        return _permuted_among(words, permutation, index, int(size), stream, limit)
+    return _permuted(words, permutation, index, size, stream, limit)
+
+
+def _permuted(words, permutation, index, size, stream, limit) -> Int[Array, "*s"]:
     rows, columns = _digits(size)
-    counter = lax.iota(np.uint32, _ROUNDS) + jnp.asarray(_ROUNDS * stream, np.uint32)
+    counter = lax.iota(np.uint32, _ROUNDS) + np.uint32(_ROUNDS) * stream
     left_keys, right_keys = threefry(words, jnp.broadcast_to(permutation, counter.shape), counter)
 
     def once(x):
@@ -114,6 +122,10 @@ def permuted(
             lambda x: jnp.any(x >= end), lambda x: jnp.where(x >= end, once(x), x), x
         )
     return x.astype(jnp.int32)
+
+
+_permuted_among = jax.jit(_permuted, static_argnums=3)
+"""The same for a known size, traced once: it is some hundred operations."""
 
 
 def _digits(size: Size) -> tuple[Any, Any]:

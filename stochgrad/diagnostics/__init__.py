@@ -5,6 +5,7 @@ from stochgrad.diagnostics._calibration import calibration as calibration
 from stochgrad.diagnostics._calibration import interval_coverage as interval_coverage
 from stochgrad.diagnostics._errors import mcse as mcse
 from stochgrad.diagnostics._errors import rhat as rhat
+from stochgrad.diagnostics._kfold import kfold as kfold
 from stochgrad.diagnostics._law import Law as Law
 from stochgrad.diagnostics._law import predict_law as predict_law
 from stochgrad.diagnostics._longest_step import with_law as with_law
@@ -16,6 +17,7 @@ from stochgrad.diagnostics._richardson import Extrapolated as Extrapolated
 from stochgrad.diagnostics._richardson import richardson as richardson
 from stochgrad.diagnostics._sandwich import Sandwich as Sandwich
 from stochgrad.diagnostics._sandwich import sandwich as sandwich
+from stochgrad.diagnostics._sensitivity import sensitivity as sensitivity
 from stochgrad.diagnostics._stein import ksd as ksd
 from stochgrad.diagnostics._temperature import Temperatures as Temperatures
 from stochgrad.diagnostics._temperature import temperatures as temperatures

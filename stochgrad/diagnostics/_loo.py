@@ -11,13 +11,10 @@ difference.
 
 import warnings
 from dataclasses import replace
-from importlib import import_module
 from typing import Any, NamedTuple
 
-import arviz
 import jax
 import numpy as np
-import xarray
 from arviz_stats.base import array_stats
 from jaxtyping import Float
 
@@ -30,8 +27,8 @@ from stochgrad.core import (
     describe,
     observations_of,
 )
+from stochgrad.diagnostics._elpd import elpd_data, good_pareto_k
 
-_MOST_PARETO_K = 0.7
 _SEED = 20260501
 
 
@@ -102,9 +99,9 @@ def loo(
     check_instance("draws", draws, Draws, "draws of stochgrad.sample or stochgrad.infer")
     of = observations_of(draws, ((), {}))
     if groups is not None:
-        labels, numbers = _group_numbers(groups, of.size)
+        labels, numbers = group_numbers(groups, of.size)
         found = _psis(summed_log_likelihood(draws, numbers, var_name, memory_bytes))
-        return _elpd_data(found.elpd, found, np.arange(len(labels)), labels, "group")
+        return _all_of(found, labels, "group")
     size = of.size
     if rows is None or of.rows is None:
         index = np.arange(size)
@@ -113,13 +110,14 @@ def loo(
         index = np.sort(np.random.default_rng(seed).choice(size, count, replace=False))
     some = None if of.rows is None else index
     options: dict[str, Any] = {"memory_bytes": memory_bytes}
-    sampled = _site(draws.log_likelihood(rows=some, **options), var_name)
+    sampled = site_values(draws.log_likelihood(rows=some, **options), var_name)
     found = _psis(sampled)
     if len(found.elpd) == size or of.rows is None:
-        size = len(found.elpd)
-        return _elpd_data(found.elpd, found, np.arange(size), np.arange(size), of.rows or "row")
-    around = _site(_mean_of(draws).log_likelihood(**options), var_name)[0, 0].astype(np.float64)
-    return _elpd_data(around, found, index, np.arange(size), of.rows)
+        return _all_of(found, np.arange(len(found.elpd)), of.rows or "row")
+    around = site_values(_mean_of(draws).log_likelihood(**options), var_name)[0, 0].astype(
+        np.float64
+    )
+    return _corrected(around, found, index, np.arange(size), of.rows)
 
 
 def _mean_of(draws: Draws) -> Draws:
@@ -149,12 +147,12 @@ def summed_log_likelihood(
     at_once = max(memory_bytes // (16 * lead[0] * lead[1]), 1)
     for start in range(0, len(groups), at_once):
         rows = np.arange(start, min(start + at_once, len(groups)))
-        some = _site(draws.log_likelihood(rows=rows, memory_bytes=memory_bytes), var_name)
+        some = site_values(draws.log_likelihood(rows=rows, memory_bytes=memory_bytes), var_name)
         np.add.at(total, (slice(None), slice(None), groups[rows]), some)
     return total
 
 
-def _group_numbers(groups: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
+def group_numbers(groups: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The labels of the groups, and the number of each row's."""
     labels = np.asarray(groups)
     if labels.shape != (size,):
@@ -185,73 +183,69 @@ def _psis(log_likelihood: np.ndarray) -> _Psis:
     return _Psis(*map(np.asarray, array_stats.loo(values, r_eff=efficiency)), values[0].size)
 
 
-def _elpd_data(
+def _corrected(
     around: np.ndarray, found: _Psis, index: np.ndarray, labels: np.ndarray, dim: str
 ) -> Any:
-    """ArviZ's ``ELPDData`` of some data points.
-
-    Args:
-        around: Something near to the elpd of each data point, e.
-        found: PSIS of some of them.
-        index: Which these are.
-        labels: Names of all data points.
-        dim: What they are.
-    """
+    """The difference estimate, from PSIS of the data points ``index`` and ``around`` of all."""
     size, count = len(around), len(index)
     difference = found.elpd - around[index]
     pointwise = around + difference.mean()
     pointwise[index] = found.elpd
-    elpd = float(around.sum() + size * difference.mean())
-    # variance of one data point's elpd, from e on all and the sample's second moments
-    spread = around.var() + 2 * np.cov(around[index], difference)[0, 1] + difference.var()
-    error = float(np.sqrt(size * max(spread, 0.0)))
-    unsampled = (1 - count / size) * difference.var(ddof=1) / count
-    subset_error = float(size * np.sqrt(unsampled))
-    good = float(min(1 - 1 / np.log10(found.draws), _MOST_PARETO_K))
-    bad = int(np.sum(found.pareto_k > good))
-    if bad:
-        warnings.warn(
-            f"{bad} of {count} {dim}s have a Pareto k above {good:.2f}: leaving them out changes "
-            "the posterior more than its draws can be reweighted for; refit without them "
-            "(stochgrad.diagnostics.kfold), or take a likelihood with heavier tails.",
-            stacklevel=3,
-        )
+    # the variance over data points, of e from all of them and of the rest from the subset
+    mixed = np.mean((around[index] - around[index].mean()) * difference)
+    spread = around.var() + 2 * mixed + difference.var()
     pareto_k = np.full(size, np.nan)
     pareto_k[index] = found.pareto_k
-
-    def array(values, name):
-        return xarray.DataArray(values, {dim: labels}, [dim], name)
-
-    common = {
-        "se": error,
-        "n_samples": found.draws,
-        "n_data_points": size,
-        "scale": "log",
-        "warning": bad > 0,
-        "good_k": good,
-        "pareto_k": array(pareto_k, "pareto_k"),
+    _warn(found, dim)
+    subset: dict[str, Any] = {
+        "subsample_size": count,
+        "subsampling_se": float(
+            size * np.sqrt((1 - count / size) * difference.var(ddof=1) / count)
+        ),
+        "loo_subsample_observations": index,
+        "elpd_loo_approx": around,
     }
-    parameters = float(size * found.parameters.mean())
-    if hasattr(arviz, "ELPDData"):  # ArviZ 0.2x
-        common["se"] = float(np.hypot(error, subset_error))
-        values = {"elpd_loo": elpd, "p_loo": parameters, "loo_i": array(pointwise, "loo_i")}
-        names = ["elpd_loo", "se", "p_loo", "n_samples", "n_data_points", "warning"]
-        names += ["loo_i", "pareto_k", "scale", "good_k"]
-        return arviz.ELPDData([{**common, **values}[name] for name in names], names)
-    common |= {"elpd": elpd, "p": parameters, "elpd_i": array(pointwise, "elpd_i")}
-    arviz_stats = import_module("arviz_stats")
-    if count == size:
-        return arviz_stats.ELPDDataLOO(**common)
-    return arviz_stats.ELPDDataLOOSubsample(
-        **common,
-        subsample_size=count,
-        subsampling_se=subset_error,
-        loo_subsample_observations=index,
-        elpd_loo_approx=array(around, "elpd_loo_approx"),
+    return elpd_data(
+        pointwise,
+        elpd=float(around.sum() + size * difference.mean()),
+        se=float(np.sqrt(size * max(spread, 0.0))),
+        parameters=float(size * found.parameters.mean()),
+        draws=found.draws,
+        labels=labels,
+        dim=dim,
+        pareto_k=pareto_k,
+        subset=subset,
     )
 
 
-def _site(found: dict[str, Any], var_name: str | None) -> np.ndarray:
+def _all_of(found: _Psis, labels: np.ndarray, dim: str) -> Any:
+    _warn(found, dim)
+    return elpd_data(
+        found.elpd,
+        elpd=float(found.elpd.sum()),
+        se=float(np.sqrt(len(labels) * found.elpd.var())),
+        parameters=float(found.parameters.sum()),
+        draws=found.draws,
+        labels=labels,
+        dim=dim,
+        pareto_k=found.pareto_k,
+    )
+
+
+def _warn(found: _Psis, dim: str) -> None:
+    good = good_pareto_k(found.draws)
+    bad = int(np.sum(found.pareto_k > good))
+    if bad:
+        warnings.warn(
+            f"{bad} of {len(found.elpd)} data points along {dim!r} have a Pareto k above "
+            f"{good:.2f}: leaving one out changes the posterior more than its draws can be "
+            "reweighted for; refit without them (stochgrad.diagnostics.kfold), or take a "
+            "likelihood with heavier tails.",
+            stacklevel=4,
+        )
+
+
+def site_values(found: dict[str, Any], var_name: str | None) -> np.ndarray:
     """The log likelihood of one site, with one dimension of data points."""
     if var_name is None:
         if len(found) > 1:

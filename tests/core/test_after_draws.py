@@ -144,7 +144,7 @@ def test_bad_input_gets_one_sentence(draws, key, tmp_path):
         draws.log_likelihood({"x": X})
     with pytest.raises(TypeError, match="sites must be a list of names"):
         draws.predict(key, sites="y")
-    with pytest.raises(ValueError, match="sites must be 'y'"):
+    with pytest.raises(ValueError, match="sites must be one of"):
         draws.predict(key, sites=["z"])
     with pytest.raises(ValueError, match="the posterior cannot predict"):
         draws_of(target("full", predict=None), 2).predict(key)
