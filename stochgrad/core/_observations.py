@@ -42,6 +42,8 @@ class Observations(NamedTuple):
         elsewhere: ``(args, kwargs) -> Observations``, of other data.
         constants: ``{name: (dims, array)}``, data that are given, as covariates are.
         simulate: ``key -> {site: array}``, everything drawn from the prior.
+        given: ``{site: array} -> log_density``, the posterior's log density had these been observed
+            on all rows.
     """
 
     size: int
@@ -56,6 +58,7 @@ class Observations(NamedTuple):
     elsewhere: Callable[[tuple, Mapping[str, Any]], "Observations"]
     constants: Callable[[], Mapping[str, tuple[tuple[str, ...], Any]]] | None = None
     simulate: Callable[[Key[Array, ""]], Sites] | None = None
+    given: Callable[[Mapping[str, Array]], Callable[[PyTree, Any], Array]] | None = None
 
     def dims_of(self, site: str) -> tuple[str, ...]:
         """Names of the dimensions of a site's densities."""

@@ -17,6 +17,8 @@ from stochgrad.diagnostics._richardson import Extrapolated as Extrapolated
 from stochgrad.diagnostics._richardson import richardson as richardson
 from stochgrad.diagnostics._sandwich import Sandwich as Sandwich
 from stochgrad.diagnostics._sandwich import sandwich as sandwich
+from stochgrad.diagnostics._sbc import SBC as SBC
+from stochgrad.diagnostics._sbc import sbc as sbc
 from stochgrad.diagnostics._sensitivity import sensitivity as sensitivity
 from stochgrad.diagnostics._stein import ksd as ksd
 from stochgrad.diagnostics._temperature import Temperatures as Temperatures

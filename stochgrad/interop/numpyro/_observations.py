@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
+from numpyro.infer.util import log_density as numpyro_log_density
 
 from stochgrad.core import Observations, Rows
 from stochgrad.interop.numpyro._arguments import (
@@ -186,6 +187,7 @@ def _elsewhere(of: _Model, arguments: Arguments) -> _Model:
 
 def _observations(of: _Model) -> Observations:
     dims, observed = of.dims()
+    axes = {name: names.index(of.rows) for name, names in dims.items() if of.rows in names}
 
     def log_likelihood(position, batch):
         trace = of.sites(of.change(position), batch, jax.random.key(0))  # for what is not given
@@ -209,6 +211,16 @@ def _observations(of: _Model) -> Observations:
         seen = [name for name in of.drawn(trace) if trace[name]["is_observed"]]
         return {name: jnp.asarray(trace[name]["value"]) for name in seen}
 
+    def given(observed):
+        def log_density(position, batch):
+            change = of.change(position)
+            index = None if of.rows is None else batch[of.rows].index
+            model = _observe(of.model, observed, index, axes)
+            run, (args, kwargs) = of.give(handlers.substitute(model, substitute_fn=change), batch)
+            return numpyro_log_density(run, args, kwargs, {})[0] + change.log_jacobian
+
+        return log_density
+
     def simulate(key):
         trace = _on_all(*of[:3], of.latent).sites(lambda site: None, (), key, anew=True)
         drawn = [*of.latent, *of.drawn(trace)]
@@ -227,6 +239,7 @@ def _observations(of: _Model) -> Observations:
         partial(_of_other_data, of),
         lambda: _constants(of, values),
         simulate,
+        given,
     )
 
 
@@ -259,6 +272,29 @@ class _observe_anew(handlers.uncondition):
         if msg["type"] == "control_flow":
             into_scan(msg, _observe_anew)
         super().process_message(msg)
+
+
+class _observe(handlers.block):
+    """Let a model observe other values than it does, of the rows of a minibatch.
+
+    Args:
+        fn: The model.
+        values: All rows of each site.
+        index: Numbers of the rows of the minibatch; None for all.
+        axes: Where the rows lie.
+    """
+
+    def __init__(self, fn: Callable, values: Mapping[str, Any], index: Any, axes: Mapping):
+        self.values, self.index, self.axes = values, index, axes
+        super().__init__(fn, hide_fn=lambda site: False)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "control_flow":
+            raise ValueError("a model with numpyro's scan cannot be given other observations.")
+        if msg["type"] == "sample" and msg["is_observed"] and msg["name"] in self.values:
+            value, axis = self.values[msg["name"]], self.axes.get(msg["name"])
+            whole = self.index is None or axis is None
+            msg["value"] = value if whole else jnp.take(value, self.index, axis)
 
 
 class _count_plates(handlers.block):
