@@ -33,7 +33,7 @@ from stochgrad.gradients import control_variate
 from stochgrad.sgmcmc import sghmc
 
 _NEWTON_STEPS = 30
-_HALVINGS = 8
+_DAMPING = np.concatenate([[0.0], 10.0 ** np.arange(-4, 3)])
 _AT_ONCE = 64
 _STEP, _FRICTION, _FIRST = 0.1, 1.0, 0.3
 
@@ -159,7 +159,7 @@ def sbc(
             spread = jax.random.normal(spread_key, (num_chains, flat.size), flat.dtype)
             spread = spread if windows else jnp.zeros_like(spread)
             z = jax.vmap(lambda key, z: _run(kernel, key, z, steps, every))(jnp.stack(keys), spread)
-            return place[0] + z @ place[1].T
+            return jax.vmap(jax.vmap(lambda z: place[0] + place[1] @ z))(z)
 
         place = flat, jnp.eye(flat.size, dtype=flat.dtype)
         if windows:
@@ -209,7 +209,8 @@ def _run(kernel: Kernel, key: PRNGKey, z: Float[Array, " d"], steps: int, every:
 def _mode(log_density: Callable, start: Float[Array, " d"]) -> tuple[Array, Array]:
     """A mode, and a square root of minus the inverse Hessian there, by Newton's method.
 
-    Curvatures enter by their absolute values, and a step is halved until the density rises.
+    Curvatures enter by their absolute values, and of steps with more and more of a common curvature
+    added the one is taken that climbs highest.
     """
     value_of, slope_of = log_density, jax.grad(log_density)
 
@@ -220,8 +221,9 @@ def _mode(log_density: Callable, start: Float[Array, " d"]) -> tuple[Array, Arra
 
     def step(_, x):
         size, vectors = curvature(x)
-        move = vectors @ (vectors.T @ slope_of(x) / size)
-        places = x + 0.5 ** jnp.arange(_HALVINGS, dtype=x.dtype)[:, None] * move
+        slope = vectors.T @ slope_of(x)
+        damped = jax.vmap(lambda share: x + vectors @ (slope / (size + share * jnp.max(size))))
+        places = damped(_DAMPING.astype(x.dtype))
         values = jnp.concatenate([value_of(x)[None], jax.vmap(value_of)(places)])
         best = jnp.argmax(jnp.where(jnp.isnan(values), -jnp.inf, values))
         return jnp.concatenate([x[None], places])[best]
@@ -236,7 +238,8 @@ def _renewed(draws: Float[Array, "chains draws d"], place: tuple) -> tuple[Array
     whole = jnp.all(jnp.isfinite(draws), (1, 2))[:, None, None]
     count = jnp.sum(whole) * np.float32(draws.shape[1])
     mean = jnp.sum(jnp.where(whole, draws, 0.0), (0, 1)) / count
-    apart = jnp.where(whole, draws - mean, 0.0).reshape(-1, draws.shape[-1]) / jnp.sqrt(count)
+    apart = jnp.where(whole, draws - mean[None, None], 0.0) / jnp.sqrt(count)
+    apart = apart.reshape(-1, len(mean))
     factor = jnp.linalg.cholesky(apart.T @ apart)
     good = jnp.all(jnp.isfinite(factor))
     return jnp.where(good, mean, place[0]), jnp.where(good, factor, place[1])

@@ -12,7 +12,8 @@ import stochgrad
 from stochgrad.diagnostics import sbc
 from tests.conftest import FALSE_ALARM
 
-N, SIMULATIONS = 100, 200
+N = 100
+FAST = {"simulations": 100, "thin": 40, "window_steps": 300}
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, 2)).astype(np.float32)
 G = np.arange(N, dtype=np.int32) % 5
@@ -71,8 +72,8 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ranks_of_the_recommended_sampler_are_uniform(name, key):
-    """Some thousandths of bias cannot be seen with 200 data sets; a tenth of an sd can."""
-    result = sbc(key, MODELS[name](), simulations=SIMULATIONS)
+    """Some thousandths of bias cannot be seen with 100 data sets; a tenth of an sd can."""
+    result = sbc(key, MODELS[name](), **FAST)
     assert result.finite.all()
     assert result.p_value > FALSE_ALARM
 
@@ -81,9 +82,7 @@ def test_a_step_size_that_is_too_large_is_found(key):
     """SGLD in coordinates of unit variance: right at 0.05, and ten times that is too wide."""
     target = MODELS["regression"]()
     for step, uniform in ((0.05, True), (0.5, False)):
-        result = sbc(
-            key, target, lambda p, step=step: stochgrad.sgld(p, step), simulations=SIMULATIONS
-        )
+        result = sbc(key, target, lambda p, step=step: stochgrad.sgld(p, step), **FAST)
         assert (result.p_value > FALSE_ALARM) == uniform
     assert (
         result.ranks["b"].std() < 100 / np.sqrt(12) * 0.95
@@ -93,7 +92,7 @@ def test_a_step_size_that_is_too_large_is_found(key):
 def test_a_chain_that_never_moves_is_found(key):
     """Starting at the parameters that made the data would make its ranks uniform."""
     still = lambda p: stochgrad.sgld(p, 1e-12)
-    assert sbc(key, MODELS["regression"](), still, simulations=50).p_value < FALSE_ALARM
+    assert sbc(key, MODELS["regression"](), still, **FAST).p_value < FALSE_ALARM
 
 
 def test_a_plain_posterior_with_its_own_simulator(key):
@@ -108,7 +107,7 @@ def test_a_plain_posterior_with_its_own_simulator(key):
         lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.zeros(50), order="full"
     )
     sampler = lambda p: stochgrad.sgld(p, 1e-3)
-    options = {"simulate": simulate, "simulations": SIMULATIONS, "windows": 0, "thin": 200}
+    options = {**FAST, "simulate": simulate, "windows": 0, "thin": 200}
     result = sbc(key, target, sampler, **options)
     assert result.p_value > FALSE_ALARM
     tree = result.to_datatree()
