@@ -4,6 +4,7 @@ import datetime
 import platform
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module, metadata, resources
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,23 @@ _PACKAGES = ("stochgrad", "jax", "jaxlib", "numpy", "numpyro", "blackjax", "arvi
 def report(
     draws: Draws, path: Any, *, key: Any = None, rows: int = 2000, title: str | None = None
 ) -> Path:
-    """See ``Draws.report``."""
+    """One self-contained page on some draws: ``draws.report(path)``, which says more.
+
+    Args:
+        draws: Draws of a run.
+        path: The file, which is replaced if it is there.
+        key: For what is random; ``jax.random.key(0)`` by default.
+        rows: Rows that predictions are compared on, at most.
+        title: Of the page.
+
+    Returns:
+        The file's absolute path.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        OSError: the directory is not there, or the path is one.
+        ImportError: jinja2 or matplotlib is missing (``pip install 'stochgrad[report]'``).
+    """
     check_instance("draws", draws, Draws, "a stochgrad.Draws")
     target = _writable(path)
     key = jax.random.key(0) if key is None else check_key(key, "key") or key
@@ -146,7 +163,7 @@ def _of_mixing(of: Scalars) -> dict[str, Any]:
             "rhat": f"{of.rhat[i]:.3f}",
             "ess": f"{of.ess[i]:,.0f}",
             "trace": figures.trace(of.series[:, :, i], number),
-            "ranks": figures.ranks(of.series[:, :, i], of.ess[i], number),
+            "ranks": figures.ranks(of.series[:, :, i], float(of.ess[i]), number),
         }
         for number, i in enumerate(worst, 1)
     ]
@@ -217,32 +234,29 @@ def _of_loo(draws: Draws) -> dict[str, Any]:
             f"rows cannot be told apart in this model, and all {points:,} data points are too many "
             "for a page: build the posterior with batch_size=, or call stochgrad.diagnostics.loo."
         )
-    count = some.num_chains * some.num_draws
-    good = good_pareto_k(count)
+    good = good_pareto_k(some.num_chains * some.num_draws)
     sites = []
     for number, name in enumerate(known, 1):
-        result = loo(some, _LOO_ROWS, var_name=name)
-        elpd, parameters = (
-            (result["elpd_loo"], result["p_loo"])
-            if "elpd_loo" in result
-            else (result.elpd, result.p)
-        )
-        k = np.asarray(result.pareto_k)
-        k = k[~np.isnan(k)]
-        bounds = [(-np.inf, good), (good, 1.0), (1.0, np.inf)]
-        sites.append(
-            {
-                "name": name,
-                "elpd": float(elpd),
-                "se": float(result.se),
-                "p": float(parameters),
-                "rows": int(k.size),
-                "points": int(result.n_data_points),
-                "counts": [int(np.sum((k > low) & (k <= high))) for low, high in bounds],
-                "picture": figures.pareto_k(k, good, number),
-            }
-        )
-    return {"sites": sites, "good": good, "draws": count}
+        site = _part(partial(_loo_of_site, some, name, good, number))
+        sites.append({"name": name, **site})
+    return {"sites": sites, "good": good, "draws": some.num_chains * some.num_draws}
+
+
+def _loo_of_site(draws: Draws, name: str, good: float, number: int) -> dict[str, Any]:
+    result = loo(draws, _LOO_ROWS, var_name=name)
+    old = "elpd_loo" in result  # ArviZ 0.2x
+    k = np.asarray(result.pareto_k)
+    k = k[~np.isnan(k)]
+    bounds = [(-np.inf, good), (good, 1.0), (1.0, np.inf)]
+    return {
+        "elpd": float(result["elpd_loo"] if old else result.elpd),
+        "se": float(result.se),
+        "p": float(result["p_loo"] if old else result.p),
+        "rows": int(k.size),
+        "points": int(result.n_data_points),
+        "counts": [int(np.sum((k > low) & (k <= high))) for low, high in bounds],
+        "picture": figures.pareto_k(k, good, number),
+    }
 
 
 def _facts(draws: Draws, method: str, of: Scalars | None) -> list[tuple[str, str]]:
@@ -273,20 +287,20 @@ def _table(frame: Any) -> dict[str, Any]:
 def _number(value: Any, column: str = "") -> str:
     value = float(value)
     if np.isnan(value):
-        return "–"
+        return "\N{EN DASH}"
     if column.startswith("ess"):
         return f"{value:,.0f}"
     if column in ("rhat", "r_hat"):
         return f"{value:.3f}"
     text = f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
-    return text.replace("-", "−")
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
-    return text if len(text) <= 2000 else f"{text[:2000]} … ({len(text):,} characters)"
+    return text if len(text) <= 2000 else f"{text[:2000]} ... ({len(text):,} characters)"
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -297,4 +311,4 @@ def _versions() -> list[tuple[str, str]]:
         except metadata.PackageNotFoundError:
             continue
     devices = jax.devices()
-    return [*versions, ("devices", f"{len(devices)} × {devices[0].device_kind}")]
+    return [*versions, ("devices", f"{len(devices)} x {devices[0].device_kind}")]

@@ -60,7 +60,8 @@ def _drawn(draw: Callable[[Any], None], width: float, height: float, label: str)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         # names in the drawing, which hold in the whole page, are made from the salt
-        matplotlib.rcParams.update({**_SETTINGS, "svg.hashsalt": label})
+        settings: Any = {**_SETTINGS, "svg.hashsalt": label}
+        matplotlib.rcParams.update(settings)
         figure = Figure((width, height), layout="constrained")
         axes = figure.add_subplot()
         axes.patch.set_visible(False)
@@ -139,10 +140,10 @@ def ranks(series: Float[np.ndarray, "chains draws"], effective: float, number: i
     worth = max(int(min(effective, order.size) / max(chains - 1, 1)), 1)
 
     def draw(axes: Any) -> None:
-        for i, chain in enumerate(shown_chains(chains)):
-            difference = ecdf_difference(uniform[chain], worth)
-            axes.plot(difference.grid, difference.difference, color=_CHAINS[i], lw=0.9)
-        _band(axes, difference)
+        each = [ecdf_difference(uniform[chain], worth) for chain in shown_chains(chains)]
+        for i, (grid, difference, _) in enumerate(each):
+            axes.plot(grid, difference, color=_CHAINS[i], lw=0.9)
+        _band(axes, each[0])
 
     return _drawn(draw, 2.3, 1.2, f"ranks of scalar {number}")
 

@@ -139,11 +139,14 @@ def predictions(draws: Draws, key: Any, rows: int, most: int) -> dict[str, Predi
                 f"{values[name].shape}."
             )
         else:
-            result[name] = _compared(values[name], np.asarray(replicated), len(index) if of.rows else 0)
+            result[name] = compared(
+                values[name], np.asarray(replicated), len(index) if of.rows else 0
+            )
     return result
 
 
-def _compared(observed: np.ndarray, replicated: np.ndarray, rows: int) -> Predictions | str:
+def compared(observed: np.ndarray, replicated: np.ndarray, rows: int) -> Predictions | str:
+    """Replications of shape (chain, draw, ...) against observations; or why they cannot be."""
     if observed.dtype.kind not in "fiub" and observed.dtype.name != "bfloat16":
         return f"observations of type {observed.dtype} have no order to compare by."
     flat = observed.astype(np.float64).ravel()
