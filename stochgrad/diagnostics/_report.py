@@ -132,7 +132,8 @@ def _part(make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         try:
             part = dict(make())
         except Exception as error:  # the page is written all the same, and says what failed
-            return {"reason": first_line(error), "notes": []}
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            return {"reason": f"{kind}{first_line(error)}.", "notes": []}
     said = [w for w in caught if issubclass(w.category, UserWarning)]
     return {"reason": None, **part, "notes": list(dict.fromkeys(str(w.message) for w in said))}
 
@@ -244,7 +245,7 @@ def _of_loo(draws: Draws) -> dict[str, Any]:
 
 def _loo_of_site(draws: Draws, name: str, good: float, number: int) -> dict[str, Any]:
     result = loo(draws, _LOO_ROWS, var_name=name)
-    old = "elpd_loo" in result  # ArviZ 0.2x
+    old = not hasattr(result, "elpd")  # ArviZ 0.2x
     k = np.asarray(result.pareto_k)
     k = k[~np.isnan(k)]
     bounds = [(-np.inf, good), (good, 1.0), (1.0, np.inf)]
@@ -266,8 +267,9 @@ def _facts(draws: Draws, method: str, of: Scalars | None) -> list[tuple[str, str
         ("draws of a chain", f"{draws.num_draws:,}"),
     ]
     if of is not None:
-        facts.append(("largest R-hat", f"{np.nanmax(of.rhat):.3f}"))
-        facts.append(("smallest ESS", f"{np.nanmin(of.ess):,.0f}"))
+        # without a warning where all is NaN, as it is for draws that never move
+        facts.append(("largest R-hat", _number(np.fmax.reduce(of.rhat), "rhat")))
+        facts.append(("smallest ESS", _number(np.fmin.reduce(of.ess), "ess")))
     if "total" in draws.timings:
         facts.append(("total time", f"{draws.timings['total']:,.1f} s"))
     return facts

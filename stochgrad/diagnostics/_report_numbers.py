@@ -9,7 +9,7 @@ import numpy as np
 import xarray
 from jaxtyping import Bool, Float
 
-from stochgrad.core import Draws, effective_draws, evenly, observations_of, rhat
+from stochgrad.core import Draws, Observations, effective_draws, evenly, observations_of, rhat
 
 _MOST_BYTES = 2**28
 _MOST_SCALARS = 256
@@ -123,9 +123,7 @@ def predictions(draws: Draws, key: Any, rows: int, most: int) -> dict[str, Predi
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     index = np.arange(of.size)
     if of.rows is not None:
-        values = of.values(of.take(index[:1]))
-        width = max((np.size(x) for x in values.values()), default=1)
-        count = min(rows, max(_MOST_VALUES // max(width, 1), 1), of.size)
+        count = min(rows, max(_MOST_VALUES // _width(draws, of), 1), of.size)
         index = np.sort(rng.choice(of.size, count, replace=False))
     drawn = few(draws, most).predict(key, rows=None if of.rows is None else index)
     values = {name: np.asarray(x) for name, x in of.values(of.take(index)).items()}
@@ -143,6 +141,16 @@ def predictions(draws: Draws, key: Any, rows: int, most: int) -> dict[str, Predi
                 values[name], np.asarray(replicated), len(index) if of.rows else 0
             )
     return result
+
+
+def _width(draws: Draws, of: Observations) -> int:
+    """The most values that one row of a predicted site has."""
+    if of.predict is None:
+        return 1
+    one = jax.tree.map(lambda leaf: np.asarray(leaf[:1, :1])[0, 0], draws.positions)
+    shapes = jax.eval_shape(of.predict, jax.random.key(0), one, of.take(np.arange(1)))
+    sizes = [int(np.prod(shapes[name].shape)) for name in of.observed or shapes]
+    return max([1, *sizes])
 
 
 def compared(observed: np.ndarray, replicated: np.ndarray, rows: int) -> Predictions | str:

@@ -320,6 +320,28 @@ def test_predictions_are_compared_row_by_row():
     assert 0.7 < error.std() < 1.3
 
 
+def test_wide_rows_are_fewer(tmp_path):
+    """Covariates do not count; what is predicted does."""
+    data = {"x": np.ones((N, 300), np.float32), "y": np.ones((N, 200), np.float32)}
+    target = stochgrad.posterior(
+        log_prior,
+        lambda b, rows: -jnp.mean((rows["y"] - b[0]) ** 2, axis=1),
+        data,
+        batch_size=40,
+        predict=lambda key, b, rows: {"y": b[0] + jax.random.normal(key, rows["y"].shape)},
+    )
+    found = predictions(draws_of(posterior=target), jax.random.key(0), 2000, 20)["y"]
+    assert (found.rows, found.replicated.shape) == (100, (20, 20_000))
+    narrow = predictions(draws_of(), jax.random.key(0), 2000, 20)["y"]
+    assert narrow.rows == N
+
+
+def test_draws_that_never_move(tmp_path):
+    page = Page(draws_of(positions=np.ones((2, DRAWS, 2), np.float32)).report(tmp_path / "a.html"))
+    assert "never moved" in page.text["verdict"]
+    assert "All 2 scalars" in page.text["mixing"]
+
+
 def test_observations_that_are_missing_are_counted():
     observed = np.array([[1.0, np.nan], [3.0, np.inf], [5.0, 6.0]])
     replicated = RNG.normal(size=(2, 4, 3, 2))
