@@ -14,8 +14,8 @@ from jaxtyping import PyTree
 
 from stochgrad.core._after_draws import log_likelihoods, predictions
 from stochgrad.core._by_rows import MEMORY
-from stochgrad.core._checks import describe, first_line
 from stochgrad.core._datatree import by_name, to_datatree
+from stochgrad.core._draw_index import draw_index
 from stochgrad.core._groups import ALWAYS, Groups
 from stochgrad.core._jit import hoisted_jit, remembered
 from stochgrad.core._protocols import Posterior, PRNGKey
@@ -130,7 +130,7 @@ class Draws:
             IndexError: a number is out of range.
             ValueError: there are more or fewer booleans than draws.
         """
-        index = _index(draws, self.num_draws)
+        index = draw_index(draws, self.num_draws)
         return self._select(lambda x: x[:, index])
 
     def finite_chains(self) -> "Draws":
@@ -304,6 +304,37 @@ class Draws:
         tree = self.to_datatree(groups, **options)
         return arviz.from_datatree(tree) if hasattr(arviz, "from_datatree") else tree
 
+    def report(
+        self,
+        path: "str | Path",
+        *,
+        key: PRNGKey | None = None,
+        rows: int = 2000,
+        title: str | None = None,
+    ) -> Path:
+        """Write one self-contained HTML page on these draws, to read and to hand on.
+
+        The verdict, ArviZ's summary, traces and ranks of what mixes worst, predictions against
+        observations and their calibration, leave-one-out, settings, timings and versions. A part
+        that these draws cannot give says why.
+
+        Args:
+            path: The file, which is replaced if it is there.
+            key: For what is random; ``jax.random.key(0)`` by default.
+            rows: Rows that predictions are compared on, at most.
+            title: Of the page.
+
+        Returns:
+            The file's absolute path.
+
+        Raises:
+            TypeError: an argument is of another kind.
+            OSError: the directory is not there, or the path is one.
+            ImportError: jinja2 or matplotlib is missing (``pip install 'stochgrad[report]'``).
+        """
+        write = import_module("stochgrad.diagnostics").report
+        return write(self, path, key=key, rows=rows, title=title)
+
     def _select(self, index: Any, chains: Any = slice(None)) -> "Draws":
         return replace(
             self,
@@ -323,39 +354,6 @@ class Draws:
 
 def _not_here(position: Any, batch: Any) -> Any:
     raise ValueError("these draws were unpickled, and their posterior did not come with them.")
-
-
-def _index(draws: Any, size: int) -> slice | np.ndarray:
-    """Rows that numpy and zarr both know how to take, without losing the axis."""
-    wanted = "draws can be indexed by a range, a number, numbers, or one boolean per draw"
-    if isinstance(draws, slice):
-        try:
-            numbers = range(size)[draws]
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{wanted}, got {draws} ({first_line(error)}).") from error
-        if numbers.step > 0:
-            return slice(numbers.start, max(numbers.stop, numbers.start), numbers.step)
-        return np.array(numbers, int)
-    if isinstance(draws, list | range) and not len(draws):
-        return np.zeros(0, int)
-    if draws is None or isinstance(draws, bool | np.bool_ | str | bytes | tuple | dict | set):
-        raise TypeError(f"{wanted}, got {describe(draws)}.")
-    try:
-        array = np.asarray(draws)
-    except Exception as error:
-        raise TypeError(f"{wanted}, got {describe(draws)} ({first_line(error)}).") from error
-    if np.ma.is_masked(draws) or array.dtype.kind not in "biu" or array.ndim > 1:
-        raise TypeError(f"{wanted}, got {describe(draws)}.")
-    if array.dtype.kind == "b":
-        if array.shape != (size,):
-            raise ValueError(f"{wanted}, got {array.size} booleans for {size} draws.")
-        return np.flatnonzero(array)
-    outside = (array >= size) | (array < -size)
-    if outside.any():
-        number = int(np.atleast_1d(array)[np.atleast_1d(outside)][0])
-        raise IndexError(f"{wanted}, got the number {number} for {size} draws.")
-    numbers = np.atleast_1d(array).astype(int)
-    return np.where(numbers < 0, numbers + size, numbers)
 
 
 def run_attributes(kernel: Any, run: Mapping[str, Any]) -> dict[str, Any]:

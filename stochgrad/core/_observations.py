@@ -114,7 +114,8 @@ def _plain(
         assert predict is not None
         rows = jax.tree.leaves(batch.data)[0].shape[0]
         try:
-            drawn = by_name(predict(key, position, batch.data))
+            result = predict(key, position, batch.data)
+            drawn = by_name(result)
         except Exception as error:
             raise ValueError(f"predict fails on {rows} rows ({first_line(error)}).") from error
         for name, value in drawn.items():
@@ -123,6 +124,12 @@ def _plain(
                     f"predict must return one value per row, shape ({rows}, ...), got shape "
                     f"{jnp.shape(value)} for {name!r}."
                 )
+        data = by_name(batch.data)
+        if result is drawn.get("x") and batch.data is not data.get("x", batch.data):
+            raise ValueError(
+                "predict returns an array without a name, which would be taken for the data's "
+                "'x': let it return a dict by the names of the data."
+            )
         return drawn
 
     def elsewhere(args, kwargs):

@@ -13,6 +13,7 @@ from stochgrad.diagnostics._longest_step import with_step as with_step
 from stochgrad.diagnostics._longest_step import worst_bias as worst_bias
 from stochgrad.diagnostics._loo import loo as loo
 from stochgrad.diagnostics._neighbors import knn_divergence as knn_divergence
+from stochgrad.diagnostics._report import report as report
 from stochgrad.diagnostics._richardson import Extrapolated as Extrapolated
 from stochgrad.diagnostics._richardson import richardson as richardson
 from stochgrad.diagnostics._sandwich import Sandwich as Sandwich

@@ -153,6 +153,15 @@ def test_bad_input_gets_one_sentence(draws, key, tmp_path):
     )
     with pytest.raises(ValueError, match="predict must return one value per row"):
         draws_of(whole, 2).predict(key)
+    nameless = stochgrad.posterior(
+        log_prior,
+        log_likelihood,
+        {"x": X, "y": Y},
+        order="full",
+        predict=lambda key, b, rows: rows["y"],
+    )
+    with pytest.raises(ValueError, match=r"an array without a name, .* the data's 'x'"):
+        draws_of(nameless, 2).predict(key)
     collected = stochgrad.sample(
         key, stochgrad.sgld(target(), 1e-6), init=2.0, num_samples=2, collect=lambda s: s.position
     )
