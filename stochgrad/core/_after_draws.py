@@ -120,7 +120,8 @@ def _names(of: Observations, draws: "Draws", sites: Any) -> tuple[str, ...]:
     if isinstance(sites, str) or not isinstance(sites, Sequence) or not sites:
         raise TypeError(f"sites must be a list of names, got {describe(sites)}.")
     one = jax.tree.map(lambda leaf: leaf[0, 0], draws.positions)
-    known = jax.eval_shape(of.predict, jax.random.key(0), one, of.take(np.arange(min(of.size, 2))))
+    predict: Any = of.predict
+    known = jax.eval_shape(predict, jax.random.key(0), one, of.take(np.arange(min(of.size, 2))))
     for site in sites:
         check_choice("sites", site, list(known))
     return tuple(sites)

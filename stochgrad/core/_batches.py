@@ -242,7 +242,7 @@ def streamed_batches(data: PyTree, batch_size: int | None, resident_bytes: int) 
 
     def take(index):
         resident = rows.take(index).resident  # pyright: ignore
-        return Batch(resident, np.float32(1))
+        return Batch(resident, np.float32(1))  # pyright: ignore
 
     return rows._replace(next=next, take=take)
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import xarray
 from jaxtyping import PyTree
 
 from stochgrad.core._after_draws import log_likelihoods, predictions
@@ -19,6 +18,9 @@ from stochgrad.core._draw_index import draw_index
 from stochgrad.core._groups import ALWAYS, Groups
 from stochgrad.core._jit import hoisted_jit, remembered
 from stochgrad.core._protocols import Posterior, PRNGKey
+
+if TYPE_CHECKING:
+    import xarray
 
 _FEW = 2048
 
@@ -249,7 +251,7 @@ class Draws:
         prior_draws: int = 500,
         memory_bytes: int = MEMORY,
         store: "str | Path | None" = None,
-    ) -> xarray.DataTree:
+    ) -> "xarray.DataTree":
         """The draws as an ``xarray.DataTree`` with the groups that ArviZ reads.
 
         Group ``posterior`` holds the draws, constrained and named for a numpyro model;
@@ -279,6 +281,8 @@ class Draws:
             ValueError: they name what is not there, or have another length; two variables have
                 one name; a group cannot be made, or does not fit into the memory.
         """
+        from xarray import DataTree
+
         made = Groups(self, key, predictions, prior_draws, memory_bytes, store)
         names = made.chosen(groups)
         tree = to_datatree(self, coords=coords, dims=dims)
@@ -287,7 +291,7 @@ class Draws:
                 del tree[name]
         for name in names:
             if name not in ALWAYS:
-                tree[name] = xarray.DataTree(made.make(name))
+                tree[name] = DataTree(made.make(name))
         return tree
 
     def to_arviz(self, groups: str | Sequence[str] = ALWAYS, **options: Any) -> Any:

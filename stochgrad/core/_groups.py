@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import xarray
 
 from stochgrad.core._after_draws import log_likelihoods, log_priors, observations_of, predictions
 from stochgrad.core._by_rows import ROWS
@@ -15,6 +14,8 @@ from stochgrad.core._datatree import tree_names, unconstrained_group
 from stochgrad.core._observations import Observations
 
 if TYPE_CHECKING:
+    import xarray
+
     from stochgrad.core._draws import Draws
 
 ALWAYS = ("posterior", "sample_stats")
@@ -43,7 +44,9 @@ class Groups:
         store: str | Path | None = None,
     ):
         self.draws, self.fresh = draws, fresh
-        self.key = None if key is None else check_key(key) or key
+        if key is not None:
+            check_key(key)
+        self.key: Any = key
         self.prior_draws = check_count("prior_draws", prior_draws)
         self.memory_bytes = memory_bytes
         self.store = None if store is None else check_path("store", store)
@@ -68,7 +71,7 @@ class Groups:
                 raise ValueError(f"groups: {name!r} {reason}.")
         return list(wanted)
 
-    def make(self, name: str) -> xarray.Dataset:
+    def make(self, name: str) -> "xarray.Dataset":
         """One of the groups beside ``posterior`` and ``sample_stats``."""
         return MAKERS[name](self)
 
@@ -96,10 +99,12 @@ class Groups:
     def _of(self) -> Observations:
         return observations_of(self.draws, ((), {}))
 
-    def unconstrained(self) -> xarray.Dataset:
+    def unconstrained(self) -> "xarray.Dataset":
+        import xarray
+
         return xarray.Dataset(*unconstrained_group(self.draws))
 
-    def observed(self) -> xarray.Dataset:
+    def observed(self) -> "xarray.Dataset":
         of, parts = self._of, []
         for start in range(0, of.size, ROWS):
             batch = of.take(np.arange(start, min(start + ROWS, of.size)))
@@ -112,25 +117,27 @@ class Groups:
         }
         return self._dataset(values, ())
 
-    def constant(self) -> xarray.Dataset:
+    def constant(self) -> "xarray.Dataset":
+        import xarray
+
         assert self._of.constants is not None
         return xarray.Dataset(tree_names(self._of.constants()))
 
-    def log_prior(self) -> xarray.Dataset:
+    def log_prior(self) -> "xarray.Dataset":
         values = log_priors(self.draws, self.memory_bytes)
         return self._dataset(values, ("chain", "draw"), prior=True)
 
-    def log_likelihood(self) -> xarray.Dataset:
+    def log_likelihood(self) -> "xarray.Dataset":
         options: dict[str, Any] = {"rows": None, **self._space("log_likelihood")}
         return self._by_draw(log_likelihoods(self.draws, ((), {}), **options), "log_likelihood")
 
-    def posterior_predictive(self) -> xarray.Dataset:
+    def posterior_predictive(self) -> "xarray.Dataset":
         name = "posterior_predictive"
         options: dict[str, Any] = {"rows": None, "sites": None, **self._space(name)}
         key = jax.random.fold_in(self.key, 0)
         return self._by_draw(predictions(self.draws, key, ((), {}), **options), name)
 
-    def predictions(self) -> xarray.Dataset:
+    def predictions(self) -> "xarray.Dataset":
         assert self.fresh is not None
         values = {name: np.asarray(value) for name, value in self.fresh.items()}
         lead = self.draws.num_chains, self.draws.num_draws
@@ -142,13 +149,13 @@ class Groups:
                 )
         return self._dataset(values, ("chain", "draw"))
 
-    def prior(self) -> xarray.Dataset:
+    def prior(self) -> "xarray.Dataset":
         return self._of_prior(lambda name: name not in self._of.observed)
 
-    def prior_predictive(self) -> xarray.Dataset:
+    def prior_predictive(self) -> "xarray.Dataset":
         return self._of_prior(lambda name: name in self._of.observed)
 
-    def _of_prior(self, wanted: Callable[[str], bool]) -> xarray.Dataset:
+    def _of_prior(self, wanted: Callable[[str], bool]) -> "xarray.Dataset":
         if not self._prior:
             simulate: Any = self._of.simulate
             keys = jax.random.split(jax.random.fold_in(self.key, 1), self.prior_draws)
@@ -163,15 +170,19 @@ class Groups:
             store.parent.mkdir(parents=True, exist_ok=True)
         return {"memory_bytes": self.memory_bytes, "store": store}
 
-    def _by_draw(self, values: Mapping[str, Any], name: str) -> xarray.Dataset:
+    def _by_draw(self, values: Mapping[str, Any], name: str) -> "xarray.Dataset":
         """Values for each row and draw, read where they are looked at if they are stored."""
         if self.store is None:
             return self._dataset(dict(values), ("chain", "draw"))
+        import xarray
+
         return xarray.open_zarr(self.store / name, group=name, chunks=None)
 
     def _dataset(
         self, values: Mapping[str, np.ndarray], lead: tuple[str, ...], prior: bool = False
-    ) -> xarray.Dataset:
+    ) -> "xarray.Dataset":
+        import xarray
+
         of, own = self._of, self.draws.posterior
         variables: dict[str, Any] = {}
         for (site, value), name in zip(values.items(), tree_names(values), strict=True):

@@ -148,7 +148,7 @@ def summed_log_likelihood(
     for start in range(0, len(groups), at_once):
         rows = np.arange(start, min(start + at_once, len(groups)))
         some = site_values(draws.log_likelihood(rows=rows, memory_bytes=memory_bytes), var_name)
-        np.add.at(total, (slice(None), slice(None), groups[rows]), some)
+        np.add.at(np.moveaxis(total, -1, 0), groups[rows], np.moveaxis(some, -1, 0))
     return total
 
 
@@ -180,7 +180,13 @@ def _psis(log_likelihood: np.ndarray) -> _Psis:
     likelihood = np.exp(values - values.max((1, 2), keepdims=True))
     efficiency = array_stats.ess(likelihood, method="mean", relative=True)
     efficiency = float(np.clip(np.nanmean(efficiency), 1e-3, 1.0))
-    return _Psis(*map(np.asarray, array_stats.loo(values, r_eff=efficiency)), values[0].size)
+    if np.any(np.ptp(values, axis=(1, 2)) == 0):
+        raise ValueError(
+            "the log likelihood of some row is the same at all draws: no parameter enters it, and "
+            "there is nothing to reweight; leave that site out with var_name=."
+        )
+    elpd, pareto_k, parameters = map(np.asarray, array_stats.loo(values, r_eff=efficiency))
+    return _Psis(elpd, pareto_k, parameters, values[0].size)
 
 
 def _corrected(

@@ -139,7 +139,7 @@ def sbc(
     thin = check_count("thin", thin)
     windows = check_count("windows", windows, least=0)
     window_steps = check_count("window_steps", window_steps, least=20)
-    sampler = _recommended if sampler is None else check_callable("sampler", sampler)
+    factory = _recommended if sampler is None else check_callable("sampler", sampler)
     draw_data, constrain = _simulator(posterior, simulate)
 
     def one(key):
@@ -154,7 +154,7 @@ def sbc(
             return Posterior(log_density, target.batches, lambda key: jnp.zeros_like(flat))
 
         def run(place, key, steps, every):
-            kernel = sampler(in_coordinates(*place))
+            kernel = factory(in_coordinates(*place))
             spread_key, *keys = jax.random.split(key, 1 + num_chains)
             spread = jax.random.normal(spread_key, (num_chains, flat.size), flat.dtype)
             spread = spread if windows else jnp.zeros_like(spread)
@@ -295,7 +295,8 @@ def _plain(posterior: Posterior, simulate: Callable) -> Callable:
             chosen, state = rows.next(state)
             return batch(chosen), state
 
-        blocks = rows.blocks and rows.blocks._replace(at=lambda b: batch(rows.blocks.at(b)))
+        numbered = rows.blocks
+        blocks = numbered and numbered._replace(at=lambda b: batch(numbered.at(b)))
         batches = rows._replace(next=next, full=batch(rows.full), blocks=blocks)
         start = jax.tree.map(jnp.zeros_like, position)
         return by_name(position), Posterior(posterior.log_density, batches), start

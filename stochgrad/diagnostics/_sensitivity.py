@@ -46,12 +46,15 @@ def sensitivity(draws: Draws, *, var_name: str | None = None, memory_bytes: int 
         "likelihood": summed_log_likelihood(draws, groups, var_name, memory_bytes)[..., 0],
     }
     alphas = 1 / (1 + _DELTA), 1 + _DELTA
+    scaled: Any = array_stats.power_scale_lw
     parameters = draws.to_datatree(["posterior"])["posterior"].to_dataset()
 
     def of_component(values, log_density):
-        log_weights = [array_stats.power_scale_lw(log_density, a, axis=(-2, -1)) for a in alphas]
-        weights = (np.broadcast_to(softmax(w), values.shape) for w in log_weights)
-        return array_stats.power_scale_sense(values, *weights, *alphas)
+        lower, upper = (
+            np.broadcast_to(softmax(scaled(log_density, a, axis=(-2, -1))), values.shape)
+            for a in alphas
+        )
+        return array_stats.power_scale_sense(values, lower, upper, *alphas)
 
     core = ["chain", "draw"]
     found = [

@@ -79,7 +79,7 @@ def from_clients(
         )
     stream, partition = client_rows(client_sizes, None if order == "full" else sizes[name], order)
     batches = map_batches(stream, lambda rows: {name: rows}, {name: stream.full})
-    batches = batches._replace(take=lambda index: {name: stream.take(index)})
+    batches = batches._replace(take=_by_name(name, stream))
     return Minibatches(batches, _template({name: stream}), LaidOut({name: partition}))
 
 
@@ -136,6 +136,12 @@ def batch_sizes(
     return sizes
 
 
+def _by_name(name: str, stream: Batches) -> Any:
+    """Rows of one plate by their numbers, as a dict."""
+    take: Any = stream.take
+    return lambda index: {name: take(index)}
+
+
 def _single_plate(sizes: Sizes) -> str:
     if len(sizes) != 1:
         raise ValueError(
@@ -177,7 +183,7 @@ def _together(streams: Mapping[str, Batches]) -> Batches:
     if len(streams) > 1:
         return together._replace(take=None)
     ((name, stream),) = streams.items()
-    together = together._replace(take=lambda index: {name: stream.take(index)})
+    together = together._replace(take=_by_name(name, stream))
     if main.blocks is None:
         return together
     count, next_in, at = main.blocks

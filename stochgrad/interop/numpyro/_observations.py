@@ -213,7 +213,7 @@ def _observations(of: _Model) -> Observations:
 
     def given(observed):
         def log_density(position, batch):
-            change = of.change(position)
+            change: Any = of.change(position)
             index = None if of.rows is None else batch[of.rows].index
             model = _observe(of.model, observed, index, axes)
             run, (args, kwargs) = of.give(handlers.substitute(model, substitute_fn=change), batch)
@@ -293,8 +293,9 @@ class _observe(handlers.block):
             raise ValueError("a model with numpyro's scan cannot be given other observations.")
         if msg["type"] == "sample" and msg["is_observed"] and msg["name"] in self.values:
             value, axis = self.values[msg["name"]], self.axes.get(msg["name"])
-            whole = self.index is None or axis is None
-            msg["value"] = value if whole else jnp.take(value, self.index, axis)
+            if self.index is not None and axis is not None:
+                value = jnp.take(value, self.index, axis)
+            msg["value"] = value
 
 
 class _count_plates(handlers.block):
