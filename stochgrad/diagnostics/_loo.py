@@ -52,9 +52,9 @@ def loo(
     models of the same data get the same rows from the same ``seed``, so that most of what the
     subset leaves open cancels in their difference.
 
-    A step size that is too large widens the draws; elpd then is that of a posterior as wide as
-    they are, and is biased by about half the relative excess of the variances for each parameter
-    that the data determine. The verdict of the draws bounds that excess.
+    A step size that is too large widens the draws, and elpd falls by about the relative excess of
+    their variances times the effective number of parameters. The verdict of the draws bounds that
+    excess.
 
     Args:
         draws: Draws of a posterior with rows.
