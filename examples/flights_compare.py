@@ -52,9 +52,9 @@ def predicted_shares(draws, key, carrier):
     late = 0.0
     for start in range(0, len(carrier), BLOCK):
         rows = np.arange(start, min(start + BLOCK, len(carrier)))
-        own = jax.random.fold_in(key, start)  # a key gives each call the same random numbers
-        found = draws.predict(own, rows=rows, memory_bytes=2**28)["late"]
-        late = late + found.astype(np.float32) @ of_carrier[rows]
+        block_key = jax.random.fold_in(key, start)  # one key would repeat its random numbers
+        predicted = draws.predict(block_key, rows=rows, memory_bytes=2**28)["late"]
+        late = late + predicted.astype(np.float32) @ of_carrier[rows]
     return late.reshape(-1, late.shape[-1]) / of_carrier.sum(axis=0)
 
 
@@ -112,14 +112,16 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a short run")
     parser.add_argument("--output", type=Path, default=Path("examples/output/flights_compare.png"))
     options = parser.parse_args()
-    every, num_samples, some = (100, 100, 100) if options.smoke else (1, 1000, 500)
+    every, num_samples, loo_rows = (100, 100, 100) if options.smoke else (1, 1000, 500)
 
     begun = time.perf_counter()
     rows, labels, _ = load(month=None)
     rows = {name: value[::every] for name, value in rows.items()}
     sizes = {name: len(labels[name]) for name in GROUPS}
     late, carrier = rows["late"], rows["carrier"]
-    print(f"{len(late):,} flights, {sizes['carrier']} airlines; peak memory {peak_memory():.2f} GiB")
+    print(
+        f"{len(late):,} flights, {sizes['carrier']} airlines; peak memory {peak_memory():.2f} GiB"
+    )
 
     results, shares = {}, {}
     for number, (name, arguments) in enumerate(models(rows, sizes).items()):
@@ -135,7 +137,7 @@ def main():
             progress=False,
         )
         clock.append(time.perf_counter())
-        results[name] = stochgrad.diagnostics.loo(draws, rows=some)
+        results[name] = stochgrad.diagnostics.loo(draws, rows=loo_rows)
         clock.append(time.perf_counter())
         if name in CHECKED:
             shares[name] = predicted_shares(draws, jax.random.key(10 + number), carrier)
@@ -145,7 +147,7 @@ def main():
         print(
             f"\n{name}: {draws.num_chains} chains of {draws.num_draws} draws, "
             f"{'ok' if draws.verdict.ok else ' '.join(draws.verdict.reasons)}\n"
-            f"  elpd {elpd:,.1f}, se {se:,.1f}; largest Pareto k of {some} flights {k:.2f}\n"
+            f"  elpd {elpd:,.1f}, se {se:,.1f}; largest Pareto k of {loo_rows} flights {k:.2f}\n"
             f"  {', '.join(f'{stage} {seconds:.0f} s' for stage, seconds in stages)}; "
             f"peak memory {peak_memory():.2f} GiB"
         )
