@@ -89,7 +89,7 @@ def test_a_store_holds_what_each_row_and_draw_has(draws, key, tmp_path):
 
 
 def test_bad_input_gets_one_sentence(draws, key):
-    with pytest.raises(ValueError, match="memory_bytes must be at least .* or take fewer"):
+    with pytest.raises(ValueError, match=r"memory_bytes must be at least .* or take fewer"):
         draws.to_datatree(["prior_predictive"], key=key, memory_bytes=2**18)
     with pytest.raises(ValueError, match="groups: 'prior' needs key="):
         draws.to_datatree(["prior"])
@@ -97,5 +97,5 @@ def test_bad_input_gets_one_sentence(draws, key):
         draws.to_datatree(["energy"])
     with pytest.raises(TypeError, match="groups must be 'all' or a list"):
         draws.to_datatree("posterior")
-    with pytest.raises(ValueError, match="'predictions' needs predictions=draws.predict"):
+    with pytest.raises(ValueError, match=r"'predictions' needs predictions=draws.predict"):
         draws.to_datatree(["predictions"])
