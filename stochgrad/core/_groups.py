@@ -43,7 +43,9 @@ class Groups:
         store: str | Path | None = None,
     ):
         self.draws, self.fresh = draws, fresh
-        self.key = None if key is None else check_key(key) or key
+        if key is not None:
+            check_key(key)
+        self.key: Any = key
         self.prior_draws = check_count("prior_draws", prior_draws)
         self.memory_bytes = memory_bytes
         self.store = None if store is None else check_path("store", store)

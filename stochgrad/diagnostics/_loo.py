@@ -143,13 +143,13 @@ def summed_log_likelihood(
         memory_bytes: Memory for the work.
     """
     lead = draws.num_chains, draws.num_draws
-    total = np.zeros((*lead, int(groups.max()) + 1))
+    total = np.zeros((int(groups.max()) + 1, *lead))
     at_once = max(memory_bytes // (16 * lead[0] * lead[1]), 1)
     for start in range(0, len(groups), at_once):
         rows = np.arange(start, min(start + at_once, len(groups)))
         some = site_values(draws.log_likelihood(rows=rows, memory_bytes=memory_bytes), var_name)
-        np.add.at(total, (slice(None), slice(None), groups[rows]), some)
-    return total
+        np.add.at(total, groups[rows], np.moveaxis(some, -1, 0))
+    return np.moveaxis(total, 0, -1)
 
 
 def group_numbers(groups: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -180,7 +180,8 @@ def _psis(log_likelihood: np.ndarray) -> _Psis:
     likelihood = np.exp(values - values.max((1, 2), keepdims=True))
     efficiency = array_stats.ess(likelihood, method="mean", relative=True)
     efficiency = float(np.clip(np.nanmean(efficiency), 1e-3, 1.0))
-    return _Psis(*map(np.asarray, array_stats.loo(values, r_eff=efficiency)), values[0].size)
+    elpd, pareto_k, parameters = map(np.asarray, array_stats.loo(values, r_eff=efficiency))
+    return _Psis(elpd, pareto_k, parameters, values[0].size)
 
 
 def _corrected(
