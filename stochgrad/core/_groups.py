@@ -158,11 +158,22 @@ class Groups:
     def _of_prior(self, wanted: Callable[[str], bool]) -> "xarray.Dataset":
         if not self._prior:
             simulate: Any = self._of.simulate
+            self._check_fits(simulate)
             keys = jax.random.split(jax.random.fold_in(self.key, 1), self.prior_draws)
             drawn = jax.lax.map(simulate, keys, batch_size=32)
             self._prior = {name: np.asarray(value)[None] for name, value in drawn.items()}
         values = {name: value for name, value in self._prior.items() if wanted(name)}
         return self._dataset(values, ("chain", "draw"), prior=True)
+
+    def _check_fits(self, simulate: Callable) -> None:
+        """Draws from the prior are of all rows at once."""
+        one = jax.tree.leaves(jax.eval_shape(simulate, self.key))
+        need = self.prior_draws * sum(x.size * x.dtype.itemsize for x in one)
+        if need > self.memory_bytes:
+            raise ValueError(
+                f"memory_bytes must be at least {need:,}, what {self.prior_draws} draws from the "
+                f"prior take, got {self.memory_bytes:,}: raise it, or take fewer (prior_draws=)."
+            )
 
     def _space(self, name: str) -> dict[str, Any]:
         store = None if self.store is None else self.store / name

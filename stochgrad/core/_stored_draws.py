@@ -168,5 +168,5 @@ def zarr_library() -> Any:
     try:
         import zarr
     except ImportError as error:
-        raise ImportError("store needs zarr: pip install 'stochgrad[store]'.") from error
+        raise ImportError("store needs zarr: pip install zarr.") from error
     return zarr

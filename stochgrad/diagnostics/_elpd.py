@@ -62,6 +62,8 @@ def elpd_data(
             "scale": "log",
             "good_k": good,
         }
+        if pareto_k is None:
+            del entries["pareto_k"]
         return arviz.ELPDData(list(entries.values()), list(entries))
     common = {
         "elpd": elpd,

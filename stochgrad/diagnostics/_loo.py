@@ -52,9 +52,9 @@ def loo(
     models of the same data get the same rows from the same ``seed``, so that most of what the
     subset leaves open cancels in their difference.
 
-    A step size that is too large widens the draws; elpd then is that of a posterior as wide as
-    they are, and is biased by about half the relative excess of the variances for each parameter
-    that the data determine. The verdict of the draws bounds that excess.
+    A step size that is too large widens the draws, and elpd falls by about the relative excess of
+    their variances times the effective number of parameters. The verdict of the draws bounds that
+    excess.
 
     Args:
         draws: Draws of a posterior with rows.
@@ -143,13 +143,13 @@ def summed_log_likelihood(
         memory_bytes: Memory for the work.
     """
     lead = draws.num_chains, draws.num_draws
-    total = np.zeros((*lead, int(groups.max()) + 1))
+    total = np.zeros((int(groups.max()) + 1, *lead))
     at_once = max(memory_bytes // (16 * lead[0] * lead[1]), 1)
     for start in range(0, len(groups), at_once):
         rows = np.arange(start, min(start + at_once, len(groups)))
         some = site_values(draws.log_likelihood(rows=rows, memory_bytes=memory_bytes), var_name)
-        np.add.at(np.moveaxis(total, -1, 0), groups[rows], np.moveaxis(some, -1, 0))
-    return total
+        np.add.at(total, groups[rows], np.moveaxis(some, -1, 0))
+    return np.moveaxis(total, 0, -1)
 
 
 def group_numbers(groups: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
