@@ -77,7 +77,8 @@ def by_rows(
             f"memory_bytes must be at least {need:,}, for one draw and {rows} rows, got "
             f"{memory_bytes:,}."
         )
-    at_once = min(memory_bytes // need, draws)
+    at_once = memory_bytes // (2 * need)  # host and device may be one
+    at_once = min(max(at_once // _DRAWS * _DRAWS or at_once, 1), draws)
     at_once = -(-at_once // len(devices)) * len(devices)
     run = _in_bulk(function, Mesh(np.array(devices), ("draw",)) if len(devices) > 1 else None)
     with _results(sites, (chains, draws), index, memory_bytes, store, group) as results:

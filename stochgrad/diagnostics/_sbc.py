@@ -65,7 +65,9 @@ class SBC(NamedTuple):
             )
             for name, ranks in self.ranks.items()
         }
-        return xarray.DataTree.from_dict({"prior_sbc": xarray.Dataset(variables)})
+        group = xarray.Dataset(variables)
+        coords = {dim: np.arange(size) for dim, size in group.sizes.items()}
+        return xarray.DataTree.from_dict({"prior_sbc": group.assign_coords(coords)})
 
 
 def sbc(

@@ -183,3 +183,28 @@ def test_over_several_devices():
         assert draws.predict(jax.random.key(1))["y"].shape == (t.CHAINS, t.DRAWS, t.N)
         """,
     )
+
+
+@pytest.mark.slow
+def test_memory_stays_under_what_is_allowed(tmp_path):
+    """640 MB of predictions, and 500 rows of as many likelihoods, in 64 MB each."""
+    run_on_devices(
+        1,
+        f"""
+        import resource, arviz, jax, jax.numpy as jnp, numpy as np, stochgrad
+        from tests.core import test_after_draws as t
+
+        def peak():
+            return 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        x = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
+        draws = t.draws_of(t.target(data={{"x": x, "y": x}}, batch_size=1000), 400)
+        stochgrad.diagnostics.loo(draws[:20], rows=10)
+        draws[:2].predict(jax.random.key(1), rows=np.arange(5000))
+        before, most = peak(), 2**26
+        stochgrad.diagnostics.loo(draws, rows=500, memory_bytes=most)
+        assert peak() - before < most, peak() - before
+        draws.predict(jax.random.key(1), store={str(tmp_path / "rows")!r}, memory_bytes=most)
+        assert peak() - before < most, peak() - before
+        """,
+    )
