@@ -295,6 +295,30 @@ def test_through_numpyros_mcmc():
     assert predictions["logits"].shape == (3, N)
 
 
+@pytest.mark.filterwarnings("ignore:minibatch noise")  # a run for its shapes
+def test_kernels_take_the_names_of_the_rows():
+    """A table that is as long as the data by chance."""
+
+    def looked_up(g, y, table):
+        a = mean()
+        with numpyro.plate("rows", len(y)):
+            observe(a + table[g], y)
+
+    table = np.ones(N, np.float32)
+    kernel = stochgrad.numpyro.SGLD(looked_up, step_size=1e-4, batch_size=B, rows=["g", "y"])
+    run = MCMC(kernel, num_warmup=0, num_samples=2, progress_bar=False)
+    run.run(jax.random.key(0), G, Y, table)
+    assert kernel.settings["rows"] == ["g", "y"]
+    target = stochgrad.numpyro.to_draws(run).posterior
+    np.testing.assert_allclose(
+        target.observations().log_likelihood(
+            {"a": jnp.zeros(())}, target.batches.take(np.arange(5))
+        )["y"],
+        dist.Normal(1.0, 1.0).log_prob(Y[:5]),
+        rtol=1e-4,
+    )
+
+
 def per_group(x, y, g, u):
     a = mean()
     with numpyro.plate("rows", len(y)):

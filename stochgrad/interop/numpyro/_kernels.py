@@ -12,13 +12,14 @@ from stochgrad.sgmcmc import cyclical, psgld, replica_exchange, sghmc, sgld, sgn
 _OPTIONS = """
 
     Args:
-        model: A numpyro model with a subsampled plate.
+        model: A numpyro model; ``batch_size`` subsamples its plate of observations where it does
+            not itself.
         {settings}
         **options: ``gradient``, one of ``"minibatch"`` (the default), ``"control_variate"`` (whose
-            center is found first), ``"svrg"`` and ``"saga"``; ``batch_size``, ``order`` and
-            ``layout`` as in ``stochgrad.from_numpyro``; ``num_steps``, steps of the kernel per
-            iteration of ``MCMC``, 1 by default; ``share_batches`` as in ``stochgrad.sample``, with
-            ``chain_method="vectorized"``.
+            center is found first), ``"svrg"`` and ``"saga"``; ``batch_size``, ``rows``,
+            ``order`` and ``layout`` as in ``stochgrad.from_numpyro``; ``num_steps``, steps of the
+            kernel per iteration of ``MCMC``, 1 by default; ``share_batches`` as in
+            ``stochgrad.sample``, with ``chain_method="vectorized"``.
 
     Raises:
         ValueError: as the functions it stands for do, when ``MCMC`` runs.

@@ -1,6 +1,6 @@
 """What the SG-MCMC kernels for ``numpyro.infer.MCMC`` have in common: all but the dynamics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple, get_args
 
@@ -75,6 +75,7 @@ class SGKernel(MCMCKernel):
         tuned: bool = False,
         gradient: GradientName = "minibatch",
         batch_size: int | Mapping[str, int] | None = None,
+        rows: str | Sequence[str] | None = None,
         order: Order = "reshuffled",
         layout: Layout = "blocks",
         num_steps: int = 1,
@@ -93,7 +94,12 @@ class SGKernel(MCMCKernel):
                 "numpyro's MCMC does not bring the next rows into memory."
             )
         self.tuning: Tuning | None = None
-        self._options = {"batch_size": batch_size, "order": order, "layout": layout}
+        self._options = {
+            "batch_size": batch_size,
+            "rows": rows,
+            "order": order,
+            "layout": layout,
+        }
         self._num_steps = check_count("num_steps", num_steps)
         self._share_batches = check_flag("share_batches", share_batches)
         self._sample_fn: Callable | None = None
