@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stochgrad.core._checks import check_path
+from stochgrad.core._datatree import dotted, tree_names
 from stochgrad.core._jit import hoisted_jit, remembered
 from stochgrad.core._observations import Observations
 from stochgrad.core._stored_draws import StoredArray, open_root, quiet, zarr_library
@@ -95,7 +96,11 @@ def by_rows(
     if store is None:
         return results
     path = check_path("store", store)
-    return {name: StoredArray(open_root(path)[f"{group}/{name}"], path) for name in sites}
+    stored = open_root(path)[group]
+    return {
+        name: StoredArray(stored[file_name], path)
+        for name, file_name in zip(sites, tree_names(sites), strict=True)
+    }
 
 
 class _Site(NamedTuple):
@@ -112,9 +117,9 @@ class _Site(NamedTuple):
         if axis is not None:
             assert shape[axis] == rows, f"{name} has shape {shape} on {rows} rows"
             shape[axis] = size
-        known = observations.dims_of(name)
-        more = (f"{name}_dim_{i}" for i in range(len(known), len(shape)))
-        return cls(tuple(shape), one.dtype, (*known, *more), axis)
+        dims = observations.dims_of(name)
+        dims = (*dims, *(f"{name}_dim_{i}" for i in range(len(dims), len(shape))))
+        return cls(tuple(shape), one.dtype, tuple(map(dotted, dims)), axis)
 
     def put(self, result: Any, where: tuple[int, slice], start: int, value: np.ndarray) -> None:
         """The results of a block of draws and of rows, whose last may be there several times."""
@@ -197,7 +202,10 @@ def _results(
             made = root.create_group(group)
             for dim, values in _coordinates(sites, lead, index).items():
                 made.create_array(dim, data=values, dimension_names=(dim,))
-            yield {name: _stored(made, name, site, lead) for name, site in sites.items()}
+            yield {
+                name: _stored(made, file_name, site, lead)
+                for (name, site), file_name in zip(sites.items(), tree_names(sites), strict=True)
+            }
             zarr_library().consolidate_metadata(root.store)
         part.rename(path)
     except OSError as error:

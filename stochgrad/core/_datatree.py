@@ -68,8 +68,8 @@ def groups(
     posterior, values = draws.posterior, draws.constrained()
     named = tree_names(values)
     own = None if draws.collected else posterior
-    known = {name: tuple(map(_dotted, ds)) for name, ds in own.dims.items()} if own else {}
-    labels = {} if posterior is None else {_dotted(d): c for d, c in posterior.coords.items()}
+    known = {name: tuple(map(dotted, ds)) for name, ds in own.dims.items()} if own else {}
+    labels = {} if posterior is None else {dotted(d): c for d, c in posterior.coords.items()}
     chosen = _chosen_dims(dims, values)
 
     variables = {}
@@ -113,7 +113,7 @@ def tree_names(variables: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: two variables have one name, or one has a name that no file can have.
     """
-    names = [_dotted(name) for name in variables]
+    names = [dotted(name) for name in variables]
     _check_unique(names)
     for name in names:
         if "\0" in name or len(name.encode()) > 200:
@@ -129,7 +129,7 @@ def stats_names(stats: Iterable[str]) -> dict[str, str]:
     stats = list(stats)
     names = {name: _STATS_NAMES.get(name, name) for name in stats}
     counts = Counter(names.values())
-    return {name: other if counts[other] == 1 else _dotted(name) for name, other in names.items()}
+    return {name: other if counts[other] == 1 else dotted(name) for name, other in names.items()}
 
 
 def to_datatree(
@@ -184,7 +184,7 @@ def _free(dim: str, taken: Container[str]) -> str:
     return dim
 
 
-def _dotted(name: str) -> str:
+def dotted(name: str) -> str:
     """A name that xarray and zarr have room for."""
     name = str(name).replace("/", ".") or "x"
     return f"{name}_" if name in _RESERVED else name
@@ -205,7 +205,7 @@ def _chosen_dims(dims: Any, values: Mapping[str, Any]) -> dict[str, list[str]]:
         return {}
     if not isinstance(dims, Mapping):
         raise TypeError(f"dims must be a mapping from variables to names, got {describe(dims)}.")
-    sites = {_dotted(site): site for site in values}
+    sites = {dotted(site): site for site in values}
     chosen = {}
     for name, own in dims.items():
         site = name if name in values else sites.get(name)

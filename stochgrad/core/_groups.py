@@ -10,7 +10,7 @@ import numpy as np
 from stochgrad.core._after_draws import log_likelihoods, log_priors, observations_of, predictions
 from stochgrad.core._by_rows import ROWS
 from stochgrad.core._checks import check_count, check_key, check_path, describe
-from stochgrad.core._datatree import tree_names, unconstrained_group
+from stochgrad.core._datatree import dotted, tree_names, unconstrained_group
 from stochgrad.core._observations import Observations
 
 if TYPE_CHECKING:
@@ -121,7 +121,11 @@ class Groups:
         import xarray
 
         assert self._of.constants is not None
-        return xarray.Dataset(tree_names(self._of.constants()))
+        constants = {
+            name: (tuple(map(dotted, dims)), value)
+            for name, (dims, value) in self._of.constants().items()
+        }
+        return xarray.Dataset(tree_names(constants))
 
     def log_prior(self) -> "xarray.Dataset":
         values = log_priors(self.draws, self.memory_bytes)
@@ -197,10 +201,10 @@ class Groups:
         of, own = self._of, self.draws.posterior
         variables: dict[str, Any] = {}
         for (site, value), name in zip(values.items(), tree_names(values), strict=True):
-            known = of.dims.get(site, ()) if prior else of.dims_of(site)
-            first = known[: value.ndim - len(lead)]
-            more = range(len(first), value.ndim - len(lead))
-            dims = (*lead, *first, *(f"{name}_dim_{i}" for i in more))
+            names = of.dims.get(site, ()) if prior else of.dims_of(site)
+            own_dims = tuple(map(dotted, names))[: value.ndim - len(lead)]
+            more = range(len(own_dims), value.ndim - len(lead))
+            dims = (*lead, *own_dims, *(f"{name}_dim_{i}" for i in more))
             variables[name] = (dims, value)
         sizes = {d: n for dims, v in variables.values() for d, n in zip(dims, v.shape, strict=True)}
         coords: dict[str, Any] = {dim: np.arange(size) for dim, size in sizes.items()}

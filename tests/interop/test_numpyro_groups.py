@@ -99,3 +99,21 @@ def test_bad_input_gets_one_sentence(draws, key):
         draws.to_datatree("posterior")
     with pytest.raises(ValueError, match=r"'predictions' needs predictions=draws.predict"):
         draws.to_datatree(["predictions"])
+
+
+def test_names_with_a_slash_have_a_place_in_every_group(key, tmp_path):
+    """numpyro's ``scope`` makes them, and neither xarray nor zarr has room for one."""
+    scoped = numpyro.handlers.scope(model, prefix="part")
+    draws = stochgrad.sample(
+        key, stochgrad.sgld(stochgrad.from_numpyro(scoped, X, Y), 1e-6), num_samples=3
+    )
+    assert draws.predict(key)["part/y"].shape == (1, 3, N)
+    tree = draws.to_datatree("all", key=key, prior_draws=4)
+    stored = draws.to_datatree(["log_likelihood"], store=tmp_path / "rows")
+    for name in ("observed_data", "log_likelihood", "posterior_predictive", "prior_predictive"):
+        assert list(tree[name].data_vars) == ["part.y"]
+    np.testing.assert_array_equal(
+        stored["log_likelihood"]["part.y"], tree["log_likelihood"]["part.y"]
+    )
+    values = draws.log_likelihood(store=tmp_path / "again")["part/y"]
+    np.testing.assert_array_equal(values[:], tree["log_likelihood"]["part.y"])
