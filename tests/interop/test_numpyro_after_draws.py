@@ -116,6 +116,23 @@ def test_predictions_have_the_law_of_numpyros_own(kind, key):
     assert np.abs(moved / values["s"][..., None]).max() < 5.5
 
 
+def test_other_observations_give_the_density_of_a_model_that_has_them(kind, key):
+    """What simulated data are sampled given: the posterior as if they had been passed."""
+    model, draws = kind
+    target, other = draws.posterior, (Y + 1.0).astype(np.float32)
+    whole = target.batches.batch_size >= target.batches.size
+    options = {"order": "full"} if whole else {"batch_size": 50}
+    expected = stochgrad.from_numpyro(model, X, G, other, **options)
+    log_density = target.observations().given({"y": jnp.asarray(other)})
+    position = jax.tree.map(lambda x: x[0, 0], draws.positions)
+    state = target.batches.init(key)
+    for _ in range(3):
+        batch, state = target.batches.next(state)
+        np.testing.assert_allclose(
+            log_density(position, batch), expected.log_density(position, batch), rtol=1e-5
+        )
+
+
 def test_one_key_gives_one_prediction_at_any_memory(key):
     draws = run(subsampled, X, G, Y)
     whole = draws.predict(key)["y"]

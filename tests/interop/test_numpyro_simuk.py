@@ -38,7 +38,6 @@ def test_both_find_uniform_ranks(key):
         sample_kwargs={"num_warmup": 50, "num_samples": 99, "num_chains": 1},
         data_dir=data,
         seed=1,
-        progress_bar=False,
     )
     witness.run_simulations()
     ranks = np.ravel(witness.simulations["prior_sbc"]["b"])
