@@ -158,18 +158,34 @@ def warm_up(
     place = Place(best.mean, best.precision, pool[:num_chains], first.unravel, pool)
 
     windows: list[Window] = []
+    before: Place | None = None
     length = _FIRST_LENGTH
     for i in range(max_windows):
         if time.perf_counter() - begun > limit:
             break
         window = jax.random.fold_in(window_key, i)
-        place, found = run_window(kernel_at, place, window, length, _MOST_STEPS)
+        try:
+            following, found = run_window(kernel_at, place, window, length, _MOST_STEPS)
+        except ValueError as error:  # where chains went astray their mean is no center
+            if before is None:
+                raise
+            report(f"window {i + 1}: back to where the one before began ({error})")
+            place, before = before, None
+            continue
+        before, place = place, following
         windows.append(found)
         report(f"window {i + 1}: {found}")
         if found.settled:
             break
         length *= 2
-    tuned = kernel_at(place, last_key, 1.0)
+    settled = bool(windows) and windows[-1].settled
+    try:
+        tuned = kernel_at(place, last_key, 1.0)
+    except ValueError:
+        if before is None:
+            raise
+        place, settled = before, False
+        tuned = kernel_at(place, last_key, 1.0)
     return WarmUp(
         kernel=tuned.kernel,
         starts=place.positions,
@@ -177,7 +193,7 @@ def warm_up(
         center=place.center,
         precision=place.precision,
         windows=tuple(windows),
-        settled=bool(windows) and windows[-1].settled,
+        settled=settled,
         approximation=first,
         step_size=tuned.step_size,
         seconds=time.perf_counter() - begun,

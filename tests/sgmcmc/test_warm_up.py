@@ -8,6 +8,7 @@ import numpyro.distributions as dist
 import pytest
 
 import stochgrad
+from stochgrad.sgmcmc import _warm_up
 
 RNG = np.random.default_rng(0)
 # a regression on raw columns: condition 1e7 of the posterior covariance
@@ -107,6 +108,34 @@ def test_a_warm_up_that_ends_early_says_so():
     tuned = stochgrad.warm_up(target, jax.random.key(0), max_windows=1, num_chains=2)
     assert not tuned.settled
     assert "has not settled after 1 windows" in tuned.reasons[0]
+
+
+def test_a_window_whose_mean_is_no_center_is_run_again(monkeypatch):
+    """Chains far astray have a mean where the density is zero; that ended the run."""
+    target = stochgrad.posterior(
+        lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), batch_size=9
+    )
+    run_window, places, lines = _warm_up.run_window, [], []
+
+    def astray(kernel_at, place, *rest):
+        places.append(place)
+        if len(places) == 2:
+            raise ValueError("center must be where the log density is finite, got -inf.")
+        following, found = run_window(kernel_at, place, *rest)
+        return following, found._replace(rhat=2.0 if len(places) == 1 else found.rhat)
+
+    monkeypatch.setattr(_warm_up, "run_window", astray)
+    options = {"init": jnp.float32(0.0), "report": lines.append}
+    assert stochgrad.warm_up(target, jax.random.key(0), **options).settled
+    assert places[2] is places[0]
+    assert any("back to where the one before began (center must be" in line for line in lines)
+
+    def steep(*_):
+        raise ValueError("steep")
+
+    monkeypatch.setattr(_warm_up, "run_window", steep)
+    with pytest.raises(ValueError, match="steep"):
+        stochgrad.warm_up(target, jax.random.key(0), **options)
 
 
 def test_no_start_is_refused():
