@@ -66,13 +66,13 @@ def by_rows(
 
     first = block(0)
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf[0, 0]), positions)
-    shapes = jax.eval_shape(function, key, one, first)
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(key, one, first)
     sites = {
         name: _Site.of(name, shape, observations, rows, len(index))
         for name, shape in shapes.items()
     }
     devices = jax.local_devices()
-    need = max(_bytes_of(jax.make_jaxpr(function)(key, one, first).jaxpr), 1)
+    need = max(_bytes_of(program.jaxpr), 1)
     if need > memory_bytes:
         raise ValueError(
             f"memory_bytes must be at least {need:,}, for one draw and {rows} rows, got "

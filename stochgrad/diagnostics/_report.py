@@ -40,7 +40,6 @@ from stochgrad.diagnostics._report_numbers import (
 
 _SHOWN, _PREDICTIVE_DRAWS, _LOO_DRAWS, _LOO_ROWS = 12, 100, 4000, 200
 _LOO_POINTS = 20_000
-_NO_CHAIN = "no chain is finite to the end."
 _PACKAGES = ("stochgrad", "jax", "jaxlib", "numpy", "numpyro", "blackjax", "arviz", "arviz-stats")
 
 
@@ -139,8 +138,7 @@ def _part(make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _usable(draws: Draws) -> Scalars:
-    if not draws.num_draws or not np.any(draws.first_bad < 0):
-        raise ValueError(_NO_CHAIN)
+    _check_finite(draws)
     if not jax.tree.leaves(draws.positions):
         raise ValueError("the run kept no draws, but a summary of them (draws.summary).")
     of = scalars(draws)
@@ -218,7 +216,7 @@ def _of_predictions(draws: Draws, key: Any, rows: int) -> dict[str, Any]:
 
 def _check_finite(draws: Draws) -> None:
     if not draws.num_draws or not np.any(draws.first_bad < 0):
-        raise ValueError(_NO_CHAIN)
+        raise ValueError("no chain is finite to the end.")
 
 
 def _of_loo(draws: Draws) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
 from numpyro.infer.util import log_density as numpyro_log_density
+from numpyro.primitives import Messenger
 
 from stochgrad.core import Observations, Rows
 from stochgrad.interop.numpyro._arguments import (
@@ -23,6 +24,7 @@ from stochgrad.interop.numpyro._explain import UnknownValue, explained
 from stochgrad.interop.numpyro._handler import all_rows, give_rows, into_scan
 from stochgrad.interop.numpyro._inspect import check_values, mid_support
 from stochgrad.interop.numpyro._row_arguments import RowArguments, give_row_arguments
+from stochgrad.interop.numpyro._rows import own_log_density
 from stochgrad.interop.numpyro._sites import batch_dims, batch_shape, is_factor
 
 
@@ -192,14 +194,14 @@ def _observations(of: _Model) -> Observations:
     def log_likelihood(position, batch):
         trace = of.sites(of.change(position), batch, jax.random.key(0))  # for what is not given
         return {
-            name: _log_prob(site)
+            name: own_log_density(site)
             for name, site in trace.items()
             if site["type"] == "sample" and site["is_observed"]
         }
 
     def log_prior(position):
         trace = of.sites(of.change(position), of.take(np.arange(1)))
-        return {name: _log_prob(site) for name, site in trace.items() if name in of.latent}
+        return {name: own_log_density(site) for name, site in trace.items() if name in of.latent}
 
     def predict(key, position, batch):
         trace = of.sites(of.change(position), batch, key, anew=True)
@@ -274,7 +276,7 @@ class _observe_anew(handlers.uncondition):
         super().process_message(msg)
 
 
-class _observe(handlers.block):
+class _observe(Messenger):
     """Let a model observe other values than it does, of the rows of a minibatch.
 
     Args:
@@ -286,7 +288,7 @@ class _observe(handlers.block):
 
     def __init__(self, fn: Callable, values: Mapping[str, Any], index: Any, axes: Mapping):
         self.values, self.index, self.axes = values, index, axes
-        super().__init__(fn, hide_fn=lambda site: False)
+        super().__init__(fn)
 
     def process_message(self, msg: Any) -> None:
         if msg["type"] == "control_flow":
@@ -298,18 +300,13 @@ class _observe(handlers.block):
             msg["value"] = value
 
 
-class _count_plates(handlers.block):
+class _count_plates(Messenger):
     """Note the sizes of a model's plates."""
 
     def __init__(self, fn: Callable, sizes: dict[str, int]):
         self.sizes = sizes
-        super().__init__(fn, hide_fn=lambda site: False)
+        super().__init__(fn)
 
     def process_message(self, msg: Any) -> None:
         if msg["type"] == "plate":
             self.sizes[msg["name"]] = msg["args"][0]
-
-
-def _log_prob(site: Any) -> jax.Array:
-    extra = (site["intermediates"],) if site["intermediates"] else ()
-    return jnp.asarray(site["fn"].log_prob(site["value"], *extra))

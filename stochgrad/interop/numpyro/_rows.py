@@ -62,9 +62,14 @@ def site_densities(
 
 def scaled_log_density(site: Any) -> Array:
     """The log densities of a traced site, entry by entry, scaled as it is."""
-    extra = (site["intermediates"],) if site["intermediates"] else ()
-    terms = jnp.asarray(site["fn"].log_prob(site["value"], *extra))
+    terms = own_log_density(site)
     return terms if site["scale"] is None else site["scale"] * terms
+
+
+def own_log_density(site: Any) -> Array:
+    """The log densities of a traced site, entry by entry, without its scale."""
+    extra = (site["intermediates"],) if site["intermediates"] else ()
+    return jnp.asarray(site["fn"].log_prob(site["value"], *extra))
 
 
 def is_supported(site: Any) -> Any:

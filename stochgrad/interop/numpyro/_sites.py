@@ -95,16 +95,14 @@ def _without_event(site: Any) -> tuple[int, ...]:
 
 def as_site(site: Any) -> Site:
     fn, own = site["fn"], own_distribution(site["fn"])
-    value = _without_event(site)
-    shape = np.broadcast_shapes(tuple(fn.batch_shape), value)
     kind = "factor" if is_factor(site) else "observed" if site["is_observed"] else "latent"
     plates = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
     return Site(
         kind,
-        shape,
+        batch_shape(site),
         tuple(own.batch_shape),
         tuple(fn.batch_shape),
-        value,
+        _without_event(site),
         plates,
         site.get("_control_flow_done", False),
     )
