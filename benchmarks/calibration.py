@@ -26,7 +26,7 @@ def slopes():
 
 
 def rows(x, y):
-    """The plate's rows of a model's data; None where nothing is observed yet."""
+    """The plate's rows of what is given and of what is observed."""
     return numpyro.subsample(x, x.ndim - 1), numpyro.subsample(y, 0)
 
 

@@ -9,12 +9,9 @@ from stochgrad.core._arrays import as_data as as_data
 from stochgrad.core._arrays import check_array as check_array
 from stochgrad.core._arrays import check_finite as check_finite
 from stochgrad.core._arrays import data_rows as data_rows
-from stochgrad.core._batches import Batch as Batch
 from stochgrad.core._batches import BatchState as BatchState
 from stochgrad.core._batches import Layout as Layout
 from stochgrad.core._batches import Order as Order
-from stochgrad.core._batches import Partition as Partition
-from stochgrad.core._batches import Rows as Rows
 from stochgrad.core._batches import check_batch_size as check_batch_size
 from stochgrad.core._batches import check_no_mesh as check_no_mesh
 from stochgrad.core._batches import check_order as check_order
@@ -61,6 +58,9 @@ from stochgrad.core._open_draws import open_draws as open_draws
 from stochgrad.core._orders import ORDERS as ORDERS
 from stochgrad.core._orders import is_balanced as is_balanced
 from stochgrad.core._orders import permuted as permuted
+from stochgrad.core._partition import Batch as Batch
+from stochgrad.core._partition import Partition as Partition
+from stochgrad.core._partition import Rows as Rows
 from stochgrad.core._posterior import joint_density as joint_density
 from stochgrad.core._posterior import posterior as posterior
 from stochgrad.core._protocols import Anchored as Anchored

@@ -1,21 +1,21 @@
-"""Minibatches: the rows that an order visits, where they lie, and how they are weighted."""
+"""Minibatches: streams of rows in the orders that visit them, and how they are weighted."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree, UInt32
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree, UInt32
 
 from stochgrad.core._arrays import as_data, data_rows
 from stochgrad.core._checks import check_choice, check_instance, describe
-from stochgrad.core._distributed import put_global
 from stochgrad.core._noise import key_words
 from stochgrad.core._orders import ORDERS, is_balanced, permuted
+from stochgrad.core._partition import Batch, Partition, Rows, numbered_rows, taken
 from stochgrad.core._protocols import Batches, Blocks, PRNGKey
 from stochgrad.core._stream import Source, Stream
 from stochgrad.core._trees import Shared, block_of
@@ -23,101 +23,12 @@ from stochgrad.core._trees import Shared, block_of
 Order: TypeAlias = Literal["iid", "reshuffled", "symmetric", "full", "streamed"]
 Layout: TypeAlias = Literal["blocks", "rows"]
 
-_PARTITION_SEED = 20130101
-
 
 class BatchState(NamedTuple):
     """The state of a stream: its own key, and how many minibatches it has handed out."""
 
     words: Shared  # of a UInt32[Array, "2"], optional: chains may hold one each
     count: Shared  # of a UInt32[Array, ""]
-
-
-class Rows(NamedTuple):
-    """Which rows a minibatch holds.
-
-    Attributes:
-        block: Number of the block, or None where the rows do not lie side by side.
-        index: Numbers of the rows in the data as they came; padding repeats rows of weight zero.
-        weight: What each row counts for: the number of minibatches in an epoch, zero for padding.
-        resident: The super-block of streamed arrays that ``block`` is a slice of.
-    """
-
-    block: Int[Array, ""] | None
-    index: Int[Array, " batch"]
-    weight: Float[Array, ""] | Float[Array, " batch"]
-    resident: PyTree = None
-
-
-class Batch(NamedTuple):
-    """Rows of the data and their weights."""
-
-    data: PyTree[Array]
-    weight: Float[Array, ""] | Float[Array, " batch"]
-
-
-class Partition(NamedTuple):
-    """A fixed random partition of ``range(size)`` into blocks of ``batch_size``.
-
-    Attributes:
-        order: Row numbers in the order of the blocks, padded at the end to whole blocks.
-        size: Number of rows.
-        batch_size: Rows of a block.
-        mesh: Devices to spread the rows of each block over, along the mesh's axis ``"data"``.
-    """
-
-    order: np.ndarray
-    size: int
-    batch_size: int
-    mesh: Mesh | None = None
-
-    @classmethod
-    def random(cls, size: int, batch_size: int, mesh: Mesh | None = None) -> "Partition":
-        """Split ``range(size)`` at random, the same way each time."""
-        order = np.random.default_rng(_PARTITION_SEED).permutation(size).astype(np.int32)
-        return cls(np.resize(order, -(-size // batch_size) * batch_size), size, batch_size, mesh)
-
-    def lay_out(self, leaf: Any, axis: int = 0) -> Array:
-        """A copy of an array in which every block is a contiguous slice along ``axis``.
-
-        With a mesh the axis becomes two, of the blocks and of the rows in each.
-        """
-        with jax.ensure_compile_time_eval():
-            if self.mesh is not None:
-                axis %= np.ndim(leaf)
-                rows = np.take(np.asarray(leaf), self.order, axis=axis)
-                shape = (*rows.shape[:axis], -1, self.batch_size, *rows.shape[axis + 1 :])
-                spec = PartitionSpec(*(None,) * (axis + 1), "data")
-                return put_global(rows.reshape(shape), NamedSharding(self.mesh, spec))
-            if isinstance(leaf, jax.Array):
-                return jnp.take(leaf, self.order, axis=axis)
-            return jnp.asarray(np.take(np.asarray(leaf), self.order, axis=axis))
-
-    def fetch(self, laid_out: Any, block: Any, axis: int = 0) -> Array:
-        """One block of an array that ``lay_out`` made."""
-        if self.mesh is not None:
-            where = axis if axis >= 0 else axis - 1
-            return lax.dynamic_index_in_dim(laid_out, block, where, keepdims=False)
-        return block_of(laid_out, block, self.batch_size, axis)
-
-    def rows(self, block: Any) -> Array:
-        """Numbers of a block's rows."""
-        return block_of(self.order, block, self.batch_size)
-
-    def take(self, laid_out: PyTree) -> Callable[[np.ndarray], Batch]:
-        """What gives rows by their numbers, of arrays that ``lay_out`` made."""
-
-        @cache
-        def places():
-            return np.unique(self.order, return_index=True)[1]
-
-        def take(index):
-            where = places()[index]
-            if self.mesh is not None:
-                where = where // self.batch_size, where % self.batch_size
-            return _taken(laid_out, where)
-
-        return take
 
 
 def row_batches(
@@ -129,9 +40,9 @@ def row_batches(
 ) -> tuple[Batches, Partition | None]:
     """A stream of ``Rows``, and the partition that its blocks refer to."""
     check_order(order, layout)
-    full: Any = _numbered_rows(np.arange(size))
+    full: Any = numbered_rows(np.arange(size))
     if mesh is None and (order == "full" or batch_size == size):
-        return _whole(full, size, _numbered_rows), None
+        return _whole(full, size, numbered_rows), None
     mesh = _checked(mesh, batch_size, layout)
     num_batches = -(-size // batch_size)
     visit = partial(_visit, ORDERS["reshuffled" if order == "full" else order], num_batches)
@@ -153,7 +64,7 @@ def row_batches(
             return block, following
 
         blocks = Blocks(num_batches, next_block, at)
-        return _numbered(full, size, batch_size, order, blocks, _numbered_rows, mesh), partition
+        return _numbered(full, size, batch_size, order, blocks, numbered_rows, mesh), partition
 
     def next_rows(state):
         block, permutation, following = visit(state)
@@ -172,7 +83,7 @@ def row_batches(
         batch_size=batch_size,
         order=order,
         balanced=is_balanced(order),
-        take=_numbered_rows,
+        take=numbered_rows,
     ), None
 
 
@@ -202,7 +113,7 @@ def data_batches(
     with jax.ensure_compile_time_eval():
         full = Batch(jax.tree.map(jnp.asarray, data), jnp.float32(1))
     data = full.data
-    take = partial(_taken, data)
+    take = partial(taken, data)
     if rows.batch_size == size:
         return _whole(full, size, take)
     if partition is not None:
@@ -271,7 +182,7 @@ def streamed_rows(sources: PyTree, size: int, batch_size: int, resident_bytes: i
 
     def take(index):
         read = jax.tree.map(lambda s: s.rows(index), sources, is_leaf=lambda x: type(x) is Source)
-        return _numbered_rows(index, read)
+        return numbered_rows(index, read)
 
     return Batches(
         init=stream.init,
@@ -353,16 +264,6 @@ def _visit(order, num_batches: int, state: BatchState):
     visit = order(count, num_batches)
     block = permuted(words, visit.permutation, visit.slot, num_batches)
     return block, visit.permutation, state._replace(count=Shared(count + np.uint32(1)))
-
-
-def _numbered_rows(index: Any, resident: PyTree = None) -> Rows:
-    """The rows with these numbers, each of weight one."""
-    block: Any = None if resident is None else np.int32(0)
-    return Rows(block, np.asarray(index, np.int32), np.float32(1), resident)  # pyright: ignore
-
-
-def _taken(data: PyTree, index: Any) -> Batch:
-    return Batch(jax.tree.map(lambda leaf: leaf[index], data), np.float32(1))  # pyright: ignore
 
 
 def _numbered(

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Int, Key, PyTree
 
 from stochgrad.core._arrays import as_data, data_rows
-from stochgrad.core._batches import Batch
 from stochgrad.core._checks import first_line
 from stochgrad.core._datatree import by_name
+from stochgrad.core._partition import Batch
 from stochgrad.core._protocols import Batches
 
 ROW = "row"

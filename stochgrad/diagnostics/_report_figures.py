@@ -103,16 +103,10 @@ def trace(series: Float[np.ndarray, "chains draws"], number: int) -> str:
     return _drawn(draw, 4.6, 1.2, f"trace of scalar {number}")
 
 
-def _ticks(most: int) -> Any:
+def _ticks(most: int, integer: bool = False) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(most)
-
-
-def _integers(most: int) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(most, integer=True)
+    return MaxNLocator(most, integer=integer)
 
 
 def _extremes(values: Float[np.ndarray, " draws"]) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +168,7 @@ def predictive(found: Predictions, number: int) -> str:
             axes.bar(centers, observed, 0.62 * width, color=_DATA, alpha=0.35, lw=0)
             errors = [middle - low, high - middle]
             axes.errorbar(centers, middle, errors, fmt="o", ms=3, lw=1.2, color=_MODEL)
-            axes.xaxis.set_major_locator(_integers(12))
+            axes.xaxis.set_major_locator(_ticks(12, integer=True))
         else:
             axes.stairs(high, edges, baseline=low, fill=True, color=_MODEL, alpha=0.28, lw=0)
             axes.stairs(middle, edges, baseline=None, color=_MODEL, lw=1.0)
@@ -234,7 +228,7 @@ def pareto_k(values: Float[np.ndarray, " rows"], good: float, number: int) -> st
     def draw(axes: Any) -> None:
         axes.hist(values, 40, color=_MODEL, alpha=0.45)
         axes.axvline(good, color=_DATA, lw=1, ls="--")
-        axes.yaxis.set_major_locator(_integers(4))
+        axes.yaxis.set_major_locator(_ticks(4, integer=True))
         axes.set_xlabel("Pareto k")
         axes.set_ylabel("data points")
 
