@@ -71,8 +71,6 @@ def row_batches(
         place = block * batch_size + lax.iota(np.int32, batch_size)
         inside = jnp.minimum(place, size - 1)
         index = permuted(state.words.value, permutation, inside, size, stream=1)
-        # or newer compilers fuse the permutation's rounds into the gather, and do not come back
-        index = lax.optimization_barrier(index)
         return Rows(None, index, weight(block)), following
 
     return Batches(

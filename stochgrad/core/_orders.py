@@ -121,7 +121,8 @@ def _permuted(words, permutation, index, size, stream, limit) -> Int[Array, "*s"
         x = lax.while_loop(
             lambda x: jnp.any(x >= end), lambda x: jnp.where(x >= end, once(x), x), x
         )
-    return x.astype(jnp.int32)
+    # else newer compilers fuse the rounds into what reads the index, and do not come back
+    return lax.optimization_barrier(x.astype(jnp.int32))
 
 
 _permuted_among = jax.jit(_permuted, static_argnums=3)

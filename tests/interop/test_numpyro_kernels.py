@@ -1,6 +1,8 @@
 """numpyro's own front door."""
 
 import pickle
+import subprocess
+import sys
 from functools import partial
 
 import arviz as az
@@ -158,3 +160,8 @@ def test_bad_kernels_are_refused():
         stochgrad.numpyro.SGHMC(m.regression, 0.1, 1.0, gradient="exact")
     with pytest.raises(ValueError, match="step_size must be a positive number"):
         run(stochgrad.numpyro.SGLD(m.regression, step_size=-1.0))
+
+
+def test_numpyro_is_loaded_once_where_arviz_has_left_it_lazy():
+    code = "import arviz, stochgrad.numpyro, numpyro; numpyro.distributions.distribution"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -1,5 +1,7 @@
 """The bridge to numpyro; ``auto_flow`` needs flowjax and is imported on its own."""
 
+import numpyro as _numpyro  # noqa: F401  whole: "from numpyro.x" loads a lazy one, as ArviZ's, twice
+
 from stochgrad.interop.numpyro import _transforms as _transforms
 from stochgrad.interop.numpyro._handler import all_rows as all_rows
 from stochgrad.interop.numpyro._kernels import PSGLD as PSGLD
