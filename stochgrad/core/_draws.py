@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from stochgrad.core._after_draws import log_likelihoods, predictions
 from stochgrad.core._by_rows import MEMORY
+from stochgrad.core._checks import check_instance
 from stochgrad.core._datatree import by_name, to_datatree
 from stochgrad.core._draw_index import draw_index
 from stochgrad.core._groups import ALWAYS, Groups
@@ -249,6 +250,7 @@ class Draws:
         key: PRNGKey | None = None,
         predictions: Mapping[str, Any] | None = None,
         prior_draws: int = 500,
+        warmup: "Draws | None" = None,
         memory_bytes: int = MEMORY,
         store: "str | Path | None" = None,
     ) -> "xarray.DataTree":
@@ -268,6 +270,9 @@ class Draws:
             key: For the groups that are random.
             predictions: Of other rows, from ``draws.predict(key, ...)``, for that group.
             prior_draws: Draws of ``prior`` and ``prior_predictive``.
+            warmup: The draws of the warm-up, for the groups ``warmup_posterior`` and
+                ``warmup_sample_stats``. A run does not keep its own; one with ``num_warmup=0`` has
+                the same draws, all of them: ``draws[500:].to_datatree(warmup=draws[:500])``.
             memory_bytes: As in ``predict``.
             store: A directory to be made for the groups that have a value for each row and draw,
                 which are then read as they are looked at.
@@ -286,6 +291,11 @@ class Draws:
         made = Groups(self, key, predictions, prior_draws, memory_bytes, store)
         names = made.chosen(groups)
         tree = to_datatree(self, coords=coords, dims=dims)
+        if warmup is not None:
+            check_instance("warmup", warmup, Draws, "the Draws of a warm-up")
+            early = to_datatree(warmup, coords=coords, dims=dims)
+            for name in ALWAYS:
+                tree[f"warmup_{name}"] = early[name]
         for name in ALWAYS:
             if name not in names:
                 del tree[name]
@@ -299,7 +309,7 @@ class Draws:
 
         With ArviZ 1.x the ``xarray.DataTree`` of ``to_datatree``, with 0.2x an ``InferenceData``.
         There are no energies (momenta are not drawn anew each step), so that BFMI and
-        ``plot_energy`` are for NUTS alone; draws of the warm-up are not kept.
+        ``plot_energy`` are for NUTS alone.
         """
         try:
             import arviz

@@ -102,6 +102,7 @@ class Posterior(NamedTuple):
         dims: Names of the dimensions of the arrays that ``constrain`` returns.
         coords: Coordinates along those dimensions.
         observations: ``() -> Observations``, what it says of its data row by row.
+        model: The numpyro model on all rows of its data, for numpyro's and ArviZ's own functions.
     """
 
     log_density: Callable[[Position, Any], Scalar]
@@ -112,6 +113,7 @@ class Posterior(NamedTuple):
     dims: Mapping[str, tuple[str, ...]] = {}
     coords: Mapping[str, Any] = {}
     observations: Callable[[], Any] | None = None
+    model: Callable[..., Any] | None = None
 
 
 class Gradient(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from stochgrad.core import (
     Position,
@@ -14,10 +14,11 @@ from stochgrad.core import (
     Target,
     check_key,
     check_number,
+    remembered,
     tree_size,
 )
 from stochgrad.gradients import as_gradient
-from stochgrad.integrators import Coefficients, integrator_of
+from stochgrad.integrators import Coefficients, Stage, integrator_of
 from stochgrad.sgmcmc._common import as_position, check_positive
 from stochgrad.sgmcmc._curvature import curvature_and_noise
 from stochgrad.sgmcmc._preconditioner import whitenings
@@ -143,6 +144,30 @@ def find_step_size(
     return StepSizeReport(float(h), float(limit), curvature, *map(float, biases(h)))
 
 
+@remembered
+def _step_of_units(step: Callable[..., Stage]) -> Callable[..., Array]:
+    """``(step size, friction, curvature) -> rows`` of a step that begins at unit vectors.
+
+    It has a column for each part of z, and one for each noise that there may be.
+    """
+
+    def noise(i):
+        if i >= _MOST_NOISES:
+            raise ValueError(f"the integrator draws more than {_MOST_NOISES} noises a step.")
+        return jnp.zeros(3 + _MOST_NOISES).at[3 + i].set(1)
+
+    @jax.jit
+    def rows(h, friction, curvature):
+        def score(q):
+            return jnp.zeros(()), -curvature * q
+
+        units = jnp.eye(3, 3 + _MOST_NOISES)
+        end = step(*units, score, noise, Coefficients(h, 1.0, friction, 1.0))
+        return jnp.stack([end.position, end.momentum, end.gradient])
+
+    return rows
+
+
 class _Model:
     """A scheme on a Gaussian of one dimension, unit mass, by evaluating its step."""
 
@@ -156,28 +181,9 @@ class _Model:
         if self.scheme is None:
             keep = 1 - h * self.curvature
             return np.array([[keep]]), np.array([[np.sqrt(2 * h)]])
-        columns = 3 + _MOST_NOISES  # one for each part of z, one for each noise there may be
-        used = [0]
-
-        def unit(i):
-            return jnp.zeros(columns).at[i].set(1)
-
-        def noise(i):
-            if i >= _MOST_NOISES:
-                raise ValueError(f"the integrator draws more than {_MOST_NOISES} noises a step.")
-            used[0] = max(used[0], i + 1)
-            return unit(3 + i)
-
-        def score(q):
-            return jnp.zeros(()), -self.curvature * q
-
-        c = Coefficients(h, 1.0, self.friction, 1.0)
-        end = self.scheme.step(unit(0), unit(1), unit(2), score, noise, c)
-        rows = np.array([end.position, end.momentum, end.gradient], np.float64)
-        if not self.scheme.keeps_gradient:
-            rows = rows[:2]
-        n = len(rows)
-        return rows[:, :n], rows[:, 3 : 3 + used[0]]
+        rows = np.asarray(_step_of_units(self.scheme.step)(h, self.friction, self.curvature))
+        n = 3 if self.scheme.keeps_gradient else 2
+        return rows[:n, :n], rows[:n, 3:]
 
     def radius(self, h: float) -> float:
         return float(np.max(np.abs(np.linalg.eigvals(self.maps(h)[0]))))

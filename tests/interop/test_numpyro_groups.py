@@ -63,6 +63,19 @@ def test_all_groups(draws, key):
     assert tree["prior_predictive"]["y"].shape == (1, 50, N)
 
 
+def test_the_first_draws_may_be_those_of_the_warm_up(draws):
+    kernel = stochgrad.sgld(stochgrad.from_numpyro(model, X, Y), 1e-6)
+    options = {"num_samples": DRAWS - 2, "num_warmup": 2, "num_chains": CHAINS}
+    later = stochgrad.sample(jax.random.key(0), kernel, **options)
+    read = draws[2:].to_arviz(warmup=draws[:2])
+    np.testing.assert_array_equal(read["posterior"]["s"], later.constrained()["s"])
+    warmup = read["warmup_posterior"]
+    np.testing.assert_array_equal(warmup["s"], draws.constrained()["s"][:, :2])
+    assert read["warmup_sample_stats"]["lp"].shape == (CHAINS, 2)
+    with pytest.raises(TypeError, match="warmup must be the Draws of a warm-up"):
+        draws.to_datatree(warmup=2)
+
+
 def test_files_hold_all_groups(draws, key, tmp_path):
     options = {"key": key, "prior_draws": 5}
     tree = draws.to_datatree("all", **options)

@@ -61,12 +61,12 @@ def mcmc():
 @pytest.mark.parametrize("model", [model, by_index], ids=["subsample", "by index"])
 def test_predictions_are_of_all_rows_in_order(model):
     """numpyro's plates draw rows of their own, so that nobody knew whose predictions they were."""
-    whole = stochgrad.numpyro.all_rows(model)
-    predictions = Predictive(whole, {"b": B})(jax.random.key(1), X)["y"]
-    assert predictions.shape == (DRAWS, N)
-    assert np.all(np.abs(predictions - X - B[:, None]) < 0.6)  # six standard deviations
-    likelihood = log_likelihood(whole, {"b": B}, X, Y)["y"]
-    np.testing.assert_allclose(likelihood, exact(B), rtol=1e-4, atol=1e-4)
+    for whole in (stochgrad.numpyro.all_rows(model), stochgrad.from_numpyro(model, X, Y).model):
+        predictions = Predictive(whole, {"b": B})(jax.random.key(1), X)["y"]
+        assert predictions.shape == (DRAWS, N)
+        assert np.all(np.abs(predictions - X - B[:, None]) < 0.6)  # six standard deviations
+        likelihood = log_likelihood(whole, {"b": B}, X, Y)["y"]
+        np.testing.assert_allclose(likelihood, exact(B), rtol=1e-4, atol=1e-4)
 
 
 def test_several_plates_and_scans_give_all_rows():

@@ -29,7 +29,7 @@ from stochgrad.interop.numpyro._arguments import Arguments, HostArray, as_argume
 from stochgrad.interop.numpyro._epoch_check import Terms, check_epoch, site_terms
 from stochgrad.interop.numpyro._explain import explained
 from stochgrad.interop.numpyro._find_rows import check_no_rows, check_no_stream, check_subsampled
-from stochgrad.interop.numpyro._handler import Streamed, give_rows
+from stochgrad.interop.numpyro._handler import Streamed, all_rows, give_rows
 from stochgrad.interop.numpyro._inspect import Summary, summarize
 from stochgrad.interop.numpyro._minibatches import (
     Minibatches,
@@ -83,8 +83,8 @@ def from_numpyro(
     row by row against the model on all rows where the model's own plates are not subsampled.
     Likelihoods outside of a subsampled plate, one number for a whole minibatch inside of it, rows
     that depend on each other, and latent sites with one value for each row are refused by site.
-    ``Predictive``, ``log_likelihood`` and ArviZ need ``stochgrad.numpyro.all_rows(model)`` if the
-    model subsamples a plate.
+    ``Predictive``, ``log_likelihood`` and ArviZ need the model on all of its rows if it subsamples
+    a plate: ``posterior.model``, which is ``stochgrad.numpyro.all_rows(model)``.
 
     Starting points are uniform on (-2, 2) in unconstrained space. Deterministic sites are part of
     the results, but for those with a value for each row.
@@ -337,6 +337,7 @@ def _posterior(
         unconstrain,
         summary.dims,
         observations=about,
+        model=all_rows(model),
     )
     return target, _Densities(by_site, on_batch, on_all)
 
