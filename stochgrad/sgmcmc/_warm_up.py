@@ -1,7 +1,7 @@
 """A warm-up that needs no mode: where the bulk is, and a kernel that fits it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -77,6 +77,13 @@ class WarmUp(NamedTuple):
         """Why it has not settled, in words."""
         if self.settled or not self.windows:
             return ()
+        if _apart(self.windows):
+            return (
+                "the chains of the warm-up lie in modes of their own: each mixes by itself, and "
+                f"they disagree (R-hat {self.windows[-1].rhat:.2f}). Order or fix what can change "
+                "places, or take a kernel that crosses between modes (stochgrad.replica_exchange, "
+                "stochgrad.cyclical).",
+            )
         return (
             f"the warm-up has not settled after {len(self.windows)} windows "
             f"(the last: {self.windows[-1]}): center, mass and step size are not those of the "
@@ -105,7 +112,8 @@ def warm_up(
     center, covariance and spread starts. Then windows of BAOAB with a control variate run from
     there, each twice as long as the one before; center, mass, friction and step size are renewed
     from its second half. They end when chains agree (R-hat below 1.05) and the last window has left
-    center (0.3 standard deviations) and variances (a factor of 2.5) as they were.
+    center (0.3 standard deviations) and variances (a factor of 2.5) as they were; or where two of
+    them find chains that mix well, each by itself, and disagree.
 
     Args:
         target: A posterior, or a gradient of one, which then takes the control variate's place.
@@ -175,7 +183,7 @@ def warm_up(
         before, place = place, following
         windows.append(found)
         report(f"window {i + 1}: {found}")
-        if found.settled:
+        if found.settled or _apart(windows):
             break
         length *= 2
     settled = bool(windows) and windows[-1].settled
@@ -198,6 +206,11 @@ def warm_up(
         step_size=tuned.step_size,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _apart(windows: Sequence[Window]) -> bool:
+    """Whether two windows in a row found chains in modes of their own, where more do not help."""
+    return len(windows) > 1 and windows[-1].apart and windows[-2].apart
 
 
 def _approximation(posterior, key, init, start: str, report) -> NormalApproximation:

@@ -69,6 +69,7 @@ class Window(NamedTuple):
         step_size: Their length.
         rhat: The largest R-hat over the coordinates, in the second half.
         effective: The fewest effective draws there.
+        alone: The fewest effective draws of a chain by itself.
         shift: How far the mean moved, in standard deviations, root mean square over directions.
         change: The largest factor by which the variance of a direction changed.
         noise_ratio: Gradient noise over injected noise, on average; NaN without gradient noise.
@@ -81,6 +82,7 @@ class Window(NamedTuple):
     step_size: float
     rhat: float
     effective: float
+    alone: float
     shift: float
     change: float
     noise_ratio: float
@@ -96,6 +98,11 @@ class Window(NamedTuple):
         """
         mixed = self.rhat < 1.02 and self.effective > 400
         return self.rhat < 1.05 and self.shift < 0.3 and (self.change < 2.5 or mixed)
+
+    @property
+    def apart(self) -> bool:
+        """Whether each chain has seen much of a place of its own, and the places differ."""
+        return self.rhat > 1.2 and self.alone > 100
 
     def __str__(self) -> str:
         return (
@@ -177,6 +184,9 @@ def run_window(
         step_size=step,
         rhat=float(np.nanmax(rhat(both), initial=1.0)),
         effective=float(np.nanmin(effective_draws(both), initial=np.inf)),
+        alone=min(
+            float(np.nanmin(effective_draws(chain[None]), initial=np.inf)) for chain in both
+        ),
         shift=float(np.sqrt(np.mean(moved**2))),
         change=_change(white, middling),
         noise_ratio=ratio,
