@@ -87,7 +87,7 @@ def picture(table, shares, observed, names, path):
     left.set_ylim(len(table) - 0.4, -0.6)
     left.margins(x=0.18)
     left.set_xlabel("difference in expected log predictive density (± 2 standard errors)")
-    left.set_title("Which model predicts a flight that was left out")
+    left.set_title("Which model predicts a flight that was left out", pad=28)
 
     order = np.argsort(observed)
     for name, shift in zip(CHECKED, (0.17, -0.17), strict=True):
@@ -104,8 +104,9 @@ def picture(table, shares, observed, names, path):
     right.plot(100 * observed[order], range(len(order)), "k|", markersize=14, label="observed")
     right.set_yticks(range(len(order)), np.array(names)[order], fontsize=9)
     right.set_xlabel("flights more than 15 minutes late (%)")
-    right.set_title("Posterior predictive check by airline")
-    right.legend(frameon=False, loc="upper left")
+    right.set_title("Posterior predictive check by airline", pad=28)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3, "fontsize": 9}
+    right.legend(frameon=False, **above)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

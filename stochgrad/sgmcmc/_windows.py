@@ -184,9 +184,7 @@ def run_window(
         step_size=step,
         rhat=float(np.nanmax(rhat(both), initial=1.0)),
         effective=float(np.nanmin(effective_draws(both), initial=np.inf)),
-        alone=min(
-            float(np.nanmin(effective_draws(chain[None]), initial=np.inf)) for chain in both
-        ),
+        alone=min(float(np.nanmin(effective_draws(chain[None]), initial=np.inf)) for chain in both),
         shift=float(np.sqrt(np.mean(moved**2))),
         change=_change(white, middling),
         noise_ratio=ratio,
