@@ -1,5 +1,6 @@
 """Splitting schemes, written as words over the flows A, B, O and U."""
 
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -51,6 +52,11 @@ def splitting(word: str) -> Integrator:
         ValueError: the word has other letters, no drift, no kick or no friction.
     """
     check_word(word)
+    return _splitting(word)
+
+
+@lru_cache(maxsize=64)
+def _splitting(word: str) -> Integrator:
     share = {
         "A": word.count("A") + word.count("U"),
         "B": word.count("B"),

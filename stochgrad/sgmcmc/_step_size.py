@@ -181,7 +181,8 @@ class _Model:
         if self.scheme is None:
             keep = 1 - h * self.curvature
             return np.array([[keep]]), np.array([[np.sqrt(2 * h)]])
-        rows = np.asarray(_step_of_units(self.scheme.step)(h, self.friction, self.curvature))
+        numbers = map(float, (h, self.friction, self.curvature))  # of one type: one program
+        rows = np.asarray(_step_of_units(self.scheme.step)(*numbers))
         n = 3 if self.scheme.keeps_gradient else 2
         return rows[:n, :n], rows[:n, 3:]
 
