@@ -69,7 +69,7 @@ class Window(NamedTuple):
         step_size: Their length.
         rhat: The largest R-hat over the coordinates, in the second half.
         effective: The fewest effective draws there.
-        alone: The fewest effective draws of a chain by itself.
+        apart: Whether each chain has seen much of a place of its own, and the places differ.
         shift: How far the mean moved, in standard deviations, root mean square over directions.
         change: The largest factor by which the variance of a direction changed.
         noise_ratio: Gradient noise over injected noise, on average; NaN without gradient noise.
@@ -82,7 +82,7 @@ class Window(NamedTuple):
     step_size: float
     rhat: float
     effective: float
-    alone: float
+    apart: bool
     shift: float
     change: float
     noise_ratio: float
@@ -98,11 +98,6 @@ class Window(NamedTuple):
         """
         mixed = self.rhat < 1.02 and self.effective > 400
         return self.rhat < 1.05 and self.shift < 0.3 and (self.change < 2.5 or mixed)
-
-    @property
-    def apart(self) -> bool:
-        """Whether each chain has seen much of a place of its own, and the places differ."""
-        return self.rhat > 1.2 and self.alone > 100
 
     def __str__(self) -> str:
         return (
@@ -175,6 +170,7 @@ def run_window(
     both = np.concatenate([values, precision.whiten(half - mean)[:, :, coordinates]], axis=2)
     white = place.precision.whiten(flat - place.mean)
     moved = precision.whiten(mean - place.mean)
+    worst = float(np.nanmax(rhat(both), initial=1.0))
     pool = flat[evenly(len(flat), len(place.pool))]
     following = Place(
         mean, precision, np.resize(half[:, -1], place.starts.shape), place.unravel, pool
@@ -182,9 +178,9 @@ def run_window(
     return following, Window(
         steps=steps,
         step_size=step,
-        rhat=float(np.nanmax(rhat(both), initial=1.0)),
-        effective=float(np.nanmin(effective_draws(both), initial=np.inf)),
-        alone=min(float(np.nanmin(effective_draws(chain[None]), initial=np.inf)) for chain in both),
+        rhat=worst,
+        effective=_fewest(both),
+        apart=worst > 1.2 and all(_fewest(chain[None]) > 100 for chain in both),
         shift=float(np.sqrt(np.mean(moved**2))),
         change=_change(white, middling),
         noise_ratio=ratio,
@@ -192,6 +188,11 @@ def run_window(
         gradients=gradients,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _fewest(series: np.ndarray) -> float:
+    """The fewest effective draws of any series of shape (chain, draw, series)."""
+    return float(np.nanmin(effective_draws(series), initial=np.inf))
 
 
 def _run(

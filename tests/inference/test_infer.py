@@ -120,5 +120,5 @@ def test_a_mode_that_no_chain_has_seen_is_named():
         )
     assert not draws.verdict.ok
     words = " ".join(draws.verdict.reasons)
-    assert "modes of their own" in words
+    assert "the chains of the warm-up lie in modes of their own" in words
     assert "no chain has visited a place" in words or "R-hat is" in words
