@@ -5,7 +5,7 @@ Each function takes plain arrays, so that every door can use it.
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -267,3 +267,11 @@ def _is_floating(x: np.ndarray) -> bool:
 def evenly(size: int, most: int) -> np.ndarray:
     """At most so many of the numbers below ``size``, evenly spread."""
     return np.unique(np.linspace(0, size - 1, min(size, most)).astype(int))
+
+
+def direction_name(axis: np.ndarray, names: Sequence[str]) -> str:
+    """The parameters that a direction is mostly made of."""
+    weight = axis**2 / np.sum(axis**2)
+    order = np.argsort(-weight)
+    chosen = [i for i in order[:3] if weight[i] > 0.1]
+    return " and ".join(repr(names[i]) for i in chosen) or repr(names[order[0]])

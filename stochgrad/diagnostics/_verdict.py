@@ -15,6 +15,7 @@ from stochgrad.core import (
     Draws,
     Posterior,
     check_instance,
+    direction_name,
     draw_reasons,
     effective_draws,
     evenly,
@@ -81,7 +82,8 @@ def diagnose(draws: Draws) -> Verdict:
     at the draws' mean, which do not know the sampler. Draws 30% too wide or narrow in variance, or
     0.2 standard deviations off, are named where the check is certain of it (4 standard errors).
     Draws far from the others are held against the log density on all rows. What nothing at the
-    draws can know is a mode that no chain has seen.
+    draws can know is a mode that no chain has seen. Draws that ``stochgrad.infer`` made with
+    ``target="sandwich"`` are held against that covariance instead, along its own axes.
 
     Args:
         draws: What ``stochgrad.sample`` or ``stochgrad.infer`` returned.
@@ -129,7 +131,10 @@ def diagnose(draws: Draws) -> Verdict:
         index=pandas.Index(names, name="parameter"),
     )
     reasons += _excursions(draws, healthy, positions)
-    checked = _gradients(draws, healthy)
+    robust = draws.attrs.get("target") == "sandwich"
+    if robust and draws.law is not None:
+        reasons += _off_law(series, draws.law.covariance, names)
+    checked = None if robust else _gradients(draws, healthy)
     if checked is not None and checked[0].shape[2] == len(names):
         table["virial"], table["virial_se"] = _virial(*checked)
         reasons += _of_directions(*checked, names)
@@ -337,8 +342,8 @@ def _off_axes(
         ratio = math.sqrt(max(-width[i], 0.0))
         word = "wide" if ratio > 1 else "narrow"
         reasons.append(
-            f"draws are too {word} along {_named(axes[:, i], names)}: their standard deviation "
-            f"is about {ratio:.2g} times the posterior's there (virial {width[i]:.2f} +- "
+            f"draws are too {word} along {direction_name(axes[:, i], names)}: their standard "
+            f"deviation is about {ratio:.2g} times the posterior's there (virial {width[i]:.2f} +- "
             f"{error[i]:.2f}, where -1 is right). Take a smaller step, larger minibatches or a "
             "control variate at a better center; or run longer where R-hat is high."
         )
@@ -346,16 +351,27 @@ def _off_axes(
     if abs(shift[i]) > max(_ERRORS * shift_error[i], _SHIFT):
         reasons.append(
             f"draws are off by about {abs(shift[i]):.2g} standard deviations along "
-            f"{_named(axes[:, i], names)} (mean gradient {shift[i]:.2f} +- "
+            f"{direction_name(axes[:, i], names)} (mean gradient {shift[i]:.2f} +- "
             f"{shift_error[i]:.2f}, where 0 is right): they have not reached the posterior, or "
             "the step biases them. Run longer, or take a smaller step."
         )
     return reasons
 
 
-def _named(axis: np.ndarray, names: list[str]) -> str:
-    """The parameters that a direction is mostly made of."""
-    weight = axis**2 / np.sum(axis**2)
-    order = np.argsort(-weight)
-    chosen = [i for i in order[:3] if weight[i] > 0.1]
-    return " and ".join(repr(names[i]) for i in chosen) or repr(names[order[0]])
+def _off_law(series: np.ndarray, covariance: np.ndarray, names: list[str]) -> list[str]:
+    """Where draws do not spread as their law says, along the axes of its covariance."""
+    if covariance.shape != (len(names), len(names)):
+        return []
+    scale = np.sqrt(np.diag(covariance))
+    values, axes = np.linalg.eigh(covariance / np.outer(scale, scale))
+    white = (series - series.mean((0, 1))) / scale @ axes / np.sqrt(values)
+    width, error = np.mean(white**2, axis=(0, 1)), _standard_error(white**2)
+    i = int(np.argmax(np.abs(width - 1) / np.maximum(error, 1e-300)))
+    if abs(width[i] - 1) <= max(_ERRORS * error[i], _MATERIAL):
+        return []
+    where = direction_name(axes[:, i], names)
+    return [
+        f"draws do not have the sandwich's spread along {where}: "
+        f"their standard deviation is {math.sqrt(width[i]):.2g} times as large. The posterior is "
+        "too far from a normal for it, or the chains are too short: take more rows, or bootstrap."
+    ]

@@ -5,6 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -23,8 +24,9 @@ from stochgrad.core import (
     check_key,
     check_number,
 )
-from stochgrad.diagnostics import with_law
+from stochgrad.diagnostics import with_law, with_step
 from stochgrad.inference._nuts import nuts_at
+from stochgrad.inference._robust import robust_kernel
 from stochgrad.inference._rounds import Budget, sample_until
 from stochgrad.interop import from_numpyro
 from stochgrad.sgmcmc import warm_up
@@ -42,6 +44,7 @@ def infer(
     *args: Any,
     batch_size: int | None = None,
     method: Method = "auto",
+    target: Literal["posterior", "sandwich"] = "posterior",
     init: Position | Callable[[PRNGKey], Position] | None = None,
     num_samples: int = 1000,
     num_chains: int = 4,
@@ -69,6 +72,9 @@ def infer(
             model subsamples no plate itself, all rows are used.
         method: ``"sghmc"`` (BAOAB on minibatches with a control variate), ``"nuts"`` (on all rows),
             or ``"auto"``.
+        target: What the draws are to spread as: the posterior, or the ``"sandwich"`` around its
+            mode, the spread of estimates over data sets, which holds where the model is wrong
+            (``stochgrad.diagnostics.sandwich``). For models whose parameters all rows inform.
         init: Where to start; optional for numpyro models.
         num_samples: Draws to keep, per chain.
         num_chains: Chains.
@@ -100,6 +106,10 @@ def infer(
     """
     check_key(key)
     check_choice("method", method, ("auto", "sghmc", "nuts"))
+    check_choice("target", target, ("posterior", "sandwich"))
+    robust = target == "sandwich"
+    if robust and method == "nuts":
+        raise ValueError("method must be 'sghmc' (or 'auto') with target='sandwich', got 'nuts'.")
     num_samples = check_count("num_samples", num_samples, least=20)
     num_chains = check_count("num_chains", num_chains)
     target_ess = check_number("target_ess", target_ess)
@@ -109,14 +119,14 @@ def infer(
         math.inf if max_gradients is None else check_number("max_gradients", max_gradients),
     )
     say = _printer(check_flag("progress", progress))
-    target = _as_target(model, args, kwargs, batch_size, method, say)
-    posterior = target if isinstance(target, Posterior) else target.posterior
+    source = _as_source(model, args, kwargs, batch_size, method, say)
+    posterior = source if isinstance(source, Posterior) else source.posterior
     if posterior is None:
         raise ValueError("model must be a numpyro model, a posterior or a gradient of one.")
-    chosen = _choose(posterior, target, method, say)
+    chosen = "sghmc" if robust else _choose(posterior, source, method, say)
     warm_key, run_key = jax.random.split(key)
     tuned = warm_up(
-        target,
+        source,
         warm_key,
         init=init,
         num_chains=num_chains,
@@ -124,12 +134,19 @@ def infer(
         max_seconds=None if budget.seconds == math.inf else budget.seconds / 2,
         report=say,
     )
-    kernel, law = with_law(tuned, jax.random.fold_in(run_key, 0))
+    law_key = jax.random.fold_in(run_key, 0)
+    finer = with_step
+    if robust:
+        kernel, law, finer = robust_kernel(tuned, law_key)
+    else:
+        kernel, law = with_law(tuned, law_key)
     if law is not None:
         say(f"predicted, with steps of {dict(kernel.settings)['step_size']:.3g}: {law}")
     draws = sample_until(
-        run_key, tuned, kernel, law, num_samples, num_chains, target_ess, budget, say
+        run_key, tuned, kernel, finer, law, num_samples, num_chains, target_ess, budget, say
     )
+    if robust:
+        draws = replace(draws, attrs={**draws.attrs, "target": target})
     verdict = draws.verdict
     say(f"verdict: {verdict}")
     if not verdict.ok:
@@ -145,7 +162,7 @@ def _printer(progress: bool) -> Callable[[str], None]:
     return say
 
 
-def _as_target(model, args, kwargs, batch_size, method, say) -> Posterior | Gradient:
+def _as_source(model, args, kwargs, batch_size, method, say) -> Posterior | Gradient:
     if isinstance(model, Posterior | Gradient):
         if args or kwargs or batch_size is not None:
             raise TypeError(
@@ -162,19 +179,19 @@ def _as_target(model, args, kwargs, batch_size, method, say) -> Posterior | Grad
         if batch_size is not None or method == "sghmc" or "order" in kwargs:
             raise
         try:
-            target = from_numpyro(model, *args, order="full", **kwargs)
+            source = from_numpyro(model, *args, order="full", **kwargs)
         except Exception:
             raise error from None
         say(f"no minibatches, all rows at every step: {error}")
-        return target
+        return source
 
 
-def _choose(posterior: Posterior, target: Any, method: str, say) -> str:
+def _choose(posterior: Posterior, source: Any, method: str, say) -> str:
     """NUTS where all rows are cheap, and the target is a posterior in memory."""
     if method != "auto":
         return method
     batches = posterior.batches
-    if not isinstance(target, Posterior) or batches.full is None or batches.owners is not None:
+    if not isinstance(source, Posterior) or batches.full is None or batches.owners is not None:
         return "sghmc"
     if batches.batch_size >= batches.size:
         say("NUTS on all rows: there are no minibatches.")

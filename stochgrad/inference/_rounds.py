@@ -22,7 +22,7 @@ from stochgrad.core import (
     sample,
     some_series,
 )
-from stochgrad.diagnostics import Law, with_step, worst_bias
+from stochgrad.diagnostics import Law, worst_bias
 from stochgrad.inference._modes import unvisited
 from stochgrad.sgmcmc import WarmUp
 
@@ -94,6 +94,7 @@ def sample_until(
     key: PRNGKey,
     tuned: WarmUp,
     kernel: Kernel,
+    finer: Callable[[Kernel, float], Kernel],
     law: Law | None,
     num_samples: int,
     num_chains: int,
@@ -106,7 +107,7 @@ def sample_until(
     Without a Metropolis step draws are biased by the step size, most where the posterior is curved,
     which no law around a center knows. So a run with half the step and twice as many steps follows;
     where means or spreads differ by more than their errors it is halved again. The draws of the
-    last, finest run are returned.
+    last, finest run are returned. ``finer(kernel, step_size)`` makes the kernel of another step.
     """
     goal = _Goal(num_samples, num_chains, target_ess, budget, say)
     thin = _first_thin(tuned, kernel, goal)
@@ -122,7 +123,7 @@ def sample_until(
         )
     notes = (*tuned.reasons, *run.notes) if run.notes else ()
     if kernel.method == "SGHMC" and not notes:
-        run, kernel, notes = _halved(key, kernel, run, goal)
+        run, kernel, notes = _halved(key, kernel, finer, run, goal)
         if law is not None and worst_bias(law) > _MOST_SD_BIAS:
             notes += (f"the law of the chain, predicted: {law}.",)
     notes += unvisited(tuned, run.draws, jax.random.fold_in(key, 2000))
@@ -142,7 +143,11 @@ def sample_until(
 
 
 def _halved(
-    key: PRNGKey, kernel: Kernel, run: _Rounds, goal: _Goal
+    key: PRNGKey,
+    kernel: Kernel,
+    finer: Callable[[Kernel, float], Kernel],
+    run: _Rounds,
+    goal: _Goal,
 ) -> tuple[_Rounds, Kernel, tuple[str, ...]]:
     """Runs with half the step, until that changes nothing; the last of them."""
     gap = ""
@@ -159,8 +164,8 @@ def _halved(
                 ),
             )
         step = dict(kernel.settings)["step_size"] / 2
-        kernel = with_step(kernel, step)
-        finer = _rounds(
+        kernel = finer(kernel, step)
+        halved = _rounds(
             jax.random.fold_in(key, 1000 + i),
             kernel,
             2 * run.thin,
@@ -169,10 +174,10 @@ def _halved(
             goal,
             least=run.count,
         )
-        if finer.notes:
-            return finer, kernel, finer.notes
-        gap = _gap(run.draws, finer.draws)
-        run = finer
+        if halved.notes:
+            return halved, kernel, halved.notes
+        gap = _gap(run.draws, halved.draws)
+        run = halved
         goal.say(f"with half the step, {step:.3g}: {gap or 'the same'}")
         if not gap:
             return run, kernel, ()
