@@ -49,7 +49,9 @@ from stochgrad.core._jit import remembered as remembered
 from stochgrad.core._loop import initial_of as initial_of
 from stochgrad.core._loop import sample as sample
 from stochgrad.core._noise import Noise as Noise
+from stochgrad.core._noise import hashed as hashed
 from stochgrad.core._noise import key_words as key_words
+from stochgrad.core._noise import noise_law as noise_law
 from stochgrad.core._noise import noise_like as noise_like
 from stochgrad.core._noise import threefry as threefry
 from stochgrad.core._observations import Observations as Observations

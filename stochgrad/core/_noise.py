@@ -4,11 +4,15 @@ The bits are those of ``jax.random.bits``, Threefry-2x32 with twenty rounds on a
 Moraes, Dror & Shaw, SC 2011), and ``normal`` equals ``jax.random.normal`` to the bit. On CPU jax
 rolls the rounds into a loop; written out, they fuse with the update that uses them, which makes the
 draw twice as cheap and, for a small model, the whole step three times.
+
+For many numbers the bits and the inverse error function are most of a step, and ``quantized`` takes
+their place: a sixth of the cost, moments to the tenth, 1,021 values.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +23,7 @@ from jaxtyping import Array, Float, PyTree, UInt32
 from stochgrad.core._checks import check_choice
 from stochgrad.core._protocols import PRNGKey
 
-NoiseName: TypeAlias = Literal["normal", "discrete"]
+NoiseName: TypeAlias = Literal["auto", "normal", "quantized", "discrete"]
 Noise: TypeAlias = NoiseName | Callable[[PRNGKey, PyTree], PyTree]
 """Which unit-variance noise a kernel injects: a name, or a function ``(key, tree) -> tree``."""
 
@@ -39,7 +43,9 @@ def numbered(key: PRNGKey, draw: int) -> PRNGKey:
     return key if draw == 0 else jax.random.fold_in(key, draw)
 
 
-def threefry(words: UInt32[Array, "2"], high: Array, low: Array) -> tuple[Array, Array]:
+def threefry(
+    words: UInt32[Array, "2"], high: Array | np.uint32, low: Array | np.uint32
+) -> tuple[Array, Array]:
     """Threefry-2x32-20 of the counters ``(high, low)`` under the key ``words``."""
     schedule = (words[0], words[1], words[0] ^ words[1] ^ _PARITY)
     x, y = high + schedule[0], low + schedule[1]
@@ -89,6 +95,57 @@ def mix(word: Array) -> Array:
     return word ^ (word >> np.uint32(16))
 
 
+def hashed(key: PRNGKey, size: int, draw: int = 0) -> UInt32[Array, " size"]:
+    """A cheap keyed hash of each number below ``size``.
+
+    Threefry makes two words of the key and the draw, once; a number then takes one round of ``mix``
+    with a word before each of its multiplications. Neighboring keys have nothing in common.
+    """
+    first, second = threefry(key_words(key), np.uint32(draw), np.uint32(0))
+    word = lax.iota(np.uint32, size) ^ first
+    word = (word ^ (word >> np.uint32(16))) * np.uint32(0x7FEB352D) + second
+    word = (word ^ (word >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return word ^ (word >> np.uint32(16))
+
+
+_BYTES_SD = math.sqrt(4 * (256**2 - 1) / 12)
+_BEND = (
+    0.9659344553947449,
+    0.0023028019350022078,
+    0.005131385289132595,
+    -0.0009169640252366662,
+    6.73364702379331e-05,
+)
+
+
+def quantized(key: PRNGKey, size: int, dtype=jnp.float32, draw: int = 0) -> Float[Array, " size"]:
+    r"""Variables of 1,021 values, with the first eleven moments of a standard normal.
+
+    With S the sum of the four bytes of a keyed hash,
+
+    $$t = \frac{S - 510}{\sqrt{4 (256^2 - 1) / 12}}, \qquad
+      \xi = t\,(c_0 + c_1 t^2 + c_2 t^4 + c_3 t^6 + c_4 t^8),$$
+
+    where the c are fitted to the normal's quantiles under the condition that the moments to the
+    tenth are right (they are to 2e-7). The distribution function is within 3e-4 of the normal's (at
+    the middle of its steps), its density within 2.4% inside three standard deviations; values lie
+    0.007 to 0.04 apart, and none beyond 5.27.
+    """
+    dtype = jnp.dtype(dtype)
+    bits = hashed(key, size, draw)
+    pairs = (bits & np.uint32(0x00FF00FF)) + ((bits >> np.uint32(8)) & np.uint32(0x00FF00FF))
+    total = (pairs & np.uint32(0xFFFF)) + (pairs >> np.uint32(16))
+    return _bent(lax.bitcast_convert_type(total, np.int32).astype(dtype) - dtype.type(510))
+
+
+def _bent(t: Any) -> Any:
+    """The value of a quantized variable, of its centered sum of bytes."""
+    c = [t.dtype.type(c / _BYTES_SD ** (2 * k + 1)) for k, c in enumerate(_BEND)]
+    square = t * t
+    fourth = square * square
+    return t * (c[0] + c[1] * square + fourth * (c[2] + c[3] * square + fourth * c[4]))
+
+
 def discrete(key: PRNGKey, size: int, dtype=jnp.float32, draw: int = 0) -> Float[Array, " size"]:
     r"""Four-point variables with the first five moments of a standard normal.
 
@@ -100,8 +157,8 @@ def discrete(key: PRNGKey, size: int, dtype=jnp.float32, draw: int = 0) -> Float
     variable costs; eight draws share a hash.
     """
     dtype = jnp.dtype(dtype)
-    words = key_words(key)
     group, place = divmod(draw, 8)
+    words = key_words(key)
     bits = mix(mix(lax.iota(np.uint32, size) ^ words[0]) + (words[1] + np.uint32(group)))
     large, small = dtype.type(np.sqrt(_LARGE)), dtype.type(np.sqrt(_SMALL))
     is_large = (bits >> np.uint32(29 - 3 * place)) & np.uint32(7) == 0
@@ -109,7 +166,30 @@ def discrete(key: PRNGKey, size: int, dtype=jnp.float32, draw: int = 0) -> Float
     return jnp.where(bits & np.uint32(1 << place) == 0, magnitude, -magnitude)
 
 
-_GENERATORS: dict[str, Callable[..., Array]] = {"normal": normal, "discrete": discrete}
+def noise_law(kind: Literal["quantized", "discrete"]) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a noise that has finitely many, in rising order, and their probabilities."""
+    if kind == "discrete":
+        sizes = np.sqrt([_SMALL, _LARGE])
+        return np.concatenate([-sizes[::-1], sizes]), np.array([1, 7, 7, 1]) / 16
+    byte = np.full(256, 1 / 256)
+    pair = np.convolve(byte, byte)
+    return _bent(np.arange(-510.0, 511.0)), np.convolve(pair, pair)
+
+
+_MANY_NUMBERS = 1000
+
+
+def _auto(key: PRNGKey, size: int, dtype=jnp.float32, draw: int = 0) -> Float[Array, " size"]:
+    """Normal variables, quantized where there are more than 1,000."""
+    return (normal if size <= _MANY_NUMBERS else quantized)(key, size, dtype, draw)
+
+
+_GENERATORS: dict[str, Callable[..., Array]] = {
+    "auto": _auto,
+    "normal": normal,
+    "quantized": quantized,
+    "discrete": discrete,
+}
 
 
 def noise_like(kind: Noise) -> Callable[..., PyTree]:
@@ -118,7 +198,7 @@ def noise_like(kind: Noise) -> Callable[..., PyTree]:
     Draws of other numbers under one key are independent.
 
     Raises:
-        ValueError: ``kind`` is not one of ``"normal"`` and ``"discrete"``.
+        ValueError: ``kind`` is none of ``"auto"``, ``"normal"``, ``"quantized"``, ``"discrete"``.
     """
     if callable(kind):
         return lambda key, tree, draw=0: kind(numbered(key, draw), tree)

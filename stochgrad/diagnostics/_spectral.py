@@ -2,19 +2,25 @@
 
 from collections.abc import Callable
 from itertools import product
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stochgrad.core import noise_law
 from stochgrad.kernels import NoiseExposedStep
+
+NoiseLaw: TypeAlias = Literal["normal", "quantized", "discrete"]
 
 _DEGREES = (36, 14)
 _NODES = {"q": 160, "p": 28}
 _NOISE_NODES = {1: 8, 2: 6, 3: 5, 4: 4}
 
 
-def spectral_moments(opened: NoiseExposedStep, log_density: Callable) -> tuple[float, float]:
+def spectral_moments(
+    opened: NoiseExposedStep, log_density: Callable, noise: NoiseLaw
+) -> tuple[float, float]:
     r"""Variance of the position and second moment of the momentum under a chain's stationary law.
 
     The transition operator $(Pf)(q, p) = E f(\Phi(q, p, \xi))$ of the step $\Phi$ is projected on
@@ -25,6 +31,7 @@ def spectral_moments(opened: NoiseExposedStep, log_density: Callable) -> tuple[f
     Args:
         opened: The step, of a kernel whose state is a function of position and momentum.
         log_density: Log density of a scalar position.
+        noise: The law of the noise.
     """
     q, weight_q, basis_q = _line(log_density)
     p, weight_p = np.polynomial.hermite_e.hermegauss(_NODES["p"])
@@ -35,7 +42,7 @@ def spectral_moments(opened: NoiseExposedStep, log_density: Callable) -> tuple[f
     count = opened.noise_size
     if count not in _NOISE_NODES:
         raise ValueError(f"weak_order takes up to 4 noises a step off the Gaussian, got {count}.")
-    node, node_weight = np.polynomial.hermite_e.hermegauss(_NOISE_NODES[count])
+    node, node_weight = _quadrature(noise, _NOISE_NODES[count])
     xi = np.array(list(product(node, repeat=count)))
     weight_xi = np.array([np.prod(x) for x in product(node_weight, repeat=count)])
     weight_xi = jnp.asarray(weight_xi / weight_xi.sum())
@@ -72,6 +79,23 @@ def spectral_moments(opened: NoiseExposedStep, log_density: Callable) -> tuple[f
     mean = expect(x)
     momentum = expect(y**2) if opened.momentum is not None else np.nan
     return expect((x - mean) ** 2), momentum
+
+
+def _quadrature(noise: NoiseLaw, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of Gauss's quadrature under a law of noise."""
+    if noise == "normal":
+        return np.polynomial.hermite_e.hermegauss(count)
+    values, probabilities = noise_law(noise)
+    if count >= len(values):
+        return values, probabilities
+    degree = 2 * count - 1
+    moments = [probabilities @ values**k for k in range(degree + 2)]
+    root = np.linalg.cholesky(
+        [[moments[i + j] for j in range(count + 1)] for i in range(count + 1)]
+    )
+    off = np.diag(root)[1:count] / np.diag(root)[: count - 1]  # Golub & Welsch; laws are symmetric
+    node, vectors = np.linalg.eigh(np.diag(off, 1) + np.diag(off, -1))
+    return node, vectors[0] ** 2
 
 
 def _line(log_density: Callable):

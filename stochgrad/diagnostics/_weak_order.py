@@ -20,7 +20,7 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.diagnostics._spectral import spectral_moments
+from stochgrad.diagnostics._spectral import NoiseLaw, spectral_moments
 from stochgrad.kernels import Affine, KernelFactory, NoiseExposedStep, affine_steps, expose_noise
 
 _MOST_BATCHES = 5
@@ -104,6 +104,7 @@ def weak_order(
     step_sizes: Sequence[float],
     *,
     time: float | None = None,
+    noise: NoiseLaw = "normal",
 ) -> WeakOrder:
     r"""The order of a kernel's bias in the step size, to rounding error.
 
@@ -126,6 +127,8 @@ def weak_order(
         time: Measure second moments at this time from a fixed start, instead of stationary ones;
             ``step_sizes`` must divide it. The error at h is then the difference to the moments with
             half the step, which falls at the same rate.
+        noise: The law of the kernel's noise: its kurtosis and more matter off the Gaussian, on the
+            line.
 
     Raises:
         ValueError: the step is not affine and the problem not one-dimensional with one batch; there
@@ -147,17 +150,15 @@ def weak_order(
         )
     if time is not None:
         time = check_number("time", time)
+    check_choice("noise", noise, ("normal", "quantized", "discrete"))
     _check_problem(problem)
     _check_factory(kernel_factory)
     with jax.enable_x64(True):
         if time is None:
             truth = _true_moments(problem)
+            found = [_stationary(kernel_factory, problem, h, noise) for h in sizes]
             errors = [
-                [
-                    _distance(a, b)
-                    for a, b in zip(_stationary(kernel_factory, problem, h), truth, strict=True)
-                ]
-                for h in sizes
+                [_distance(*pair) for pair in zip(pairs, truth, strict=True)] for pairs in found
             ]
         else:
             moments = [
@@ -238,7 +239,7 @@ def _opened(factory, problem: Problem, h: float) -> tuple[NoiseExposedStep, list
     return opened, affine_steps(opened, example, problem.num_batches)
 
 
-def _stationary(factory, problem: Problem, h: float) -> tuple[Any, Any]:
+def _stationary(factory, problem: Problem, h: float, noise: NoiseLaw) -> tuple[Any, Any]:
     opened, maps = _opened(factory, problem, h)
     if maps is None:
         if problem.dimension > 1 or problem.num_batches > 1:
@@ -246,7 +247,7 @@ def _stationary(factory, problem: Problem, h: float) -> tuple[Any, Any]:
                 "kernel_factory: weak_order needs a step that is affine in the state, or one batch "
                 "in one dimension: this kernel's step on this problem is neither."
             )
-        return spectral_moments(opened, lambda q: problem.log_density(q[None], 0))
+        return spectral_moments(opened, lambda q: problem.log_density(q[None], 0), noise)
     operators = [_second_moment_operator(m) for m in maps]
     size = operators[0].shape[0]
     orders = _visits(problem)

@@ -50,7 +50,7 @@ def psgld(
     correction: bool = True,
     adapt_steps: int | None = None,
     temperature: StepSize = 1.0,
-    noise: Noise = "normal",
+    noise: Noise = "auto",
 ) -> Kernel:
     r"""Preconditioned SGLD with an RMSprop preconditioner (Li, Chen, Carlson & Carin, AAAI 2016).
 

@@ -57,7 +57,7 @@ def sgnht(
     thermal_mass: float = 1.0,
     mass: float | PyTree = 1.0,
     temperature: StepSize = 1.0,
-    noise: Noise = "normal",
+    noise: Noise = "auto",
 ) -> Kernel:
     r"""A thermostat that finds the friction which unknown gradient noise calls for.
 

@@ -62,6 +62,16 @@ def test_orders_on_a_double_well(integrator, order):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("noise", "same"), [("quantized", 1e-3), ("discrete", 0.05)])
+def test_noise_of_few_values_keeps_the_order(noise, same):
+    steps = [0.1, 0.05]
+    normal = weak_order(sghmc("BAOAB"), double_well, steps)
+    other = weak_order(sghmc("BAOAB"), double_well, steps, noise=noise)
+    assert abs(other.position_order - 2) < 0.05
+    np.testing.assert_allclose(other.position_error, normal.position_error, rtol=same)
+
+
+@pytest.mark.slow
 def test_euler_maruyama_is_of_first_order_on_a_double_well():
     found = weak_order(sghmc("EM", friction=5.0), double_well, [0.01, 0.005])
     assert abs(found.position_order - 1) < 0.15

@@ -59,7 +59,7 @@ class SGLD(SGKernel):
         step_size: StepSize | None = None,
         *,
         temperature: StepSize = 1.0,
-        noise: Noise = "normal",
+        noise: Noise = "auto",
         **options: Any,
     ):
         settings = {"step_size": step_size, "temperature": temperature, "noise": noise}
@@ -93,7 +93,7 @@ class SGHMC(SGKernel):
         noise_estimate: Any = 0.0,
         temperature: StepSize = 1.0,
         integrator: str = "BAOAB",
-        noise: Noise = "normal",
+        noise: Noise = "auto",
         gradient: GradientName = "control_variate",
         order: Order = "symmetric",
         **options: Any,
