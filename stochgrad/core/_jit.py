@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from functools import wraps
+from functools import cache, wraps
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -127,7 +127,8 @@ class hoisted_jit:
         def program(constants, first, rest):
             return eval_jaxpr(closed.jaxpr, constants, *first, *rest)
 
-        jitted = jax.jit(program, donate_argnums=(1,) if self._donate else ())
+        donated = (1,) if self._donate else ()
+        jitted = jax.jit(program, donate_argnums=donated, compiler_options=_compiler_options())
         if self._mesh is not None:
             replicated = NamedSharding(self._mesh, PartitionSpec())
             lies = lambda c: getattr(getattr(c, "sharding", None), "mesh", None) == self._mesh
@@ -145,6 +146,23 @@ class hoisted_jit:
                 _executables.popitem(last=False)
         _executables.move_to_end(key)
         return constants, _executables[key], out
+
+
+@cache
+def _compiler_options() -> dict[str, Any]:
+    """Options of XLA under which a step of many small operations is not slower than their sum.
+
+    On a CPU it orders operations so that independent ones may run on several threads; where they
+    take a microsecond, handing them over costs more than that.
+    """
+    options: dict[str, Any] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except Exception:  # a version of XLA that knows no such option
+        return {}
+    return options
 
 
 def _form(leaf: Any) -> Hashable:
