@@ -50,15 +50,18 @@ def rival(path, new_tokens, threads):
     return run
 
 
-def ours(path, new_tokens):
-    model = llm.read_gguf(path)
-    # an end token that is never drawn, so that every sequence has all its tokens
-    policy = model._replace(end=-1).policy(length=new_tokens)
+def ours(model, new_tokens):
+    """``tokens -> new tokens`` by the policy of a ``llm.Llama``."""
+    # a token that these prompts do not lead to, so that every sequence has all its tokens
+    policy = model.policy(length=new_tokens, end=model.config.vocabulary - 1)
     greedy = jax.jit(policy.greedy)
 
     def run(tokens):
         prompts = em.Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
-        return np.asarray(greedy(model.params, prompts).tokens)
+        made = greedy(model.params, prompts)
+        if not np.all(made.mask):
+            raise RuntimeError("a sequence ended early: its tokens would be counted all the same")
+        return np.asarray(made.tokens)
 
     return run
 
@@ -75,7 +78,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     arguments = parser.parse_args()
     path = llm.smollm2_path()
-    contenders = {"stochgrad": ours(path, arguments.new_tokens)}
+    contenders = {"stochgrad": ours(llm.read_gguf(path), arguments.new_tokens)}
     if (other := rival(path, arguments.new_tokens, arguments.threads)) is not None:
         contenders["transformers"] = other
     print(f"| batch | {' | '.join(f'{name}, tokens/s' for name in contenders)} | ratio | agree |")

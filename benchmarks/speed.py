@@ -69,11 +69,15 @@ def sampler(kernel, init, chains, share=False):
     return run
 
 
-def bare_gradient(gradient, batch, init, chains):
-    """The gradient on one fixed batch, no sampler: the floor."""
+def bare_gradient(gradient, batch, init, chains, inner=1):
+    """The gradient on one fixed batch, no sampler: the floor.
+
+    With ``inner`` above one, it is called with the number of loops of so many steps: where a loop's
+    length is known, an accelerator does not ask the host after each step whether to go on.
+    """
     if chains > 1:
         gradient = jax.vmap(gradient, (0, None))
-        init = jax.tree.map(lambda x: jnp.stack([x] * chains), init)
+        init = jax.tree.map(lambda x: jnp.broadcast_to(x, (chains, *jnp.shape(x))), init)
 
     @jax.jit
     def loop(position, batch, steps):
@@ -81,7 +85,8 @@ def bare_gradient(gradient, batch, init, chains):
             g = gradient(position, batch)
             return jax.tree.map(lambda p, g: p + 1e-9 * g, position, g)
 
-        return jax.lax.fori_loop(0, steps, body, position)
+        outer = body if inner == 1 else lambda _, p: jax.lax.fori_loop(0, inner, body, p)
+        return jax.lax.fori_loop(0, steps, outer, position)
 
     return lambda steps: loop(init, batch, steps)
 
@@ -176,7 +181,7 @@ def perceptron():
     y = RNG.integers(0, 10, 20_000).astype(np.int32)
 
     def log_prior(p):
-        return -0.5 * sum(jnp.sum(v**2) for v in p.values())
+        return -0.5 * sum((jnp.sum(v**2) for v in p.values()), jnp.zeros(()))
 
     def log_likelihood(p, batch):
         x, y = batch

@@ -1,0 +1,1 @@
+"""How near an accelerator's ceilings the samplers come, section by section."""
