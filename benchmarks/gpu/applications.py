@@ -1,6 +1,6 @@
 """Path gradients, decoding, molecular dynamics and streamed data.
 
-What a section needs beside jax, numpyro and blackjax it imports itself.
+What needs more than jax, numpyro and blackjax is imported by its section.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal
 
 import stochgrad
-from stochgrad import potentials
-from stochgrad.numpyro import PathGradientELBO
 
 from .. import speed
-from .measure import Figure, copy_bandwidth, rate, sampling, seconds
+from .measure import Figure, copy_bandwidth, rate, sampling, seconds, wall
 
 
 def path(small: bool) -> Iterator[Figure]:
     """d = 4,096: a full-rank guide of numpyro's and a coupling flow, beside the total gradient."""
+    from stochgrad.numpyro import PathGradientELBO
+
     dim, particles = (16, 8) if small else (4096, 8)
 
     def model():
@@ -123,7 +123,8 @@ CUTOFF, CENTERS = 2.1, np.linspace(0.8, 2.1, 16, dtype=np.float32)
 def pair_energy(params, positions, box):
     """A wall and a network of the distance, between all pairs within the cut-off."""
     one, other = np.triu_indices(positions.shape[0], 1)
-    delta = potentials.displacement(positions[one], positions[other], box)
+    delta = positions[one] - positions[other]
+    delta = delta - box * jnp.round(delta / box)
     r = jnp.sqrt(jnp.sum(delta**2, -1))
     x = jnp.exp(-(((r[:, None] - CENTERS) / 0.1) ** 2))
     out = jnp.tanh(x @ params["w"]) @ params["out"]
@@ -133,6 +134,8 @@ def pair_energy(params, positions, box):
 
 def dynamics(small: bool) -> Iterator[Figure]:
     """A liquid of 64 atoms, 8 networks in one program and one network alone."""
+    from stochgrad import potentials
+
     raw = np.load(Path(__file__).parents[2] / "examples/data/lennard_jones.npz")
     box = np.full(3, raw["edge"], np.float32)
     one, other = jax.random.split(jax.random.key(0))
@@ -161,7 +164,7 @@ def dynamics(small: bool) -> Iterator[Figure]:
                 box=box,
             )
 
-        timed = rate(lambda n: run(n).positions, steps, small)
+        timed = rate(lambda n: wall(lambda: run(n).positions), steps, small)
         exploded = int((run(2).exploded >= 0).sum())
         systems = networks * replicas
         return {**timed, "system_steps_per_s": systems * timed["steps_per_s"], "exploded": exploded}

@@ -44,21 +44,25 @@ def kernels(target: Posterior, noise: Noise) -> dict:
     }
 
 
+SQUARES = stochgrad.Online(lambda q: jnp.zeros(()), lambda total, q: total + q**2)
+
+
 def second_moment(kernel, expected: float, small: bool, seeds: int = 3) -> dict:
     """Mean square over chains that have forgotten their start, against what it should be."""
-    chains = 2000 if small else 20_000
+    chains, draws = (2000 if small else 20_000), 200
     means, errors = [], []
     for seed in range(seeds):
-        draws = stochgrad.sample(
+        run = stochgrad.sample(
             jax.random.key(seed),
             kernel,
             init=jnp.zeros(chains),
-            num_samples=200,
+            num_samples=draws,
             num_warmup=300,
             num_chains=chains,
+            collect=SQUARES,
             progress=False,
         )
-        of_chain = np.mean(np.asarray(draws.positions, np.float64) ** 2, axis=1)
+        of_chain = np.asarray(run.summary, np.float64) / draws
         means.append(of_chain.mean())
         errors.append(of_chain.std(ddof=1) / np.sqrt(chains))
     z = (np.array(means) - expected) / errors

@@ -35,17 +35,17 @@ def seconds(function: Callable, *args, repeat: int = 3) -> float:
     return min(wall(function, *args) for _ in range(repeat))
 
 
-def rate(run: Callable[[int], Any], steps: int, small: bool) -> dict[str, float]:
-    """Steps a second of ``run(n)``, which takes ``n * steps`` of them.
+def rate(timed: Callable[[int], float], steps: int, small: bool) -> dict[str, float]:
+    """Steps a second, where ``timed(n)`` is the seconds that ``n * steps`` of them take.
 
     From runs of two lengths, so that fixed costs fall out; the longer one is as long as it takes
     for them to differ by a fair fraction of a second.
     """
-    first = wall(run, 1)
-    short = min(wall(run, 1) for _ in range(3))
+    first = wall(timed, 1)
+    short = min(timed(1) for _ in range(3))
     goal, n = (0.05 if small else 0.4), 2
     while True:
-        more = min(wall(run, n) for _ in range(2)) - short
+        more = min(timed(n) for _ in range(2)) - short
         if more >= goal or n == 1000:
             break
         n = min(1000, max(2 * n, int(n * min(20, 1.3 * goal / max(more, 1e-6)))))
@@ -54,16 +54,17 @@ def rate(run: Callable[[int], Any], steps: int, small: bool) -> dict[str, float]
     return {"steps_per_s": (n - 1) * steps / more, "first_s": first}
 
 
-def first_number(state):
-    """What is kept of a draw; one function, for a fresh one would compile anew."""
-    return jax.tree.leaves(state.position)[0].ravel()[:1]
+NOTHING = stochgrad.Online(lambda position: (), lambda summary, position: summary)
 
 
-def sampling(kernel, init, chains: int, steps: int, share: bool = False) -> Callable[[int], Any]:
-    """``n -> draws``, one of ``steps`` steps; every n has the same program."""
+def sampling(kernel, init, chains: int, steps: int, share: bool = False) -> Callable[[int], float]:
+    """``n -> seconds``: of the loop over n draws of ``steps`` steps, of which none is kept.
 
-    def run(n):
-        return stochgrad.sample(
+    Every n has the same program, and all draws are in one call of it.
+    """
+
+    def timed(n):
+        draws = stochgrad.sample(
             jax.random.key(0),
             kernel,
             init=init,
@@ -71,11 +72,13 @@ def sampling(kernel, init, chains: int, steps: int, share: bool = False) -> Call
             thin=steps,
             num_chains=chains,
             share_batches=share,
-            collect=first_number,
+            collect=NOTHING,
+            chunk_size=1000,
             progress=False,
-        ).positions
+        )
+        return draws.timings["compile"] + draws.timings["sample"]
 
-    return run
+    return timed
 
 
 @cache

@@ -17,7 +17,7 @@ ABOUT = {
     "network": "A network of 79,510 weights\n\n784-100-10, minibatches of 256, each chain its own.",
     "profile": "Where the time goes\n\nShares of the time from the first to the last kernel of the "
     "sampler's program, as kernels are named. Noise is fused with the update, whose name does not "
-    "show it: what it costs is the difference of the spans with and without.",
+    "show it: what it costs is the difference of the spans with normal noise injected and with none.",
     "noise": "Noise\n\nThe share is of a copy's bandwidth, at four bytes a number.",
     "layouts": "Contiguous blocks against gathered rows\n\nLogistic regression, d = 50, minibatches "
     "of their own.",
@@ -40,7 +40,7 @@ BASELINES = {
     "layouts": {"of_blocks": ("layout", "blocks")},
     "precision": {"of_float32": ("gradients", "float32")},
     "path": {"of_total": ("gradient", "total")},
-    "profile": {"of_noiseless": ("noise", "none")},
+    "profile": {"of_noiseless": ("injected", "none")},
 }
 RATIO_OF = ("steps_per_s", "step_ms", "span_us")
 
@@ -52,7 +52,7 @@ def written(value) -> str:
         return ", ".join(map(written, value))
     if isinstance(value, int | str):
         return f"{value:,}" if isinstance(value, int) else value.replace("|", "\\|")
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def with_ratios(section: str, lines: list[dict]) -> list[dict]:

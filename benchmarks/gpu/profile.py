@@ -156,6 +156,6 @@ def profile(small: bool) -> Iterator[Figure]:
         noises: dict[str, Noise] = {"normal": "normal", "none": no_noise}
         for label, noise in noises.items():
             kernel = stochgrad.sghmc(target, 1e-4, 10.0, noise=noise)
-            case = {"work": name, "chains": chains, "noise": label}
+            case = {"work": name, "chains": chains, "injected": label}
             steps = 10 if small else 50
             yield Figure(case, partial(traced, kernel, init, chains, steps, share))

@@ -12,7 +12,7 @@ from stochgrad.core import Posterior
 
 from .. import speed
 from .device import gaussian, kernels, second_moment
-from .measure import Figure, against, rate, sampling, seconds
+from .measure import Figure, against, rate, sampling, seconds, wall
 
 BARE, RIVAL = "bare gradient", "blackjax sgld, scan"
 
@@ -21,7 +21,7 @@ def floor(target, init, chains: int, steps: int, small: bool) -> dict:
     """Gradients on one fixed minibatch, shared, and no sampler."""
     batch, _ = target.batches.next(target.batches.init(jax.random.key(0)))
     loop = speed.bare_gradient(jax.grad(target.log_density), batch, init, chains, inner=steps)
-    return rate(loop, steps, small)
+    return rate(partial(wall, loop), steps, small)
 
 
 class Regression(NamedTuple):
