@@ -1,11 +1,13 @@
 """What a step costs: stochgrad, the bare gradient, and blackjax's SGLD in a scan of one's own.
 
-``python benchmarks/speed.py`` prints the table and writes it to ``docs/speed.md``. All contenders
+``python benchmarks/speed.py`` writes ``benchmarks/results/speed.json``, and the page
+``docs/speed.md`` from it. All contenders
 take turns in one process, several rounds; a figure is the median over rounds of the CPU time (all
 threads) that a step adds, from runs of two lengths, so that fixed costs fall out.
 """
 
 import argparse
+import json
 import platform
 import subprocess
 import sys
@@ -28,6 +30,8 @@ warnings.simplefilter("ignore", UserWarning)
 
 RNG = np.random.default_rng(0)
 THIN = 10
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 
 
 def cpu_seconds(function, steps):
@@ -153,6 +157,7 @@ def work_a(rounds):
             "bare gradient (floor)": bare_gradient(
                 jax.grad(blocks.log_density), batch, init, chains
             ),
+            "bare gradient, fresh blocks": fresh_blocks(blocks, init, chains),
             "stochgrad sgld": sampler(stochgrad.sgld(blocks, h), init, chains),
             "stochgrad sghmc": sampler(stochgrad.sghmc(blocks, 1e-3, 10.0), init, chains),
             "stochgrad sgld, numpyro model": sampler(
@@ -204,48 +209,50 @@ def work_b(rounds):
     batch, _ = target.batches.next(target.batches.init(jax.random.key(0)))
     contenders, steps = {}, {}
     for chains in (1, 4):
-        kernels = {
-            "stochgrad sgld": stochgrad.sgld(target, 1e-7),
-            "stochgrad sgld, discrete noise": stochgrad.sgld(target, 1e-7, noise="discrete"),
-            "stochgrad sghmc": stochgrad.sghmc(target, 1e-4, 10.0),
-            "stochgrad sghmc, discrete noise": stochgrad.sghmc(
-                target, 1e-4, 10.0, noise="discrete"
-            ),
-        }
+        kernels = {}
+        for noise in ("auto", "normal", "discrete"):
+            end = "" if noise == "auto" else f", {noise} noise"
+            kernels |= {
+                f"stochgrad sgld{end}": stochgrad.sgld(target, 1e-7, noise=noise),
+                f"stochgrad sghmc{end}": stochgrad.sghmc(target, 1e-4, 10.0, noise=noise),
+            }
         entries = {
             "bare gradient (floor)": bare_gradient(
                 jax.grad(target.log_density), batch, init, chains
             ),
+            "bare gradient, fresh blocks": fresh_blocks(target, init, chains),
             **{name: sampler(kernel, init, chains) for name, kernel in kernels.items()},
             "blackjax sgld, scan": blackjax_scan(
                 log_prior, log_likelihood, (x, y), 256, init, chains, 1e-7
             ),
         }
         if chains > 1:
-            for name in ("stochgrad sgld", "stochgrad sgld, discrete noise"):
+            for name in ("stochgrad sgld", "stochgrad sghmc"):
                 entries[f"{name}, shared"] = sampler(kernels[name], init, chains, share=True)
         for name, function in entries.items():
             contenders[chains, name], steps[chains, name] = function, 200 // chains
     return measure(contenders, steps, rounds)
 
 
-def fresh_blocks(target, dim):
+def fresh_blocks(target, init, chains=1):
     """The gradient on another block at each step, no sampler: what the memory alone costs."""
-    x, y = target.batches.full.data
+    size, batch_size = target.batches.size, target.batches.batch_size
     gradient = jax.grad(target.log_density)
-    blocks = len(y) // 500
+    if chains > 1:
+        gradient = jax.vmap(gradient, (0, None))
+        init = jax.tree.map(lambda x: jnp.stack([x] * chains), init)
 
     @jax.jit
     def loop(position, data, steps):
         def body(i, position):
-            start = 500 * ((i * 7919) % blocks)
-            batch = jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, start, 500), data)
-            g = gradient(position, Batch(batch, jnp.float32(1)))
-            return position + 1e-9 * g
+            start = batch_size * ((i * 7919) % (size // batch_size))
+            rows = [jax.lax.dynamic_slice_in_dim(x, start, batch_size) for x in data]
+            g = gradient(position, Batch(tuple(rows), jnp.float32(1)))
+            return jax.tree.map(lambda p, g: p + 1e-9 * g, position, g)
 
         return jax.lax.fori_loop(0, steps, body, position)
 
-    return lambda steps: loop(jnp.zeros(dim), (x, y), steps)
+    return lambda steps: loop(init, target.batches.full.data, steps)
 
 
 def sizes(rounds):
@@ -258,7 +265,7 @@ def sizes(rounds):
             contenders[layout, size] = sampler(stochgrad.sgld(target, 1e-6), jnp.zeros(50), 1)
             steps[layout, size] = 4000 if layout == "blocks" else 1000
             if layout == "blocks":
-                contenders["memory", size] = fresh_blocks(target, 50)
+                contenders["memory", size] = fresh_blocks(target, jnp.zeros(50))
                 steps["memory", size] = 4000
     return measure(contenders, steps, rounds)
 
@@ -299,23 +306,43 @@ def table(title, figures, rival="blackjax sgld, scan"):
     return [*lines, ""]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("docs/speed.md"))
-    options = parser.parse_args()
-    a, b = work_a(options.rounds), work_b(options.rounds)
-    by_size = sizes(options.rounds)
-    seconds = compile_seconds()
-    imports = {module: import_seconds(module) for module in ("jax", "stochgrad")}
+def run(rounds):
+    """All figures, under the machine and the versions that gave them."""
+    device = jax.devices()[0]
+
+    def by_name(figures):
+        return {" | ".join(map(str, key)): value for key, value in figures.items()}
+
+    return {
+        "rounds": rounds,
+        "machine": f"{platform.machine()}, {len(jax.devices())} {device.platform} device",
+        "versions": {m.__name__: m.__version__ for m in (jax, blackjax, numpyro)},
+        "logistic": by_name(work_a(rounds)),
+        "perceptron": by_name(work_b(rounds)),
+        "sizes": by_name(sizes(rounds)),
+        "compile_seconds": compile_seconds(),
+        "import_seconds": {m: import_seconds(m) for m in ("jax", "stochgrad")},
+    }
+
+
+def page(results):
+    def figures(section, kind=int):
+        split = {tuple(key.split(" | ")): value for key, value in results[section].items()}
+        return {(kind(a), b): value for (a, b), value in split.items()}
+
+    a, b, by_size = figures("logistic"), figures("perceptron"), figures("sizes", str)
+    seconds, imports = results["compile_seconds"], results["import_seconds"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
         "# Speed",
         "",
         "Made by `python benchmarks/speed.py`: CPU time (all threads) that a step of all chains adds,",
-        f"median of {options.rounds} rounds in which all contenders take turns in one process; thin 10.",
-        f"{platform.machine()}, {len(jax.devices())} {jax.devices()[0].platform} device, "
-        f"jax {jax.__version__}, blackjax {blackjax.__version__}, numpyro {numpyro.__version__}.",
-        "Every figure is a ratio's material: compare within a table, not across machines.",
+        f"median of {results['rounds']} rounds in which all contenders take turns in one process; "
+        "thin 10.",
+        f"{results['machine']}, {versions}.",
+        "Every figure is a ratio's material: compare within a table, not across machines. The floor is "
+        "the gradient on one minibatch that stays in the cache; fresh blocks are what a minibatch of "
+        "its own at each step costs before there is any sampler.",
         "",
         *table("Bayesian logistic regression, N = 100,000, d = 50, batch 500", a),
         f"The numpyro model costs {a[1, 'stochgrad sgld, numpyro model'] / a[1, 'stochgrad sgld']:.2f} "
@@ -323,7 +350,10 @@ def main():
         f"{a[16, 'stochgrad sgld, numpyro model'] / a[16, 'stochgrad sgld']:.2f} times with 16.",
         f"Compiling the sampler of 16 chains: {seconds:.1f} s.",
         "",
-        *table("Multilayer perceptron 784-100-10, 20,000 rows, batch 256", b),
+        *table("Multilayer perceptron 784-100-10 (79,510 weights), 20,000 rows, batch 256", b),
+        "The default noise of so long a position is quantized (1,021 values, eleven moments of a "
+        "normal).",
+        "",
         "## Cost against the number of rows (logistic regression, 1 chain)",
         "",
         "| layout | N = 10,000 | N = 1,000,000 | ratio |",
@@ -331,7 +361,7 @@ def main():
     ]
     named = {"memory": "no sampler: gradients on fresh blocks", "blocks": "blocks", "rows": "rows"}
     for layout, name in named.items():
-        small, large = by_size[layout, 10_000], by_size[layout, 1_000_000]
+        small, large = by_size[layout, "10000"], by_size[layout, "1000000"]
         lines.append(f"| {name} | {small:.1f} | {large:.1f} | {large / small:.2f} |")
     lines += [
         "",
@@ -342,10 +372,20 @@ def main():
         f"{imports['stochgrad']:.2f} s (medians of 7).",
         "",
     ]
-    text = "\n".join(lines)
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--page", action="store_true", help="the page alone, from saved figures")
+    options = parser.parse_args()
+    if not options.page:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(run(options.rounds), indent=1) + "\n")
+    text = page(json.loads(RESULTS.read_text()))
     print(text)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text)
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":
