@@ -98,14 +98,17 @@ def mix(word: Array) -> Array:
 def hashed(key: PRNGKey, size: int, draw: int = 0) -> UInt32[Array, " size"]:
     """A cheap keyed hash of each number below ``size``.
 
-    Threefry makes two words of the key and the draw, once; a number then takes one round of ``mix``
-    with a word before each of its multiplications. Neighboring keys have nothing in common.
+    Threefry makes two words of the key and the draw, once, so that neighboring keys have nothing in
+    common; a number then takes three multiplications (the 'triple32' constants of C. Wellons) with
+    a word before each of the first two. Two multiplications fail tests of the distances between
+    points that successive numbers make.
     """
     first, second = threefry(key_words(key), np.uint32(draw), np.uint32(0))
     word = lax.iota(np.uint32, size) ^ first
-    word = (word ^ (word >> np.uint32(16))) * np.uint32(0x7FEB352D) + second
-    word = (word ^ (word >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return word ^ (word >> np.uint32(16))
+    word = (word ^ (word >> np.uint32(17))) * np.uint32(0xED5AD4BB) + second
+    word = (word ^ (word >> np.uint32(11))) * np.uint32(0xAC4C1B51)
+    word = (word ^ (word >> np.uint32(15))) * np.uint32(0x31848BAB)
+    return word ^ (word >> np.uint32(14))
 
 
 _BYTES_SD = math.sqrt(4 * (256**2 - 1) / 12)
