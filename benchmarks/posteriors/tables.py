@@ -74,7 +74,8 @@ def page():
         f"{references.EFFECTIVE_DRAWS:,} effective draws for every parameter that is compared; a centered "
         "model and its non-centered form share one). *Right* means that every mean is within "
         f"{MEAN_ERROR} reference sd and every sd within {SD_ERROR:.0%}; *says no* that the verdict says not "
-        "to use the draws. The columns show the worst parameter.",
+        "to use the draws. The columns show the worst parameter; seconds are those of two cores that other "
+        "work shares, compilation included.",
         "",
     ]
     titles = {
@@ -90,6 +91,8 @@ def page():
         lines += [f"## {title}", ""]
         lines += [", ".join(f"{k}: {v}" for k, v in sorted(counts.items())) + ".", ""]
         lines += [*posterior_table(records), ""]
+        if missing := [name for name in ENTRIES if name not in records]:
+            lines += [f"Without figures yet: {', '.join(missing)}.", ""]
         if reasons := reason_list(records):
             lines += ["What the verdicts that say no give as reasons:", "", *reasons, ""]
     if "beside NUTS" in results:

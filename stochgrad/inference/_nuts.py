@@ -138,7 +138,7 @@ def nuts_at(posterior: Posterior, acceptance: float = 0.85) -> KernelAt:
             progress=False,
         )
         steps = np.exp(np.asarray(run.positions, np.float64)).ravel()
-        return TunedKernel(nuts(posterior, float(np.exp(np.mean(np.log(steps)))), inverse_mass))
+        return TunedKernel(nuts(posterior, float(np.median(steps)), inverse_mass))
 
     return kernel_at
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from stochgrad.core import (
+    Draws,
     Kernel,
     Position,
     PRNGKey,
@@ -28,6 +29,7 @@ _MOST_DRAWS = 500
 _MOST_BYTES = 2**26
 _RETRIES = 4
 _SHRINK = 0.3
+_MOST_DIVERGENT = 0.5
 
 
 class Place(NamedTuple):
@@ -214,6 +216,8 @@ def _run(
             progress=False,
         )
     healthy = draws.finite.all(axis=1) & (draws.first_bad < 0)
+    moving = healthy & ~_stuck(draws)
+    healthy = moving if moving.any() else healthy
     leapfrogs = thin * float(np.sum(draws.stats.get("n_steps", 0)))
     if not healthy.any() or draws.num_draws < steps // thin:
         return np.zeros((0, 0, dimension)), np.nan, chains, leapfrogs
@@ -222,6 +226,18 @@ def _run(
     ratios = draws.stats.get("noise_ratio", np.full((chains, 1), np.nan))[healthy]
     ratio = float(np.nanmean(ratios)) if np.isfinite(ratios).any() else float("nan")
     return x, ratio, int(np.sum(~healthy)), leapfrogs
+
+
+def _stuck(draws: Draws) -> np.ndarray:
+    """Which chains of NUTS hardly move in their second half, for their transitions diverge there.
+
+    Such a chain has started where the density is narrow beyond what its step can follow, next to a
+    singularity for instance, and says nothing of where the posterior lies.
+    """
+    divergent = draws.stats.get("diverging")
+    if divergent is None:
+        return np.zeros(draws.num_chains, bool)
+    return np.mean(divergent[:, draws.num_draws // 2 :], axis=1) > _MOST_DIVERGENT
 
 
 def _change(white: np.ndarray, effective: float) -> float:

@@ -1,5 +1,7 @@
 """Pathfinder and windows find the bulk of a posterior, where its mode is and where it is not."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ import numpyro.distributions as dist
 import pytest
 
 import stochgrad
-from stochgrad.sgmcmc import _warm_up
+from stochgrad.core import Kernel
+from stochgrad.sgmcmc import Place, Precision, TunedKernel, _warm_up
+from stochgrad.sgmcmc._windows import run_window
 
 RNG = np.random.default_rng(0)
 # a regression on raw columns: condition 1e7 of the posterior covariance
@@ -146,3 +150,36 @@ def test_no_start_is_refused():
         stochgrad.pathfinder(target, jax.random.key(0), init=jnp.float32(0.0))
     with pytest.raises(ValueError, match="init is needed"):
         stochgrad.pathfinder(target, jax.random.key(0))
+
+
+class Walk(NamedTuple):
+    position: Any
+    stuck: Any
+
+
+class WalkInfo(NamedTuple):
+    diverging: Any
+
+
+def test_a_chain_whose_transitions_all_diverge_is_no_part_of_the_place():
+    """Independent normal draws, but for one chain of four that never moves."""
+
+    def init(position, rng_key):
+        return Walk(position, position > 10)
+
+    def step(rng_key, state):
+        drawn = 0.99 + 0.1 * jax.random.normal(rng_key)
+        position = jnp.where(state.stuck, state.position, drawn)
+        return Walk(position, state.stuck), WalkInfo(state.stuck)
+
+    kernel = Kernel(init, step, settings=(("step_size", 1.0),), initial=lambda key: jnp.float32(1))
+    starts = np.float32([[50.0], [0.9], [1.0], [1.1]])
+    place = Place(np.ones(1), Precision.of_covariance(np.eye(1)), starts, lambda x: x[0], starts)
+    following, window = run_window(
+        lambda *_: TunedKernel(kernel), place, jax.random.key(0), 400.0, 400
+    )
+    assert window.diverged == 1
+    assert window.rhat < 1.05
+    assert abs(following.mean[0] - 0.99) < 5 * 0.1 / np.sqrt(600)
+    assert following.starts.shape == (4, 1)
+    assert np.all(np.abs(following.starts - 0.99) < 6 * 0.1)
