@@ -6,7 +6,7 @@ rolls the rounds into a loop; written out, they fuse with the update that uses t
 draw twice as cheap and, for a small model, the whole step three times.
 
 For many numbers the bits and the inverse error function are most of a step, and ``quantized`` takes
-their place: a sixth of the cost, moments to the tenth, 1,021 values.
+their place: a third of the cost, moments to the eleventh, 1,021 values.
 """
 
 import math

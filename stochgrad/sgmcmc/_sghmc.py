@@ -105,7 +105,7 @@ def sghmc(
               ``"OBABO"``, ``"BAOAB"``, ``"ABOBA"``, ``"OABAO"``, ``"UBU"``, ``"BUB"`` and others;
               a letter that occurs n times advances by h/n. Palindromes are of second order.
             - ``"MT3"``: third order, three gradients a step.
-        noise: ``"normal"``; ``"quantized"``: 1,021 values with eleven moments right, a fifth of
+        noise: ``"normal"``; ``"quantized"``: 1,021 values with eleven moments right, a third of
             the cost; ``"discrete"``: four values with five moments right; ``"auto"``: normal, and
             quantized in positions of more than 1,000 numbers, where the noise would be much of a
             step; or a function ``(key, tree) -> tree``.

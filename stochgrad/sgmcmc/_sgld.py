@@ -61,7 +61,7 @@ def sgld(
         step_size: h, a positive number or an optax-style schedule ``step -> float``.
         temperature: T, a number or a schedule; the draws follow $\pi^{1/T}$. At zero, a step is
             one of gradient descent.
-        noise: ``"normal"``; ``"quantized"``: 1,021 values with eleven moments right, a fifth of
+        noise: ``"normal"``; ``"quantized"``: 1,021 values with eleven moments right, a third of
             the cost; ``"discrete"``: four values with five moments right; ``"auto"``: normal, and
             quantized in positions of more than 1,000 numbers, where the noise would be much of a
             step; or a function ``(key, tree) -> tree``.
