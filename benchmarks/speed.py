@@ -314,13 +314,13 @@ def run(rounds):
         return {" | ".join(map(str, key)): value for key, value in figures.items()}
 
     return {
+        "compile_seconds": compile_seconds(),  # first: later its program would be there already
         "rounds": rounds,
         "machine": f"{platform.machine()}, {len(jax.devices())} {device.platform} device",
         "versions": {m.__name__: m.__version__ for m in (jax, blackjax, numpyro)},
         "logistic": by_name(work_a(rounds)),
         "perceptron": by_name(work_b(rounds)),
         "sizes": by_name(sizes(rounds)),
-        "compile_seconds": compile_seconds(),
         "import_seconds": {m: import_seconds(m) for m in ("jax", "stochgrad")},
     }
 
