@@ -1,9 +1,9 @@
 """What a step costs: stochgrad, the bare gradient, and blackjax's SGLD in a scan of one's own.
 
 ``python benchmarks/speed.py`` writes ``benchmarks/results/speed.json``, and the page
-``docs/speed.md`` from it. All contenders
-take turns in one process, several rounds; a figure is the median over rounds of the CPU time (all
-threads) that a step adds, from runs of two lengths, so that fixed costs fall out.
+``docs/speed.md`` from it. All contenders take turns in one process, several rounds; a figure is the
+median over rounds of the CPU time (all threads) that a step adds, from runs of two lengths, so that
+fixed costs fall out.
 """
 
 import argparse
@@ -73,15 +73,21 @@ def sampler(kernel, init, chains, share=False):
     return run
 
 
+def over_chains(gradient, init, chains):
+    """A gradient of one chain and its position, for several chains on one minibatch."""
+    if chains == 1:
+        return gradient, init
+    many = jax.tree.map(lambda x: jnp.broadcast_to(x, (chains, *jnp.shape(x))), init)
+    return jax.vmap(gradient, (0, None)), many
+
+
 def bare_gradient(gradient, batch, init, chains, inner=1):
     """The gradient on one fixed batch, no sampler: the floor.
 
     With ``inner`` above one, it is called with the number of loops of so many steps: where a loop's
     length is known, an accelerator does not ask the host after each step whether to go on.
     """
-    if chains > 1:
-        gradient = jax.vmap(gradient, (0, None))
-        init = jax.tree.map(lambda x: jnp.broadcast_to(x, (chains, *jnp.shape(x))), init)
+    gradient, init = over_chains(gradient, init, chains)
 
     @jax.jit
     def loop(position, batch, steps):
@@ -237,10 +243,7 @@ def work_b(rounds):
 def fresh_blocks(target, init, chains=1):
     """The gradient on another block at each step, no sampler: what the memory alone costs."""
     size, batch_size = target.batches.size, target.batches.batch_size
-    gradient = jax.grad(target.log_density)
-    if chains > 1:
-        gradient = jax.vmap(gradient, (0, None))
-        init = jax.tree.map(lambda x: jnp.stack([x] * chains), init)
+    gradient, init = over_chains(jax.grad(target.log_density), init, chains)
 
     @jax.jit
     def loop(position, data, steps):

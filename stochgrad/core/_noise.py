@@ -160,8 +160,8 @@ def discrete(key: PRNGKey, size: int, dtype=jnp.float32, draw: int = 0) -> Float
     variable costs; eight draws share a hash.
     """
     dtype = jnp.dtype(dtype)
-    group, place = divmod(draw, 8)
     words = key_words(key)
+    group, place = divmod(draw, 8)
     bits = mix(mix(lax.iota(np.uint32, size) ^ words[0]) + (words[1] + np.uint32(group)))
     large, small = dtype.type(np.sqrt(_LARGE)), dtype.type(np.sqrt(_SMALL))
     is_large = (bits >> np.uint32(29 - 3 * place)) & np.uint32(7) == 0

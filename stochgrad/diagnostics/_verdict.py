@@ -320,7 +320,12 @@ def _axes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = np.maximum(flat.std(0), 1e-300)
     if d == 1:
         return np.diag(scale), np.diag(1 / scale)
-    values, axes = np.linalg.eigh(np.cov(flat / scale, rowvar=False))
+    return _principal(scale, np.cov(flat / scale, rowvar=False))
+
+
+def _principal(scale: np.ndarray, correlation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What ``_axes`` returns, of standard deviations and correlations."""
+    values, axes = np.linalg.eigh(correlation)
     root = np.sqrt(np.maximum(values, 1e-12 * values[-1]))
     return scale[:, None] * axes * root, axes / scale[:, None] / root
 
@@ -363,13 +368,13 @@ def _off_law(series: np.ndarray, covariance: np.ndarray, names: list[str]) -> li
     if covariance.shape != (len(names), len(names)):
         return []
     scale = np.sqrt(np.diag(covariance))
-    values, axes = np.linalg.eigh(covariance / np.outer(scale, scale))
-    white = (series - series.mean((0, 1))) / scale @ axes / np.sqrt(values)
+    axes, duals = _principal(scale, covariance / np.outer(scale, scale))
+    white = (series - series.mean((0, 1))) @ duals
     width, error = np.mean(white**2, axis=(0, 1)), _standard_error(white**2)
     i = int(np.argmax(np.abs(width - 1) / np.maximum(error, 1e-300)))
     if abs(width[i] - 1) <= max(_ERRORS * error[i], _MATERIAL):
         return []
-    where = direction_name(axes[:, i], names)
+    where = direction_name(axes[:, i] / scale, names)
     return [
         f"draws do not have the sandwich's spread along {where}: "
         f"their standard deviation is {math.sqrt(width[i]):.2g} times as large. The posterior is "

@@ -30,10 +30,12 @@ def robust_kernel(
     center = find_center(gradient.posterior, center_key, init=tuned.center).position
     robust = sandwich(gradient, key, center)
     hessian = robust.settings["mass"]
+    known = {"hessian": hessian, "score_covariance": hessian @ robust.covariance @ hessian}
 
     def finer(_: Kernel, step_size: float) -> Kernel:
-        given = sandwich(gradient, key, center, step_size=step_size, hessian=hessian)
-        return sghmc(gradient, **given.settings)
+        return sghmc(
+            gradient, **sandwich(gradient, key, center, step_size=step_size, **known).settings
+        )
 
     kernel = sghmc(gradient, **robust.settings)
     law = predict_law(kernel, key, center, hessian=hessian, covariance=robust.covariance)
