@@ -135,13 +135,12 @@ class hoisted_jit:
             return [c if lies(c) else put_global(c, replicated) for c in closed.consts], jitted, out
         constants = [jnp.asarray(c) for c in closed.consts]
         inputs = constants, jax.tree.leaves(args[:1]), jax.tree.leaves(args[1:])
-        traced = jitted.trace(*inputs)
-        key = _content(traced.jaxpr)
-        if key is None:
-            return constants, traced.lower().compile(), out
-        key = key, tuple(map(_place, jax.tree.leaves(inputs))), self._donate, len(inputs[1])
+        content = _content(closed.jaxpr)
+        if content is None:
+            return constants, jitted.lower(*inputs).compile(), out
+        key = content, tuple(map(_place, jax.tree.leaves(inputs))), self._donate, len(inputs[1])
         if key not in _executables:
-            _executables[key] = traced.lower().compile()
+            _executables[key] = jitted.lower(*inputs).compile()
             while len(_executables) > _MOST_EXECUTABLES:
                 _executables.popitem(last=False)
         _executables.move_to_end(key)
@@ -174,6 +173,9 @@ def _place(leaf: Any) -> Hashable:
     committed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return leaf.sharding if committed else str(default)
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class _Private(Exception):
@@ -230,6 +232,8 @@ def _of_jaxpr(jaxpr: Any) -> Hashable:
 
 def _of_value(value: Any) -> Hashable:
     """A parameter of a primitive by its value."""
+    if type(value) in _PLAIN:
+        return type(value), value
     if hasattr(value, "eqns"):
         return _of_jaxpr(value)
     if isinstance(value, tuple | list):

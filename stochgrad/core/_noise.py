@@ -43,6 +43,7 @@ def numbered(key: PRNGKey, draw: int) -> PRNGKey:
     return key if draw == 0 else jax.random.fold_in(key, draw)
 
 
+@partial(jax.jit, inline=True)
 def threefry(
     words: UInt32[Array, "2"], high: Array | np.uint32, low: Array | np.uint32
 ) -> tuple[Array, Array]:
@@ -56,6 +57,15 @@ def threefry(
         x = x + schedule[(group + 1) % 3]
         y = y + schedule[(group + 2) % 3] + np.uint32(group + 1)
     return x, y
+
+
+def fold_in(key: PRNGKey, number: Array | np.int32) -> PRNGKey:
+    """``jax.random.fold_in`` to the bit, and with it a key of ``jax.random.split``."""
+    if jax.random.key_impl(key) != "threefry2x32":
+        return jax.random.fold_in(key, number)
+    number = jnp.asarray(number).astype(np.uint32)
+    words = threefry(jax.random.key_data(key), jnp.zeros_like(number), number)
+    return jax.random.wrap_key_data(jnp.stack(words), impl="threefry2x32")
 
 
 def normal(key: PRNGKey, size: int, dtype=jnp.float32, draw: int = 0) -> Float[Array, " size"]:

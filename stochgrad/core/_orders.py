@@ -115,14 +115,16 @@ def _permuted(words, permutation, index, size, stream, limit) -> Int[Array, "*s"
             right = _add_modulo(right, mix(left ^ right_keys[r]), columns)
         return left * columns + right
 
-    x = once(index.astype(np.uint32))
-    if not isinstance(size, int | np.integer) or rows * columns > size or limit is not None:
-        end = jnp.asarray(size, np.uint32) if limit is None else limit
-        x = lax.while_loop(
-            lambda x: jnp.any(x >= end), lambda x: jnp.where(x >= end, once(x), x), x
-        )
-    # else newer compilers fuse the rounds into what reads the index, and do not come back
-    return lax.optimization_barrier(x.astype(jnp.int32))
+    end = jnp.asarray(size, np.uint32) if limit is None else limit
+
+    def walk(both):
+        x, astray = both
+        x = jnp.where(astray, once(x), x)
+        return x, x >= end
+
+    x = index.astype(np.uint32)
+    x, _ = lax.while_loop(lambda both: jnp.any(both[1]), walk, (x, jnp.ones(x.shape, bool)))
+    return x.astype(jnp.int32)
 
 
 _permuted_among = jax.jit(_permuted, static_argnums=3)

@@ -126,7 +126,7 @@ def joint_density(
             )
         return prior + jnp.sum(batch.weight.astype(values.dtype) * values)
 
-    return log_density
+    return jax.jit(log_density, inline=True)
 
 
 def _evaluate(name: str, function: Callable, position: Position, *args: Any) -> Array:

@@ -11,11 +11,12 @@ import numpy as np
 from jax import lax
 from jax.core import eval_jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from stochgrad.core._chains import map_chains, prefer_sequential
 from stochgrad.core._checks import describe, first_line, is_ours
 from stochgrad.core._jit import hoisted_jit, remember
+from stochgrad.core._noise import fold_in
 from stochgrad.core._protocols import Online
 from stochgrad.core._stream import Stream
 from stochgrad.core._trees import (
@@ -48,17 +49,29 @@ class Carry(NamedTuple):
     summary: PyTree = ()
 
 
+class Plan(NamedTuple):
+    """Numbers of a run that its program takes as arguments.
+
+    Attributes:
+        thin: Steps per draw.
+        num_warmup: Draws that are not summed up.
+    """
+
+    thin: np.int32
+    num_warmup: np.int32
+
+
 class Program(NamedTuple):
     """A kernel's compiled functions.
 
     Attributes:
         start: ``(positions, keys, resident) -> Carry``, as it was written.
         init: The same, compiled.
-        chunk: ``(carry, keys, resident, start, count) -> (carry, kept, stats)``: draws number
+        chunk: ``(carry, keys, resident, plan, start, count) -> (carry, kept, stats)``: draws number
             ``start`` to ``start + count``, in arrays of ``capacity`` draws. It consumes the carry.
-        part: ``(carry, keys, resident, draw, first, last) -> (carry, kept, stats)``: the steps from
-            ``first`` to ``last`` of one draw, and the state after them as a draw. It consumes the
-            carry.
+        part: ``(carry, keys, resident, plan, draw, first, last) -> (carry, kept, stats)``: the
+            steps from ``first`` to ``last`` of one draw, and the state after them as a draw. It
+            consumes the carry.
         capacity: The most draws of one chunk.
         traced: The kernel.
         shapes: Shapes of the arrays of one draw.
@@ -175,8 +188,7 @@ def _build(
     init: Callable,
     step: Callable,
     collect: Callable | Online,
-    num_warmup: int,
-    thin: int,
+    thinned: bool,
     num_chains: int,
     share: bool,
     mesh: Mesh | None,
@@ -184,7 +196,7 @@ def _build(
     stream: Stream | None = None,
     density: tuple[Callable, Callable, Callable] | None = None,
 ) -> Program:
-    """Compile a kernel for some number of chains."""
+    """Compile a kernel for some number of chains, and for one step a draw or for several."""
     traced = trace(init, step, example, stream)
     axes = shared_axes(traced.state, share) if num_chains > 1 else None
     several = num_chains > 1
@@ -208,14 +220,14 @@ def _build(
 
     keep = jax.vmap(keep_of_one, in_axes=(axes,)) if several else keep_of_one
 
-    def learn(carry, index):
+    def learn(carry, plan, index):
         """Update the summary, unless warming up or lost."""
 
         def update(summary, position, bad):
             new = online.update(summary, position)
             return jax.tree.map(lambda x, y: jnp.where(bad, x, y), summary, new)
 
-        bad = (carry.first_bad >= 0) | (index < num_warmup)
+        bad = (carry.first_bad >= 0) | (index < plan.num_warmup)
         update = jax.vmap(update) if several else update
         return carry._replace(summary=update(carry.summary, carry.state.position, bad))
 
@@ -225,30 +237,33 @@ def _build(
     probe = jax.vmap(some_finite) if several else some_finite
     healthy = jax.vmap(tree_isfinite) if several else tree_isfinite
 
-    def keys_of_draw(keys, index):
-        one = partial(_draw_keys, index=index, thin=thin)
-        return jnp.swapaxes(jax.vmap(one)(keys), 0, 1) if several else one(keys)
+    fold = jax.vmap(fold_in, in_axes=(0, None)) if several else fold_in
 
     def checked_step(resident, carry, key, number, check):
         state, info = advance(resident, key, carry.state)
         bad = (carry.first_bad < 0) & ~check(state.position)
         return carry._replace(state=state, first_bad=jnp.where(bad, number, carry.first_bad)), info
 
-    def one_draw(resident, carry, keys, index):
-        step_keys = keys_of_draw(keys, index)
-        first = index * thin
-        if thin > 1:
-            carry, _ = lax.scan(
-                lambda carry, x: (
-                    checked_step(resident, carry, x[0], first + x[1], probe)[0],
-                    None,
-                ),
-                carry,
-                (step_keys[:-1], lax.iota(np.int32, thin - 1)),
-            )
-        carry, info = checked_step(resident, carry, step_keys[-1], first + (thin - 1), healthy)
-        carry = learn(carry, index)
-        return carry, (keep(carry.state), scalars(info, keys.shape))
+    # Keys of a step go through the carry of a loop: a hash that is computed where it is needed is
+    # merged into what needs it, and computed once a number.
+    def keys_of_draw(keys, index):
+        of_draw = fold(keys, index)
+        return of_draw, fold(of_draw, np.int32(0))
+
+    def one_draw(resident, carry, draw_keys, plan, index):
+        (of_draw, key), first, last = draw_keys, index * plan.thin, np.int32(0)
+        if thinned:
+            last = plan.thin - 1
+
+            def body(i, both):
+                carry, key = both
+                following = fold(of_draw, i + 1)
+                return checked_step(resident, carry, key, first + i, probe)[0], following
+
+            carry, key = lax.fori_loop(np.int32(0), last, body, (carry, key))
+        carry, info = checked_step(resident, carry, key, first + last, healthy)
+        carry = learn(carry, plan, index)
+        return carry, (keep(carry.state), scalars(info, key.shape))
 
     lead = (num_chains,) if several else ()
     if isinstance(collect, Online):
@@ -268,27 +283,33 @@ def _build(
     )
     capacity = int(np.clip(_BUFFER_BYTES // max(tree_bytes(shapes), 1), 1, _MOST_DRAWS))
 
-    def chunk(carry, keys, resident, first, count):
-        def body(i, both):
-            carry, buffers = both
-            carry, kept = one_draw(resident, carry, keys, first + i)
+    def chunk(carry, keys, resident, plan, first, count):
+        def body(i, everything):
+            carry, draw_keys, buffers = everything
+            carry, kept = one_draw(resident, carry, draw_keys, plan, first + i)
             write = partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
-            return carry, jax.tree.map(write, buffers, kept)
+            following = keys_of_draw(keys, first + i + 1)
+            return carry, following, jax.tree.map(write, buffers, kept)
 
         buffers = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
-        carry, (kept, stats) = lax.fori_loop(0, count, body, (carry, buffers))
+        begin = carry, keys_of_draw(keys, first), buffers
+        carry, _, (kept, stats) = lax.fori_loop(0, count, body, begin)
         return carry, kept, stats
 
-    def part(carry, keys, resident, index, first, last):
-        step_keys = keys_of_draw(keys, index)
+    def part(carry, keys, resident, plan, index, first, last):
+        of_draw = fold(keys, index)
 
-        def body(i, both):
-            return checked_step(resident, both[0], step_keys[i], index * thin + i, healthy)
+        def body(i, everything):
+            carry, key, _ = everything
+            number = index * plan.thin + i
+            carry, info = checked_step(resident, carry, key, number, healthy)
+            return carry, fold(of_draw, i + 1), info
 
         blank = jax.tree.map(lambda s: jnp.zeros((*lead, *s.shape), s.dtype), traced.info)
-        carry, info = lax.fori_loop(first, last, body, (carry, blank))
-        learnt, before = learn(carry, index).summary, carry.summary
-        summary = jax.tree.map(lambda x, y: jnp.where(last == thin, x, y), learnt, before)
+        begin = carry, fold(of_draw, first), blank
+        carry, _, info = lax.fori_loop(first, last, body, begin)
+        learnt, before = learn(carry, plan, index).summary, carry.summary
+        summary = jax.tree.map(lambda x, y: jnp.where(last == plan.thin, x, y), learnt, before)
         carry = carry._replace(summary=summary)
         kept = keep(carry.state), scalars(info, keys.shape)
         return carry, *jax.tree.map(lambda leaf: leaf[None], kept)
@@ -380,7 +401,3 @@ def chain_sharding(carry: PyTree, share: bool, mesh: Mesh) -> PyTree:
 def chain_axis(mesh: Mesh) -> PartitionSpec:
     """How a leading chain axis is spread: over the mesh's axis of that name, if it has one."""
     return PartitionSpec("chain") if "chain" in mesh.axis_names else PartitionSpec()
-
-
-def _draw_keys(key: Key[Array, ""], *, index: Array, thin: int) -> Key[Array, " thin"]:
-    return jax.random.split(jax.random.fold_in(key, index), thin)

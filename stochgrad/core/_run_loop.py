@@ -10,7 +10,7 @@ import numpy as np
 
 from stochgrad.core._distributed import broadcast_from_lead, to_host
 from stochgrad.core._interrupt import defer_interrupts
-from stochgrad.core._program import Carry, Program
+from stochgrad.core._program import Carry, Plan, Program
 from stochgrad.core._sinks import Sink
 from stochgrad.core._stream import minibatches_taken
 from stochgrad.core._supply import Supply
@@ -49,6 +49,7 @@ class RunLoop:
     ):
         self.program, self.keys, self.supply = program, keys, supply
         self.thin, self.num_warmup, self.total = thin, num_warmup, total
+        self.plan = Plan(np.int32(thin), np.int32(num_warmup))
         self.fixed = chunk_size is not None
         self.most = min(program.capacity, chunk_size or program.capacity)
 
@@ -121,8 +122,9 @@ class RunLoop:
 
     def _run_one_chunk(self, carry: Carry, done: int, offset: int, count: int):
         """Whole draws, or those steps of one for which there are rows in memory."""
+        keys, plan = self.keys, self.plan
         if self.supply is None:
-            out = self.program.chunk(carry, self.keys, None, np.int32(done), np.int32(count))
+            out = self.program.chunk(carry, keys, None, plan, np.int32(done), np.int32(count))
             return *out, count, 0
         before = minibatches_taken(carry.state)
         left = self.supply.left(before)
@@ -131,13 +133,13 @@ class RunLoop:
             last = min(self.thin, offset + left)
             steps, draws = last - offset, int(last == self.thin)
             numbers = map(np.int32, (done, offset, last))
-            out = self.program.part(carry, self.keys, resident, *numbers)
+            out = self.program.part(carry, keys, resident, plan, *numbers)
             offset = last % self.thin
         else:
             draws = min(count, left // self.thin)
             steps = draws * self.thin
             numbers = map(np.int32, (done, draws))
-            out = self.program.chunk(carry, self.keys, resident, *numbers)
+            out = self.program.chunk(carry, keys, resident, plan, *numbers)
         after = minibatches_taken(out[0].state)
         if (after - before) % 2**32 > steps:
             raise TypeError(

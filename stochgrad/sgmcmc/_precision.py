@@ -78,6 +78,13 @@ class Precision:
         values, basis = np.linalg.eigh(covariance / scale[:, None] / scale)
         return cls(scale, basis, np.maximum(values, 1e-12 * values[-1]))
 
+    def padded(self) -> "Precision":
+        """The same of a rank that others of its size have too: programs depend on the rank."""
+        d, k = self.basis.shape
+        more = (d if d <= DENSE_DIMENSION else 2 ** int(np.ceil(np.log2(k))) if k else 0) - k
+        basis = np.pad(self.basis, ((0, 0), (0, more)))
+        return replace(self, basis=basis, values=np.pad(self.values, (0, more), constant_values=1))
+
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
         r"""$\Sigma / r$."""

@@ -262,7 +262,8 @@ def langevin_at(
     def kernel_at(place: Place, key: PRNGKey, shrink: float) -> TunedKernel:
         values = dict(settings)
         if underdamped:
-            values.setdefault("mass", 1.0 if "friction" in values else place.precision)
+            mass = 1.0 if "friction" in values else place.precision.padded()
+            values.setdefault("mass", mass)
             values.setdefault("friction", jax.tree.map(lambda m: rate * m, values["mass"]))
             values.setdefault("integrator", "BAOAB")
         names = ("mass", "friction", "integrator", "temperature")

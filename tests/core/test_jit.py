@@ -47,10 +47,9 @@ def normal_rows(scale, size=40):
     )
 
 
-def run(kernel, seed=0):
-    return stochgrad.sample(
-        jax.random.key(seed), kernel, init=jnp.zeros(2), num_samples=5, progress=False
-    )
+def run(kernel, seed=0, **options):
+    options = {"init": jnp.zeros(2), "num_samples": 5, "progress": False, **options}
+    return stochgrad.sample(jax.random.key(seed), kernel, **options)
 
 
 @pytest.mark.filterwarnings("ignore::stochgrad.GradientNoiseWarning")
@@ -65,6 +64,28 @@ def test_another_step_size_and_other_data_compile_nothing():
     np.testing.assert_array_equal(first.positions, again.positions)
     assert not np.allclose(first.positions, other.positions)
     assert other.stats["step_size"][0, 0] == np.float32(0.02)
+
+
+def test_another_thinning_and_another_warm_up_compile_nothing():
+    kernel = stochgrad.sgld(normal_rows(1.0), 1e-3)
+    run(kernel, thin=2)
+    with compilations() as names:
+        thinned = run(kernel, num_samples=4, num_warmup=2, thin=3)
+    assert names == []
+    assert thinned.positions.shape == (1, 4, 2)
+    assert thinned.attrs["thin"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_warm_up_by_another_key_compiles_nothing():
+    """Whatever rank of a mass its first approximation has."""
+    target = normal_rows(1.0)
+    with jax.numpy_dtype_promotion("standard"):
+        stochgrad.warm_up(target, jax.random.key(0), init=jnp.zeros(2))
+        with compilations() as names:
+            stochgrad.warm_up(target, jax.random.key(1), init=jnp.zeros(2))
+    assert names == []
 
 
 @pytest.mark.filterwarnings("ignore")

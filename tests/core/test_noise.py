@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from stochgrad.core import hashed, noise_law, noise_like
-from stochgrad.core._noise import discrete, key_words, normal, quantized, threefry
+from stochgrad.core._noise import discrete, fold_in, key_words, normal, quantized, threefry
 from tests.conftest import Z
 
 
@@ -47,6 +47,18 @@ def test_other_key_implementations_work():
     assert key_words(key).shape == (2,)
     np.testing.assert_array_equal(normal(key, 9), jax.random.normal(key, (9,)))
     assert np.std(discrete(key, 1000)) > 0.5
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_a_numbered_key_is_that_of_fold_in_and_of_split(impl):
+    key = jax.random.key(5, impl=impl)
+    words = jax.random.key_data
+    for number in (0, 1, 2**31 - 1):
+        np.testing.assert_array_equal(
+            words(fold_in(key, np.int32(number))), words(jax.random.fold_in(key, number))
+        )
+    for n, split in enumerate(jax.random.split(key, 3)):
+        np.testing.assert_array_equal(words(fold_in(key, np.int32(n))), words(split))
 
 
 def test_discrete_has_five_moments_of_a_normal_exactly():

@@ -37,6 +37,16 @@ def test_its_maps_are_those_of_the_covariance(rank):
     np.testing.assert_allclose(white @ covariance @ white.T, np.eye(5), atol=1e-10)
 
 
+def test_more_columns_change_nothing_but_the_rank():
+    wide = np.linalg.qr(RNG.standard_normal((300, 3)))[0]
+    large = Precision(np.ones(300), wide, np.array([2.0, 3.0, 4.0]))
+    for precision, rank in ((of_rank(5, 0), 5), (of_rank(5, 3), 5), (large, 4)):
+        padded = precision.padded()
+        assert padded.values.shape == (rank,)
+        np.testing.assert_allclose(padded.covariance, precision.covariance, rtol=1e-12)
+        np.testing.assert_allclose(padded.log_determinant, precision.log_determinant, rtol=1e-12)
+
+
 def test_a_kernel_with_it_is_the_one_with_the_dense_matrix():
     """The laws are equal: one step from one state has the same mean and covariance."""
     wide = of_rank(3, 3)

@@ -25,7 +25,7 @@ from stochgrad.core import (
     describe,
 )
 from stochgrad.federated import visiting
-from stochgrad.interop.numpyro._arguments import Arguments, HostArray, as_arguments, check_call
+from stochgrad.interop.numpyro._arguments import Arguments, as_arguments, check_call
 from stochgrad.interop.numpyro._epoch_check import Terms, check_epoch, site_terms
 from stochgrad.interop.numpyro._explain import explained
 from stochgrad.interop.numpyro._find_rows import check_no_rows, check_no_stream, check_subsampled
@@ -316,8 +316,7 @@ def _posterior(
         latent = {name: values[name] for name in summary.shapes}
         return unconstrain_fn(reported_model(), args, kwargs, latent)
 
-    if own is not None and any(isinstance(leaf, HostArray) for leaf in jax.tree.leaves(arguments)):
-        log_density = jax.jit(log_density)  # rows are known to numpy while they are traced
+    log_density = jax.jit(log_density, inline=True)
     about = partial(
         observations,
         model,
