@@ -25,10 +25,32 @@ CACHE = {
 }
 """Every program is kept on disk, in a directory that goes with the session."""
 
+QUICK_TO_COMPILE = "xla_cpu_use_fusion_emitters", False
+"""What tests ask of XLA beside the least optimization: a program then compiles four times as fast.
+
+Two thirds of the suite were compilation. A program runs two to three times slower for it, so that a
+test that runs for long has the mark ``optimized``. Neither is asked for where XLA_FLAGS is set.
+"""
+
 programs = []
 
 
+def _knows(option):
+    """Whether XLA has an option: one that it does not know in XLA_FLAGS ends the process."""
+    try:
+        jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def pytest_configure(config):
+    if "XLA_FLAGS" not in os.environ:  # a worker has its controller's
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        if _knows(QUICK_TO_COMPILE):
+            name, value = QUICK_TO_COMPILE
+            os.environ["XLA_FLAGS"] = f"--{name}={value}".lower()
+        jax.config.update("jax_disable_most_optimizations", True)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a worker has its controller's
         config.programs = tempfile.mkdtemp(prefix="stochgrad-tests-")
         for name, value in {**CACHE, "jax_compilation_cache_dir": config.programs}.items():
@@ -56,6 +78,14 @@ def _let_programs_go():
         programs.clear()
         jax.clear_caches()
         _jit._executables.clear()
+
+
+@pytest.fixture(autouse=True)
+def _optimize(request):
+    """Full optimization for a test that asks for it."""
+    quickly = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
+    optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", quickly and not optimized)
 
 
 @pytest.fixture(autouse=True)

@@ -54,9 +54,10 @@ def test_two_processes_give_the_draws_of_one_and_one_goes_on_from_two(tmp_path):
         "checkpoint": str(tmp_path / "state"),
         "address": address,
     }
+    flags = os.environ.get("XLA_FLAGS", "")
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
     }
     processes = [

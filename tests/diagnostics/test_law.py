@@ -275,6 +275,7 @@ def measured_times(draws, times):
     return length * batches.mean(axis=1).var(axis=0, ddof=1) / draws.var(axis=(0, 1))
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::stochgrad.GradientNoiseWarning")
 @pytest.mark.parametrize("order", ["iid", "reshuffled", "symmetric"])

@@ -340,6 +340,7 @@ def test_draws_have_the_mean_and_variance_of_the_enumeration(estimator, number, 
     assert abs(squares.mean() - variance) < Z * squares.std() / np.sqrt(count) + 1e-6
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", [em.trice(), em.trice(subsample=16)], ids=["all", "16"])
 def test_forty_thousand_estimates_of_a_larger_toy(estimator):

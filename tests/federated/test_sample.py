@@ -37,6 +37,7 @@ def two_clients():
     return federated.posterior(lambda theta: 0.0 * theta, likelihood, x, order="full")
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize(("local_steps", "bias"), [(1, 0.0), (5, -0.0518), (20, -0.1936)])
 def test_fald_drifts_as_its_closed_form_says(local_steps, bias):
@@ -59,6 +60,7 @@ def test_fald_drifts_as_its_closed_form_says(local_steps, bias):
     assert abs(square[0] * 5 - ratio) < Z * 5 * error[0] + 1e-3
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["FSGLD", "DSGLD", "FALD", "VR-FALD*", "QLSD++"])
 def test_every_method_samples_the_posterior_where_it_has_no_bias(method):
@@ -101,6 +103,7 @@ def skewed():
     return target, reference, kernel, run, truth
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("surrogate", "local_steps"),

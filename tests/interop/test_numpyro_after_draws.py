@@ -134,9 +134,11 @@ def test_other_observations_give_the_density_of_a_model_that_has_them(kind, key)
 
 
 def test_one_key_gives_one_prediction_at_any_memory(key):
+    """To rounding: fewer draws at once are multiplied in another order."""
     draws = run(subsampled, X, G, Y)
     whole = draws.predict(key)["y"]
-    np.testing.assert_array_equal(draws.predict(key, memory_bytes=2**20)["y"], whole)
+    blocks = draws.predict(key, memory_bytes=2**20)["y"]
+    np.testing.assert_allclose(blocks, whole, atol=1e-5)
 
 
 def test_a_panel_inside_of_a_scan_is_predicted_and_not_repeated(key):

@@ -51,6 +51,7 @@ def nuts(model, *args):
     return mcmc.get_samples(group_by_chain=True)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "args"), [(logistic, (X, LATE)), (hierarchical, (X, GROUP, GROUPED))]
@@ -86,6 +87,7 @@ def test_moments_agree_with_nuts(model, args):
         assert np.all(np.abs(a - b) < Z * np.hypot(ea, eb) + bias * sd**2)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_conjugate_linear_regression():
     rng = np.random.default_rng(2)

@@ -34,6 +34,7 @@ def soft(q):
     return -jnp.sum(jnp.sqrt(1 + q**2))
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("correction", [True, False])
 def test_the_correction_of_psgld_is_what_its_law_needs(correction):
@@ -113,6 +114,7 @@ def test_thermostats_take_unknown_gradient_noise(per_coordinate):
     assert abs(thermostat[0] - (1 + h * np.mean(sd**2) / 2)) < Z * error[0] + 0.05
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_sgnht_is_of_second_order_without_gradient_noise():
     errors = []
@@ -125,6 +127,7 @@ def test_sgnht_is_of_second_order_without_gradient_noise():
     assert abs(fine - coarse / 4) < Z * np.hypot(e2, e1 / 4) + 0.1 * abs(coarse)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("integrator", ["BAOAB", "UBU"])
 def test_online_noise_estimates_take_the_gradient_noise_back(integrator):
@@ -181,6 +184,7 @@ def noisy_energies(sd):
     return stochgrad.Gradient(lambda key, position: (), next)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("sd", [0.0, 3.0])
 def test_replicas_cross_between_modes_in_the_right_proportion(sd):

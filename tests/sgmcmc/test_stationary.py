@@ -133,6 +133,7 @@ def test_mass_and_friction_trees_leave_the_target_as_it_is():
     assert np.abs(kinetic - 4 / (4 - 0.4 - 0.04)) < Z * error
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("layout", ["blocks", "rows"])
