@@ -183,18 +183,18 @@ class _Private(Exception):
 
 
 def _content(jaxpr: Any) -> Hashable | None:
-    """What a trace computes, as a value that equals that of any other such trace; None if it holds
-    what cannot be compared, such as a callback.
+    """What a trace computes of its constants and arguments, as a value that equals that of any
+    other such trace; None if it holds what cannot be compared, such as a callback.
     """
     try:
-        content = _of_jaxpr(jaxpr)
+        content = _of_jaxpr(jaxpr, consts=())
         hash(content)
         return content
     except (_Private, TypeError):
         return None
 
 
-def _of_jaxpr(jaxpr: Any) -> Hashable:
+def _of_jaxpr(jaxpr: Any, consts: Any = None) -> Hashable:
     numbers: dict[Any, int] = {}
 
     def define(variables):
@@ -207,7 +207,8 @@ def _of_jaxpr(jaxpr: Any) -> Hashable:
             return _of_value(np.asarray(atom.val)), atom.aval
         return numbers[atom]
 
-    consts = tuple(_of_value(x) for x in getattr(jaxpr, "consts", ()))
+    consts = getattr(jaxpr, "consts", ()) if consts is None else consts
+    consts = tuple(map(_of_value, consts))
     inside = jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
     inputs = define(inside.constvars), define(inside.invars)
     equations = []

@@ -160,11 +160,13 @@ def sample(
     stream = posterior.batches.stream if posterior is not None else None
     positions, example = _starting_points(position_key, kernel, init, num_chains, stream)
     mesh = _mesh(num_chains, posterior.batches.mesh if posterior is not None else None)
+    # on an accelerator a loop of unknown length waits for the host at each step
+    known_thin = thin if thin == 1 or jax.default_backend() != "cpu" else None
     program = build(
         kernel.init,
         kernel.step,
         collect or position_of,
-        thin > 1,
+        known_thin,
         num_chains,
         share_batches,
         mesh,

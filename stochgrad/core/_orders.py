@@ -122,8 +122,13 @@ def _permuted(words, permutation, index, size, stream, limit) -> Int[Array, "*s"
         x = jnp.where(astray, once(x), x)
         return x, x >= end
 
-    x = index.astype(np.uint32)
-    x, _ = lax.while_loop(lambda both: jnp.any(both[1]), walk, (x, jnp.ones(x.shape, bool)))
+    both = index.astype(np.uint32), jnp.ones(index.shape, bool)
+    if jax.default_backend() != "cpu":  # there a loop waits for the host each time round
+        both = walk(both)
+        if isinstance(size, int | np.integer) and rows * columns == size and limit is None:
+            return lax.optimization_barrier(both[0].astype(jnp.int32))
+    # outside a loop the compiler copies the rounds into whatever reads the index
+    x, _ = lax.while_loop(lambda both: jnp.any(both[1]), walk, both)
     return x.astype(jnp.int32)
 
 

@@ -126,7 +126,7 @@ def joint_density(
             )
         return prior + jnp.sum(batch.weight.astype(values.dtype) * values)
 
-    return jax.jit(log_density, inline=True)
+    return jax.jit(log_density, inline=True)  # traced once for all that is computed of it
 
 
 def _evaluate(name: str, function: Callable, position: Position, *args: Any) -> Array:

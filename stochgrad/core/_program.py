@@ -188,7 +188,7 @@ def _build(
     init: Callable,
     step: Callable,
     collect: Callable | Online,
-    thinned: bool,
+    thin: int | None,
     num_chains: int,
     share: bool,
     mesh: Mesh | None,
@@ -196,7 +196,7 @@ def _build(
     stream: Stream | None = None,
     density: tuple[Callable, Callable, Callable] | None = None,
 ) -> Program:
-    """Compile a kernel for some number of chains, and for one step a draw or for several."""
+    """Compile a kernel for some number of chains, and of steps a draw unless the plan has it."""
     traced = trace(init, step, example, stream)
     axes = shared_axes(traced.state, share) if num_chains > 1 else None
     several = num_chains > 1
@@ -251,9 +251,9 @@ def _build(
         return of_draw, fold(of_draw, np.int32(0))
 
     def one_draw(resident, carry, draw_keys, plan, index):
-        (of_draw, key), first, last = draw_keys, index * plan.thin, np.int32(0)
-        if thinned:
-            last = plan.thin - 1
+        (of_draw, key), first = draw_keys, index * plan.thin
+        last = (plan.thin if thin is None else np.int32(thin)) - np.int32(1)
+        if thin != 1:
 
             def body(i, both):
                 carry, key = both

@@ -316,6 +316,7 @@ def _posterior(
         latent = {name: values[name] for name in summary.shapes}
         return unconstrain_fn(reported_model(), args, kwargs, latent)
 
+    # traced once for all that is computed of it; rows are known to numpy while they are traced
     log_density = jax.jit(log_density, inline=True)
     about = partial(
         observations,
