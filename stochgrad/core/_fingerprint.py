@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from stochgrad.core._program import Traced
 from stochgrad.core._stream import Stream
+from stochgrad.core._trace import Traced
 
 _SAMPLED_BYTES = 2**20
 _PLACES = 64

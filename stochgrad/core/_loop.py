@@ -28,7 +28,7 @@ from stochgrad.core._distributed import is_lead_process, put_global, to_host
 from stochgrad.core._draws import Draws, run_attributes
 from stochgrad.core._fingerprint import identity
 from stochgrad.core._noise import key_words
-from stochgrad.core._program import build, chain_axis, chain_sharding, position_of, trace
+from stochgrad.core._program import build, chain_axis, chain_sharding, position_of
 from stochgrad.core._progress import progress_bar
 from stochgrad.core._protocols import Kernel, Online, Position, PRNGKey
 from stochgrad.core._report import report
@@ -36,6 +36,7 @@ from stochgrad.core._run_loop import RunLoop
 from stochgrad.core._sinks import Sink, check_places
 from stochgrad.core._store import Store
 from stochgrad.core._supply import Supply
+from stochgrad.core._trace import trace
 from stochgrad.core._verdict import check_start
 
 _MOST_STEPS = 2**31 - 1

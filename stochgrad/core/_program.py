@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import eval_jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
@@ -19,10 +18,9 @@ from stochgrad.core._jit import hoisted_jit, remember
 from stochgrad.core._noise import fold_in
 from stochgrad.core._protocols import Online
 from stochgrad.core._stream import Stream
+from stochgrad.core._trace import Traced, form_of, trace
 from stochgrad.core._trees import (
-    insert_resident,
     is_shared,
-    remove_resident,
     share_first,
     shared_axes,
     tree_bytes,
@@ -85,7 +83,7 @@ class Program(NamedTuple):
     chunk: Callable[..., tuple[Carry, PyTree, dict[str, Array]]]
     part: Callable[..., tuple[Carry, PyTree, dict[str, Array]]]
     capacity: int
-    traced: "Traced"
+    traced: Traced
     shapes: PyTree
     done: Callable[[PyTree], Array] | None = None
     density: Callable[..., Array] | None = None
@@ -102,81 +100,6 @@ _NOTHING = Online(lambda position: (), lambda summary, position: summary)
 def _whether_finite(state: Any) -> PyTree:
     """What is kept of a state where an ``Online`` sums up the positions."""
     return {"finite": tree_isfinite(state.position)}
-
-
-class Traced(NamedTuple):
-    """A kernel traced once, for one chain.
-
-    Attributes:
-        init: ``(position, key, resident) -> state``.
-        step: ``(resident, key, state) -> (state, info)``, replaying the trace.
-        state: Shapes of the state, without what is constant.
-        info: Shapes of the info.
-        largest: Bytes of the largest array that a step makes.
-        jaxpr: The trace.
-        constants: What it closes over: the data, mostly.
-    """
-
-    init: Callable[..., Any]
-    step: Callable[..., tuple[Any, Any]]
-    state: PyTree
-    info: PyTree
-    largest: int
-    jaxpr: Any
-    constants: list
-
-
-def trace(
-    init: Callable, step: Callable, example: tuple[Any, tuple, Any], stream: Stream | None = None
-) -> Traced:
-    """A kernel's trace, which the kernel remembers; see ``Traced``."""
-    return remember(
-        step, ("trace", init, example, stream), lambda: _trace(init, step, example, stream)
-    )
-
-
-def _trace(init: Callable, step: Callable, example: tuple[Any, tuple, Any], stream) -> Traced:
-    """Trace a kernel at a position given by its structure and its leaves' (shape, dtype) pairs.
-
-    The third entry of ``example`` is the type of the keys, of whichever generator.
-
-    Tracing a model is slow, and the loop needs a step several times over; it also shows whether the
-    position fits the model before anything is compiled.
-    """
-    structure, leaves, key_type = example
-    position = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
-    key = jax.ShapeDtypeStruct((), key_type)
-    resident = None if stream is None else stream.shapes()
-
-    def start(position, key, resident):
-        with nullcontext() if stream is None else stream.supplying(resident):
-            return remove_resident(init(position, key))
-
-    def advance(resident, key, state):
-        state, info = step(key, insert_resident(state, resident))
-        return remove_resident(state), info
-
-    state = jax.eval_shape(start, position, key, resident)
-    if not hasattr(state, "position"):
-        raise TypeError(
-            "the kernel's state must have a field 'position', "
-            f"got a {type(state).__name__} without one."
-        )
-    closed, (following, info) = jax.make_jaxpr(advance, return_shape=True)(resident, key, state)
-    if _form(following) != _form(state):
-        raise ValueError(
-            "kernel.step must return a state of the structure, shapes and types of the one that it "
-            f"takes, {state}, got {following}."
-        )
-    out_structure = jax.tree.structure((state, info))
-
-    def replay(resident, key, state):
-        flat = eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree.leaves((resident, key, state)))
-        return jax.tree.unflatten(out_structure, flat)
-
-    made = (out.aval for equation in closed.jaxpr.eqns for out in equation.outvars)
-    largest = max(map(tree_bytes, made), default=0)
-    return Traced(start, replay, state, info, largest, closed.jaxpr, closed.consts)
 
 
 def build(init: Callable, step: Callable, *options: Any) -> Program:
@@ -344,11 +267,6 @@ def _build(
     )
 
 
-def _form(tree: PyTree) -> Any:
-    """Structure, shapes and types of a tree."""
-    return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-
-
 def _try_online(online: Online, position: PyTree) -> None:
     """Raise unless a summary can begin at a position, and take it, without changing its shapes."""
     for name in ("init", "update", "done"):
@@ -366,7 +284,7 @@ def _try_online(online: Online, position: PyTree) -> None:
         if is_ours(error):
             raise
         raise ValueError(f"collect.{name} fails on a position: {first_line(error)}.") from error
-    if _form(summary) != _form(following):
+    if form_of(summary) != form_of(following):
         raise ValueError(
             "collect.update must return a summary of the structure, shapes and types of "
             f"collect.init's, {summary}, got {following}."
