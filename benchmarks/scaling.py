@@ -196,12 +196,12 @@ def page(results):
         lines += [
             f"## {name.capitalize()}",
             "",
-            "| devices | operations | of one device | bytes of memory | of one device | bytes exchanged |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| devices | operations | of one device | bytes of memory | of one device | bytes exchanged | sums |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         lines += [
             f"| {devices} | {c['flops']:.3g} | {c['flops'] / first['flops']:.3f} | {c['bytes']:.3g} "
-            f"| {c['bytes'] / first['bytes']:.3f} | {c['exchanged']:,} in {c['collectives']} sums |"
+            f"| {c['bytes'] / first['bytes']:.3f} | {c['exchanged']:,} | {c['collectives']} |"
             for devices, c in row.items()
         ]
         lines.append("")

@@ -127,7 +127,8 @@ def _permuted(words, permutation, index, size, stream, limit) -> Int[Array, "*s"
         both = walk(both)
         if isinstance(size, int | np.integer) and rows * columns == size and limit is None:
             return lax.optimization_barrier(both[0].astype(jnp.int32))
-    # outside a loop the compiler copies the rounds into whatever reads the index
+    # outside a loop the compiler copies the rounds into what reads the index; newer ones then do
+    # not come back
     x, _ = lax.while_loop(lambda both: jnp.any(both[1]), walk, both)
     return x.astype(jnp.int32)
 

@@ -81,7 +81,8 @@ class Precision:
     def padded(self) -> "Precision":
         """The same of a rank that others of its size have too: programs depend on the rank."""
         d, k = self.basis.shape
-        more = (d if d <= DENSE_DIMENSION else 2 ** int(np.ceil(np.log2(k))) if k else 0) - k
+        power = 2 ** (k - 1).bit_length() if k else 0
+        more = (d if d <= DENSE_DIMENSION else power) - k
         basis = np.pad(self.basis, ((0, 0), (0, more)))
         return replace(self, basis=basis, values=np.pad(self.values, (0, more), constant_values=1))
 

@@ -67,11 +67,15 @@ def test_another_step_size_and_other_data_compile_nothing():
 
 
 def test_another_thinning_and_another_warm_up_compile_nothing():
-    kernel = stochgrad.sgld(normal_rows(1.0), 1e-3)
+    kernel, online = stochgrad.sgld(normal_rows(1.0), 1e-3), stochgrad.moments()
     run(kernel, thin=2)
+    run(kernel, collect=online)
     with compilations() as names:
         thinned = run(kernel, num_samples=4, num_warmup=2, thin=3)
+        late = run(kernel, num_samples=3, num_warmup=2, collect=online)
     assert names == []
+    mean = run(kernel, num_samples=5).positions[:, 2:].mean(1)
+    np.testing.assert_allclose(late.summary.mean, mean[0], rtol=1e-4)
     assert thinned.positions.shape == (1, 4, 2)
     assert thinned.attrs["thin"] == 3
 
