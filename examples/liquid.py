@@ -25,6 +25,7 @@ Run ``python examples/liquid.py``; ``--smoke`` is a short version of the same.
 """
 
 import argparse
+import dataclasses
 import time
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,7 @@ def right_form(power, r, onset=1.7):
 def noisy(data, rng):
     """The same frames with noise of known size added to every force."""
     noise = NOISE * rng.normal(size=data.forces.shape)
-    return data._replace(forces=(data.forces + noise).astype(np.float32))
+    return dataclasses.replace(data, forces=(data.forces + noise).astype(np.float32))
 
 
 def draw_networks(key, data, effort):

@@ -33,9 +33,10 @@ from stochgrad.sgmcmc import warm_up
 
 Method: TypeAlias = Literal["auto", "sghmc", "nuts"]
 
-_CHEAP_RATIO, _CHEAP_OPERATIONS, _TRANSCENDENTAL = 8.0, 1e6, 10.0
+_CHEAP_RATIO, _CHEAP_OPERATIONS, _TRANSCENDENTAL = 8.0, 5e6, 10.0
 """All rows are cheap where a gradient on them takes less than eight of a minibatch's, or less than
-a million operations (half a millisecond), a transcendental function counted as ten."""
+five million operations (some two milliseconds), a transcendental function counted as ten: there
+NUTS and minibatches took equally long for a run of default length (docs/posteriors.md)."""
 
 
 def infer(
@@ -60,7 +61,7 @@ def infer(
     lies and tunes a kernel to it (``stochgrad.warm_up``), samples until chains agree, the draws
     are worth ``target_ess`` independent ones and a run with half the step gives the same
     (``stochgrad.sample``), and judges what came out (``stochgrad.diagnose``): ``draws.verdict``
-    says whether to use it. Where a gradient on all rows takes less than a million operations, or
+    says whether to use it. Where a gradient on all rows takes less than five million operations, or
     less than eight of a minibatch's, NUTS on all rows is taken, and a line says so: it has no bias,
     and is the faster one there.
 

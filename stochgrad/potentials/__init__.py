@@ -3,6 +3,10 @@
 from stochgrad.potentials._approximate import Approximation as Approximation
 from stochgrad.potentials._approximate import last_layer_laplace as last_layer_laplace
 from stochgrad.potentials._approximate import swag as swag
+from stochgrad.potentials._ase import from_ase as from_ase
+from stochgrad.potentials._ase import read_extxyz as read_extxyz
+from stochgrad.potentials._ase import to_ase as to_ase
+from stochgrad.potentials._concatenate import concatenate as concatenate
 from stochgrad.potentials._configurations import Configurations as Configurations
 from stochgrad.potentials._configurations import configurations as configurations
 from stochgrad.potentials._disagreement import force_rhat as force_rhat
@@ -17,6 +21,8 @@ from stochgrad.potentials._geometry import displacement as displacement
 from stochgrad.potentials._geometry import distances as distances
 from stochgrad.potentials._intervals import Intervals as Intervals
 from stochgrad.potentials._intervals import intervals as intervals
+from stochgrad.potentials._neighbors import Neighbors as Neighbors
+from stochgrad.potentials._neighbors import pair_vectors as pair_vectors
 from stochgrad.potentials._networks import Networks as Networks
 from stochgrad.potentials._networks import networks as networks
 from stochgrad.potentials._noise_model import Learned as Learned

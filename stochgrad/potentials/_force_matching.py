@@ -1,6 +1,8 @@
 """The posterior of a network's weights, given reference forces."""
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any, Literal
 
 import jax
@@ -106,10 +108,13 @@ def force_matching(
     """
     check_configurations("dataset", dataset)
     cold = check_number("temperature", temperature)
-    targets = {"forces": dataset.forces, "energies": dataset.energies, "virials": dataset.virials}
-    targets = {name: value for name, value in targets.items() if value is not None}
+    targets = {
+        name: np.nan_to_num(value) if name in dataset.weights else value
+        for name, value in dataset.labels.items()
+    }
     scales = checked_noise(noise, list(targets))
-    _refuse_species_without_noise(scales["forces"], dataset)
+    if "forces" in scales:
+        _refuse_species_without_noise(scales["forces"], dataset)
     start = _starts(init)
     example = start(jax.random.key(0))
     dtype = _check_energy(energy_fn, example, dataset)
@@ -118,9 +123,14 @@ def force_matching(
         _warn_of_energies(dataset, scales["energies"], dtype)
     _check_gradient(energy_fn, example, dataset, batch_size)
     each, shared = dataset.inputs()
-    shared = {name: jnp.asarray(value) for name, value in shared.items()}
+    shared = jax.tree.map(jnp.asarray, shared)
     strain = None if dataset.virials is None else dataset.virials.shape[1:]
-    rows = {"positions": dataset.positions, "target": targets, "graph": each}
+    rows = {
+        "positions": dataset.positions,
+        "target": targets,
+        "graph": each,
+        "weights": dataset.weights,
+    }
 
     def log_prior(position):
         density, jacobian = noise_log_prior(position["noise"])
@@ -130,7 +140,10 @@ def force_matching(
     def of_row(position, row):
         graph = {**row["graph"], **shared}
         found = predict_one(energy_fn, position["params"], row["positions"], graph, strain)
-        return _log_likelihood(found, row["target"], scales, position["noise"], graph) / cold
+        terms = _log_likelihoods(found, row["target"], scales, position["noise"], graph)
+        for name, weight in row["weights"].items():
+            terms[name] *= weight.astype(terms[name].dtype)
+        return reduce(add, terms.values()) / cold
 
     def log_likelihood(position, batch):
         return jax.vmap(lambda row: of_row(position, row))(batch)
@@ -151,8 +164,8 @@ def force_matching(
     return target._replace(initial=initial, constrain=constrain)
 
 
-def _log_likelihood(found: Predicted, target, scales, free, graph) -> Scalar:
-    """Of one configuration."""
+def _log_likelihoods(found: Predicted, target, scales, free, graph) -> dict[str, Scalar]:
+    """Of one configuration's forces, energies and virials."""
     dtype = found.forces.dtype
     mask = graph.get("mask")
     atoms = found.forces.shape[0] if mask is None else jnp.sum(mask)
@@ -164,19 +177,21 @@ def _log_likelihood(found: Predicted, target, scales, free, graph) -> Scalar:
     def normal(error, sigma):
         return -0.5 * (error / sigma) ** 2 - jnp.log(sigma) - 0.5 * np.log(2 * np.pi)
 
-    sigma = jnp.broadcast_to(scale("forces"), found.forces.shape[:1])[:, None]
-    sigma = jnp.broadcast_to(sigma, found.forces.shape)
-    terms = normal(target["forces"].astype(dtype) - found.forces, sigma)
-    if mask is not None:
-        terms = jnp.where(mask[:, None], terms, 0)
-    total = jnp.sum(terms)
+    by_label = {}
+    if "forces" in target:
+        sigma = jnp.broadcast_to(scale("forces"), found.forces.shape[:1])[:, None]
+        sigma = jnp.broadcast_to(sigma, found.forces.shape)
+        terms = normal(target["forces"].astype(dtype) - found.forces, sigma)
+        terms = terms if mask is None else jnp.where(mask[:, None], terms, 0)
+        by_label["forces"] = jnp.sum(terms)
     if "energies" in target:
         error = (target["energies"].astype(dtype) - found.energy) / atoms
-        total += normal(error, scale("energies"))
+        by_label["energies"] = normal(error, scale("energies"))
     if "virials" in target:
         error = (target["virials"].astype(dtype) - found.virial) / atoms
-        total += jnp.sum(normal(error, jnp.broadcast_to(scale("virials"), error.shape)))
-    return total
+        terms = normal(error, jnp.broadcast_to(scale("virials"), error.shape))
+        by_label["virials"] = jnp.sum(terms)
+    return by_label
 
 
 def _starts(init: Any) -> Callable[[PRNGKey], PyTree]:
@@ -246,23 +261,22 @@ def _refuse_species_without_noise(scale, dataset: Configurations) -> None:
 def _warn_of_energies(dataset: Configurations, scale, dtype) -> None:
     """Warn where rounding of total energies is not small against their noise."""
     sigma = np.asarray(scale.mean if isinstance(scale, Learned) else scale, np.float64)
-    atoms = dataset.positions.shape[1] if dataset.mask is None else dataset.mask.sum(1)
     remedy = "subtract an energy for each atom, so that totals are small"
-    energies = dataset.energies
-    warn_of_rounding(energies, dtype, sigma * atoms, "their noise", remedy, stacklevel=3)
+    energies = np.nan_to_num(np.asarray(dataset.energies))
+    warn_of_rounding(energies, dtype, sigma * dataset.atoms, "their noise", remedy, stacklevel=3)
 
 
 def _check_energy(energy_fn, params, dataset: Configurations) -> Any:
     """The energy's type; raise unless it is a scalar with parameters for every species."""
     each, shared = dataset.inputs()
-    graph = {**{name: value[0] for name, value in each.items()}, **shared}
+    graph = {**jax.tree.map(lambda x: x[0], each), **shared}
     dtype = check_energy(energy_fn, params, jnp.asarray(dataset.positions[0]), graph)
     species = dataset.known_species()
     if species is None or species.max() == 0:
         return dtype
     last = int(species.max())
     row = int(np.argmax((species == last).any(-1))) if species.ndim == 2 else 0
-    graph = {**{name: value[row] for name, value in each.items()}, **shared}
+    graph = {**jax.tree.map(lambda x: x[row], each), **shared}
     own = jnp.asarray(species[row] if species.ndim == 2 else species)
     positions = jnp.asarray(dataset.positions[row])
 
@@ -299,14 +313,16 @@ _BLOCK = 64
 def _check_gradient(energy_fn, params, dataset: Configurations, batch_size: Any) -> None:
     """Raise unless forces and their gradient by the weights are finite in every configuration."""
     each, shared = dataset.inputs()
-    rows = {**each, "positions": dataset.positions, "target": dataset.forces}
+    unlabeled = np.zeros_like(dataset.positions)
+    target = unlabeled if dataset.forces is None else np.nan_to_num(dataset.forces)
+    rows = {**each, "positions": dataset.positions, "target": target}
     strain = None if dataset.virials is None else dataset.virials.shape[1:]
     most = batch_size if isinstance(batch_size, int) and batch_size > 0 else _BLOCK
-    size = min(most, _BLOCK, dataset.count)  # memory for a minibatch is there
+    size = min(most, _BLOCK, len(dataset))  # memory for a minibatch is there
     of_block = _gradients(energy_fn, strain)
-    for begin in range(0, dataset.count, size):
-        chosen = np.minimum(np.arange(begin, begin + size), dataset.count - 1)
-        block = {name: jnp.asarray(value[chosen]) for name, value in rows.items()}
+    for begin in range(0, len(dataset), size):
+        chosen = np.minimum(np.arange(begin, begin + size), len(dataset) - 1)
+        block = jax.tree.map(lambda x: jnp.asarray(x[chosen]), rows)
         forces, slopes = of_block(params, block, shared)
         good = [np.asarray(forces), *map(np.asarray, jax.tree.leaves(slopes))]
         if np.all(good):

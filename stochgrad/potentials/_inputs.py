@@ -19,7 +19,8 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.potentials._configurations import Configurations, holds_booleans
+from stochgrad.potentials._configurations import Configurations
+from stochgrad.potentials._data_checks import holds_booleans
 
 _LISTS = re.compile("neigh|edge|sender|receiver|pair|index|idx|shift|image|triplet", re.IGNORECASE)
 """Names that arrays of a neighbor list go by."""

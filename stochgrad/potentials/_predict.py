@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from stochgrad.core import check_count, hoisted_jit, remembered
+from stochgrad.core import check_count, check_flag, hoisted_jit, remembered
 from stochgrad.potentials._configurations import Configurations
 from stochgrad.potentials._inputs import check_configurations, check_energy, check_networks
 
@@ -73,18 +73,21 @@ def predict(
     data: Configurations,
     *,
     batch_size: int = 256,
+    virial: bool = False,
 ) -> Predicted:
-    """Energies and forces of configurations by each of many networks.
+    r"""Energies, forces and virials of configurations by each of many networks.
 
     Args:
         energy_fn: ``(params, positions, **graph) -> scalar``.
         params: Weights of D networks, with a leading axis of D, as ``Networks.members`` gives.
         data: Configurations.
         batch_size: Configurations at once.
+        virial: Whether to give virials too, $W = -\partial U/\partial\varepsilon$. ASE's stress
+            is $-W/V$.
 
     Returns:
-        Energies of shape (D, N), forces of shape (D, N, atoms, dim), zero for padding, as numpy
-        arrays.
+        Energies of shape (D, N), forces of shape (D, N, atoms, dim), zero for padding, and virials
+        of shape (D, N, dim, dim), or (D, N, dim) in a box of edge lengths, as numpy arrays.
 
     Raises:
         TypeError: the data are no configurations, or the weights no arrays.
@@ -93,21 +96,25 @@ def predict(
     """
     data = check_configurations("data", data)
     params = check_networks(params)
-    batch_size = min(check_count("batch_size", batch_size), data.count)
+    batch_size = min(check_count("batch_size", batch_size), len(data))
+    dim = data.positions.shape[-1]
+    sheared = data.box is None or data.box.ndim == 3
+    strain = ((dim, dim) if sheared else (dim,)) if check_flag("virial", virial) else None
     each, shared = data.inputs()
-    first = {**{name: value[0] for name, value in each.items()}, **shared}
+    first = {**jax.tree.map(lambda x: x[0], each), **shared}
     one = jax.tree.map(lambda x: jnp.asarray(x[0]), params)
     check_energy(energy_fn, one, jnp.asarray(data.positions[0]), first)
-    rows = {"positions": data.positions, **each}
-    blocks = -(-data.count // batch_size)
-    order = np.resize(np.arange(data.count), blocks * batch_size)
-    batched = {
-        k: jnp.asarray(v)[order].reshape(blocks, batch_size, *v.shape[1:]) for k, v in rows.items()
-    }
-    shared = {name: jnp.asarray(value) for name, value in shared.items()}
-    found = _many(energy_fn)(jax.tree.map(jnp.asarray, params), batched, shared)
+    blocks = -(-len(data) // batch_size)
+    order = np.resize(np.arange(len(data)), blocks * batch_size)
+
+    def in_blocks(x):
+        return jnp.asarray(x)[order].reshape(blocks, batch_size, *x.shape[1:])
+
+    batched = jax.tree.map(in_blocks, {"positions": data.positions, **each})
+    params, shared = jax.tree.map(jnp.asarray, (params, shared))
+    found = _many(energy_fn, strain)(params, batched, shared)
     found = jax.tree.map(
-        lambda x: np.asarray(x).reshape(len(x), -1, *x.shape[3:])[:, : data.count], found
+        lambda x: np.asarray(x).reshape(len(x), -1, *x.shape[3:])[:, : len(data)], found
     )
     if data.mask is None:
         return found
@@ -130,13 +137,14 @@ def energies_of(energy_fn: Callable):
 
 
 @remembered
-def _many(energy_fn: Callable):
+def _many(energy_fn: Callable, strain: tuple[int, ...] | None):
     @hoisted_jit
     def over_draws(params, batched, shared):
         def of_block(params, rows):
             def of_row(row):
                 graph = {k: v for k, v in row.items() if k != "positions"}
-                return predict_one(energy_fn, params, row["positions"], {**graph, **shared})
+                graph = {**graph, **shared}
+                return predict_one(energy_fn, params, row["positions"], graph, strain)
 
             return jax.vmap(of_row)(rows)
 

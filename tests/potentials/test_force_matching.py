@@ -19,8 +19,8 @@ RNG = np.random.default_rng(5)
 R = RNG.normal(size=(N, ATOMS, 3)).astype(np.float32)
 F = RNG.normal(size=(N, ATOMS, 3)).astype(np.float32)
 U = RNG.normal(size=N).astype(np.float32)
-W = RNG.normal(size=(N, 3)).astype(np.float32)
-FULL = RNG.normal(size=(N, 3, 3)).astype(np.float32)
+W = (np.einsum("nai,nai->ni", F, R) + 0.1 * RNG.normal(size=(N, 3))).astype(np.float32)
+FULL = (np.einsum("nai,naj->nij", F, R) + 0.1 * RNG.normal(size=(N, 3, 3))).astype(np.float32)
 
 PARAMS = {"k": jnp.array([0.7, -1.3]), "b": jnp.float32(0.4)}
 
