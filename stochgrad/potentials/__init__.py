@@ -6,13 +6,14 @@ from stochgrad.potentials._approximate import swag as swag
 from stochgrad.potentials._ase import from_ase as from_ase
 from stochgrad.potentials._ase import read_extxyz as read_extxyz
 from stochgrad.potentials._ase import to_ase as to_ase
+from stochgrad.potentials._cell_lists import ListPlan as ListPlan
+from stochgrad.potentials._cell_lists import plan_lists as plan_lists
 from stochgrad.potentials._concatenate import concatenate as concatenate
 from stochgrad.potentials._configurations import Configurations as Configurations
 from stochgrad.potentials._configurations import configurations as configurations
 from stochgrad.potentials._disagreement import force_rhat as force_rhat
 from stochgrad.potentials._disagreement import novelty as novelty
 from stochgrad.potentials._dynamics import Trajectories as Trajectories
-from stochgrad.potentials._dynamics import langevin as langevin
 from stochgrad.potentials._dynamics import simulate as simulate
 from stochgrad.potentials._force_matching import force_matching as force_matching
 from stochgrad.potentials._geometry import angle as angle
@@ -21,6 +22,7 @@ from stochgrad.potentials._geometry import displacement as displacement
 from stochgrad.potentials._geometry import distances as distances
 from stochgrad.potentials._intervals import Intervals as Intervals
 from stochgrad.potentials._intervals import intervals as intervals
+from stochgrad.potentials._langevin import langevin as langevin
 from stochgrad.potentials._neighbors import Neighbors as Neighbors
 from stochgrad.potentials._neighbors import pair_vectors as pair_vectors
 from stochgrad.potentials._networks import Networks as Networks

@@ -93,6 +93,11 @@ def neighbor_lists(positions: Any, cutoff: float, box: Any, mask: Any) -> Neighb
     return Neighbors(senders, receivers, shifts, known, np.full(count, cutoff, positions.dtype))
 
 
+def count_pairs(points: np.ndarray, cutoff: float, box: Any) -> int:
+    """How many pairs there are within a cut-off, each counted in both directions."""
+    return len(_pairs(points, cutoff, box)[0])
+
+
 def _pairs(points: np.ndarray, cutoff: float, box: Any):
     """Pairs i, j with the images of j within the cut-off of i, ordered by i."""
     from scipy.spatial import KDTree

@@ -1,6 +1,7 @@
 """Energies, forces and virials of an energy function."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from stochgrad.core import check_count, check_flag, hoisted_jit, remembered
+from stochgrad.potentials._cell_lists import ListPlan, make_lists
 from stochgrad.potentials._configurations import Configurations
 from stochgrad.potentials._inputs import check_configurations, check_energy, check_networks
 
@@ -123,13 +125,21 @@ def predict(
 
 
 @remembered
-def energies_of(energy_fn: Callable):
+def energies_of(energy_fn: Callable, plan: ListPlan | None = None):
     """``(params, frames, graph) -> energies`` of every network on frames, (replicas, frames)."""
 
     @hoisted_jit
     def of_all(params, frames, graph):
         def of_draw(p):
-            return lax.map(jax.vmap(lambda r: energy_fn(p, r, **graph)), frames)
+            def of_frame(r):
+                if plan is None:
+                    return energy_fn(p, r, **graph)
+                lists = make_lists(plan, r)
+                energy = energy_fn(p, r, **graph, neighbors=lists.neighbors)
+                return jnp.where(lists.overflow, jnp.nan, energy)
+
+            of_replica = jax.vmap(of_frame) if plan is None else partial(lax.map, of_frame)
+            return lax.map(of_replica, frames)
 
         return lax.map(of_draw, params)
 

@@ -23,7 +23,8 @@ from stochgrad.core import (
     first_line,
     remembered,
 )
-from stochgrad.potentials._dynamics import Trajectories, simulate
+from stochgrad.potentials._cell_lists import ListPlan, make_lists, with_room
+from stochgrad.potentials._dynamics import Trajectories, planned_lists, simulate
 from stochgrad.potentials._inputs import (
     check_energy,
     check_frame_inputs,
@@ -83,6 +84,7 @@ def reweight(
     kT: float,
     sound: Any = None,
     static: Sequence[str] = (),
+    cutoff: float | None = None,
     **graph: Any,
 ) -> Reweighted:
     r"""Weights that turn frames of a reference potential into frames of each network.
@@ -95,10 +97,12 @@ def reweight(
         params: Weights of D networks, with a leading axis of D.
         positions: Frames, shape (replicas, frames, atoms, dim).
         reference: Their energies in the potential that they come from, shape (replicas, frames);
-            or that potential, ``positions -> scalar``.
+            or that potential, ``positions -> scalar`` (``positions, neighbors -> scalar`` with a
+            cut-off).
         kT: $k_BT$.
         sound: Which replicas count, shape (replicas,); frames of others weigh nothing.
         static: As in ``stochgrad.potentials.simulate``.
+        cutoff: Likewise: ``energy_fn`` gets ``neighbors``, of each frame its own.
         graph: What ``energy_fn`` takes beside the positions, the same for all frames.
 
     Warns:
@@ -124,10 +128,15 @@ def reweight(
     check_static(static, graph, frames.shape[2])
     check_frame_inputs(graph, *frames.shape[2:])
     params = jax.tree.map(jnp.asarray, check_networks(params))
+    every = frames.reshape(-1, *frames.shape[2:])
+    plan = planned_lists(every[:: max(1, len(every) // 16)], cutoff, None, graph)
     frames = _as_float(frames)
-    dtype = check_energy(energy_fn, jax.tree.map(lambda x: x[0], params), frames[0, 0], graph)
-    energies = np.asarray(energies_of(energy_fn)(params, frames, graph), np.float64)
-    origin = _reference_energies(reference, frames)
+    own = {} if plan is None else {"neighbors": make_lists(plan, frames[0, 0]).neighbors}
+    one = jax.tree.map(lambda x: x[0], params)
+    dtype = check_energy(energy_fn, one, frames[0, 0], {**graph, **own})
+    plan = None if plan is None else with_room(plan, frames)
+    energies = np.asarray(energies_of(energy_fn, plan)(params, frames, graph), np.float64)
+    origin = _reference_energies(reference, frames, plan)
     for name, values in (("energy_fn", energies), ("reference", origin[None])):
         bad = ~(values > -np.inf) & counted[:, None]  # an infinite energy weighs nothing
         if bad.any():
@@ -150,14 +159,18 @@ def reweight(
     return Reweighted(log_weights - np.log(total), ess)
 
 
-def _reference_energies(reference: Any, frames: Any) -> np.ndarray:
+def _reference_energies(reference: Any, frames: Any, plan: ListPlan | None) -> np.ndarray:
     """The energies that frames have in the potential that they come from."""
     if not callable(reference):
         return check_array("reference", reference, shape=frames.shape[:2], finite=False).astype(
             np.float64
         )
+
+    def of_frame(r):
+        return reference(r) if plan is None else reference(r, make_lists(plan, r).neighbors)
+
     try:
-        energies = jax.jit(lambda x: lax.map(jax.vmap(reference), x))(frames)
+        energies = jax.jit(lambda x: lax.map(jax.vmap(of_frame), x))(frames)
     except Exception as error:
         raise ValueError(
             f"reference fails on positions of shape {frames.shape[2:]}: {first_line(error)}."
@@ -192,6 +205,11 @@ class Propagated(NamedTuple):
     fresh: Bool[np.ndarray, " D"]
     sound: Bool[np.ndarray, "D replicas"]
     reference: Trajectories
+
+    @property
+    def common(self) -> Bool[np.ndarray, " D"]:
+        """Which networks' averages are of the reference's frames, for ``intervals``."""
+        return ~self.fresh
 
 
 def propagate(
@@ -252,8 +270,9 @@ def propagate(
         return dynamics if checkpoint is None else {**dynamics, "checkpoint": checkpoint / part}
 
     graph = {k: v for k, v in dynamics.items() if k not in _SETTINGS}
-    one = jax.tree.map(lambda x: x[0], params)
-    check_energy(energy_fn, one, _as_float(starts[0]), check_graph(graph))
+    if dynamics.get("cutoff") is None:
+        one = jax.tree.map(lambda x: x[0], params)
+        check_energy(energy_fn, one, _as_float(starts[0]), check_graph(graph))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PrecisionWarning)  # reweighting says it
         reference = simulate(reference_key, together, as_one, positions, **saved("reference"))
@@ -267,10 +286,11 @@ def propagate(
         energy_fn,
         params,
         frames,
-        lambda r: together(params, r, **graph),
+        lambda r, *own: together(params, r, **graph, **({"neighbors": own[0]} if own else {})),
         kT=dynamics["kT"],
         sound=counted,
         static=dynamics.get("static", ()),
+        cutoff=dynamics.get("cutoff"),
         **graph,
     )
     fresh = found.ess < min_ess
