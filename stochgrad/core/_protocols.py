@@ -102,7 +102,8 @@ class Posterior(NamedTuple):
         dims: Names of the dimensions of the arrays that ``constrain`` returns.
         coords: Coordinates along those dimensions.
         observations: ``() -> Observations``, what it says of its data row by row.
-        model: The numpyro model on all rows of its data, for numpyro's and ArviZ's own functions.
+        model: What it is the posterior of: the numpyro model on all rows of its data, for numpyro's
+            and ArviZ's own functions; the ``stochgrad.potentials.Potential`` of ``force_matching``.
     """
 
     log_density: Callable[[Position, Any], Scalar]

@@ -6,6 +6,8 @@ from stochgrad.potentials._approximate import swag as swag
 from stochgrad.potentials._ase import from_ase as from_ase
 from stochgrad.potentials._ase import read_extxyz as read_extxyz
 from stochgrad.potentials._ase import to_ase as to_ase
+from stochgrad.potentials._calculator import UncertaintyError as UncertaintyError
+from stochgrad.potentials._calculator import calculator as calculator
 from stochgrad.potentials._cell_lists import ListPlan as ListPlan
 from stochgrad.potentials._cell_lists import plan_lists as plan_lists
 from stochgrad.potentials._concatenate import concatenate as concatenate
@@ -26,6 +28,7 @@ from stochgrad.potentials._langevin import langevin as langevin
 from stochgrad.potentials._neighbors import Neighbors as Neighbors
 from stochgrad.potentials._neighbors import pair_vectors as pair_vectors
 from stochgrad.potentials._networks import Networks as Networks
+from stochgrad.potentials._networks import load_networks as load_networks
 from stochgrad.potentials._networks import networks as networks
 from stochgrad.potentials._noise_model import Learned as Learned
 from stochgrad.potentials._noise_model import learned as learned
@@ -35,6 +38,7 @@ from stochgrad.potentials._observables import average as average
 from stochgrad.potentials._observables import dihedrals as dihedrals
 from stochgrad.potentials._observables import free_energy as free_energy
 from stochgrad.potentials._observables import rdf as rdf
+from stochgrad.potentials._potential import Potential as Potential
 from stochgrad.potentials._predict import Predicted as Predicted
 from stochgrad.potentials._predict import predict as predict
 from stochgrad.potentials._propagate import Propagated as Propagated

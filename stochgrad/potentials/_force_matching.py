@@ -34,6 +34,7 @@ from stochgrad.potentials._noise_model import (
     noise_log_prior,
     noise_scale,
 )
+from stochgrad.potentials._potential import potential_of
 from stochgrad.potentials._predict import Predicted, predict_one
 
 Prior = float | Literal["flat", "scaled"] | Callable[[PyTree], Scalar]
@@ -161,7 +162,8 @@ def force_matching(
         }
         return {**learnt, **named}
 
-    return target._replace(initial=initial, constrain=constrain)
+    model = potential_of(energy_fn, dataset)
+    return target._replace(initial=initial, constrain=constrain, model=model)
 
 
 def _log_likelihoods(found: Predicted, target, scales, free, graph) -> dict[str, Scalar]:

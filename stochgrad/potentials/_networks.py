@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ from stochgrad.core import (
 )
 from stochgrad.kernels import ascend
 from stochgrad.potentials._approximate import Approximation
+from stochgrad.potentials._calculator import calculator
+from stochgrad.potentials._potential import Potential
+from stochgrad.potentials._saved import load_saved, save_networks
 
 
 class Networks(NamedTuple):
@@ -43,14 +46,16 @@ class Networks(NamedTuple):
         trained: The trained networks that the chains started from, with an axis of chains.
         method: How they were drawn.
         run: What ``stochgrad.sample`` returned, None where nothing was sampled.
-        posterior: What they were drawn from.
+        posterior: What they were drawn from, None where they were loaded.
+        potential: Their energy function, with elements, reference energies and cut-off of the data.
     """
 
     positions: PyTree
     trained: PyTree
     method: str
     run: Draws | None
-    posterior: Posterior
+    posterior: Posterior | None
+    potential: Potential | None = None
 
     @property
     def params(self) -> PyTree:
@@ -73,6 +78,64 @@ class Networks(NamedTuple):
         chosen = np.round(np.linspace(draws / count, draws, count)).astype(int) - 1
         pick = jax.tree.map(lambda x: np.asarray(x[:])[:, chosen], self.positions)
         return jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:])), pick)
+
+    def calculator(
+        self,
+        per_chain: int | None = 1,
+        *,
+        max_force_sd: float | None = None,
+        above: Literal["warn", "stop"] = "warn",
+    ) -> Any:
+        """A calculator of ASE with the networks' mean and standard deviations.
+
+        Args:
+            per_chain: As in ``members``.
+            max_force_sd: As in ``stochgrad.potentials.calculator``.
+            above: Likewise.
+
+        Raises:
+            ImportError: ase is not installed.
+            ValueError: the posterior was not made by ``force_matching``; and what
+                ``stochgrad.potentials.calculator`` raises.
+        """
+        params = self.members(per_chain)["params"]
+        potential = self._known_potential()
+        return calculator(potential, params, max_force_sd=max_force_sd, above=above)
+
+    def save(self, path: str | Path) -> None:
+        """Write the networks to a directory, as arrays and a JSON; ``load_networks`` reads it.
+
+        Args:
+            path: A new directory, or one of networks that these replace.
+
+        Raises:
+            ValueError: it is a file, or a directory of something else.
+            OSError: it cannot be written.
+        """
+        save_networks(path, self.positions, self.trained, self.method, self.potential)
+
+    def _known_potential(self) -> Potential:
+        if self.potential is None:
+            raise ValueError(
+                "networks must be of a posterior that stochgrad.potentials.force_matching made."
+            )
+        return self.potential
+
+
+def load_networks(path: str | Path, energy_fn: Callable[..., Any], params: PyTree) -> Networks:
+    """Networks that ``Networks.save`` wrote.
+
+    Args:
+        path: The directory.
+        energy_fn: Their energy function.
+        params: Weights of one network, for the structure: ``init(key)``.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: there are no networks, they are damaged, or have other leaves than ``params``.
+    """
+    positions, trained, method, potential = load_saved(path, energy_fn, params)
+    return Networks(positions, trained, method, None, None, potential)
 
 
 def networks(
@@ -170,6 +233,7 @@ def networks(
     train_steps = check_count("train_steps", train_steps, least=0)
     num_samples = check_count("num_samples", num_samples)
     rate = check_number("learning_rate", learning_rate)
+    potential = posterior.model if isinstance(posterior.model, Potential) else None
     train_key, sample_key = jax.random.split(key)
     options: dict[str, Any] = {"share_batches": share_batches, "progress": progress}
 
@@ -202,11 +266,11 @@ def networks(
         _check_starts(trained, posterior, num_chains)
     if method is None:
         as_draws = jax.tree.map(lambda x: np.asarray(x)[:, None], trained)
-        return Networks(as_draws, trained, "Deep Ensemble", None, posterior)
+        return Networks(as_draws, trained, "Deep Ensemble", None, posterior, potential)
     if isinstance(method, Approximation):
         drawn = method.draw(sample_key, posterior, trained, num_samples, where("sampling"))
         drawn = jax.tree.map(np.asarray, drawn)
-        return Networks(drawn, trained, method.name, None, posterior)
+        return Networks(drawn, trained, method.name, None, posterior, potential)
     kernel = _kernel_of(method, posterior)
     begin = trained if num_chains > 1 else jax.tree.map(lambda x: x[0], trained)
     with warnings.catch_warnings():
@@ -222,9 +286,8 @@ def networks(
             store=store,
             **where("sampling"),
         )
-    return Networks(
-        run.positions, trained, getattr(kernel, "method", type(kernel).__name__), run, posterior
-    )
+    name = getattr(kernel, "method", type(kernel).__name__)
+    return Networks(run.positions, trained, name, run, posterior, potential)
 
 
 def _trained(key: PRNGKey, kernel: Kernel, **options: Any) -> PyTree:
