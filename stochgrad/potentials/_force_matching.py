@@ -8,7 +8,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 from jaxtyping import Array, PyTree, Scalar
 
 from stochgrad.core import (
@@ -20,12 +19,15 @@ from stochgrad.core import (
     check_position,
     describe,
     first_line,
-    hoisted_jit,
     posterior,
-    remembered,
 )
 from stochgrad.potentials._configurations import Configurations
-from stochgrad.potentials._inputs import check_configurations, check_energy, warn_of_rounding
+from stochgrad.potentials._energy_checks import (
+    check_gradient,
+    check_padding,
+    check_species_known,
+)
+from stochgrad.potentials._inputs import check_configurations, warn_of_rounding
 from stochgrad.potentials._noise_model import (
     Learned,
     Noise,
@@ -89,8 +91,8 @@ def force_matching(
     Raises:
         ValueError: a number is out of range; the noise does not name what the data have, or has no
             number for a species that they have; ``energy_fn`` fails on the data, returns no scalar,
-            has no parameters for a species, or its forces or their gradient by the weights are not
-            finite (the configuration and the leaf are named).
+            has no parameters for a species, depends on padding, or its forces or their gradient by
+            the weights are not finite (the configuration and the leaf are named).
         TypeError: the dataset is not one, or another argument is of another kind.
 
     Example:
@@ -118,11 +120,12 @@ def force_matching(
         _refuse_species_without_noise(scales["forces"], dataset)
     start = _starts(init)
     example = start(jax.random.key(0))
-    dtype = _check_energy(energy_fn, example, dataset)
+    dtype = check_species_known(energy_fn, example, dataset)
     log_weights = _log_prior(prior, example)
     if dataset.energies is not None:
         _warn_of_energies(dataset, scales["energies"], dtype)
-    _check_gradient(energy_fn, example, dataset, batch_size)
+    check_padding(energy_fn, example, dataset)
+    check_gradient(energy_fn, example, dataset, batch_size)
     each, shared = dataset.inputs()
     shared = jax.tree.map(jnp.asarray, shared)
     strain = None if dataset.virials is None else dataset.virials.shape[1:]
@@ -266,120 +269,3 @@ def _warn_of_energies(dataset: Configurations, scale, dtype) -> None:
     remedy = "subtract an energy for each atom, so that totals are small"
     energies = np.nan_to_num(np.asarray(dataset.energies))
     warn_of_rounding(energies, dtype, sigma * dataset.atoms, "their noise", remedy, stacklevel=3)
-
-
-def _check_energy(energy_fn, params, dataset: Configurations) -> Any:
-    """The energy's type; raise unless it is a scalar with parameters for every species."""
-    each, shared = dataset.inputs()
-    graph = {**jax.tree.map(lambda x: x[0], each), **shared}
-    dtype = check_energy(energy_fn, params, jnp.asarray(dataset.positions[0]), graph)
-    species = dataset.known_species()
-    if species is None or species.max() == 0:
-        return dtype
-    last = int(species.max())
-    row = int(np.argmax((species == last).any(-1))) if species.ndim == 2 else 0
-    graph = {**jax.tree.map(lambda x: x[row], each), **shared}
-    own = jnp.asarray(species[row] if species.ndim == 2 else species)
-    positions = jnp.asarray(dataset.positions[row])
-
-    def beyond(species):
-        """What is read beyond the end of a table, None if nothing is."""
-        return _indexed(energy_fn)(params, positions, {**graph, "species": species})[0].get()
-
-    zero = jnp.zeros_like(own)
-    try:
-        missing = beyond(own)
-        known = missing is None or beyond(zero) is not None
-    except Exception:  # checkify cannot follow every function; a NaN for a species alone is a sign
-        values = [energy_fn(params, positions, **{**graph, "species": s}) for s in (own, zero)]
-        missing, known = "its energy is NaN", not np.isnan(values[0]) or bool(np.isnan(values[1]))
-    if not known:
-        raise ValueError(
-            f"energy_fn has no parameters for species {last}, the largest that the data have: it "
-            f"reads beyond the end of a table ({str(missing).strip().rstrip('.')})."
-        )
-    return dtype
-
-
-@remembered
-def _indexed(energy_fn):
-    def energy(params, positions, graph):
-        return energy_fn(params, positions, **graph)
-
-    return jax.jit(checkify.checkify(energy, errors=checkify.index_checks))
-
-
-_BLOCK = 64
-
-
-def _check_gradient(energy_fn, params, dataset: Configurations, batch_size: Any) -> None:
-    """Raise unless forces and their gradient by the weights are finite in every configuration."""
-    each, shared = dataset.inputs()
-    unlabeled = np.zeros_like(dataset.positions)
-    target = unlabeled if dataset.forces is None else np.nan_to_num(dataset.forces)
-    rows = {**each, "positions": dataset.positions, "target": target}
-    strain = None if dataset.virials is None else dataset.virials.shape[1:]
-    most = batch_size if isinstance(batch_size, int) and batch_size > 0 else _BLOCK
-    size = min(most, _BLOCK, len(dataset))  # memory for a minibatch is there
-    of_block = _gradients(energy_fn, strain)
-    for begin in range(0, len(dataset), size):
-        chosen = np.minimum(np.arange(begin, begin + size), len(dataset) - 1)
-        block = jax.tree.map(lambda x: jnp.asarray(x[chosen]), rows)
-        forces, slopes = of_block(params, block, shared)
-        good = [np.asarray(forces), *map(np.asarray, jax.tree.leaves(slopes))]
-        if np.all(good):
-            continue
-        row = int(np.argmin(np.all(good, axis=0)))
-        remedy = (
-            "a norm of a zero distance does it (of padding, of an atom and itself), also behind a "
-            "mask: take stochgrad.potentials.distances, or put 1 for the square under the root "
-            "where it is zero."
-        )
-        if not good[0][row]:
-            leaf = _leaf_at(slopes, row)
-            also = f", nor is their gradient by {leaf}, of the weights" if leaf else ""
-            raise ValueError(
-                f"energy_fn gives forces that are not finite in configuration {begin + row}{also}: "
-                f"{remedy}"
-            )
-        raise ValueError(
-            f"energy_fn has forces whose gradient by {_leaf_at(slopes, row)}, of the weights, is "
-            f"not finite in configuration {begin + row}: {remedy}"
-        )
-
-
-def _leaf_at(slopes: PyTree, row: int) -> str | None:
-    """The first leaf of the weights whose gradient is not finite in a row, if there is one."""
-    for path, finite in jax.tree_util.tree_leaves_with_path(slopes):
-        if not finite[row]:
-            return "params" + jax.tree_util.keystr(path)
-    return None
-
-
-@remembered
-def _gradients(energy_fn, strain):
-    """Whether each row's forces, and their misfit's gradient by each leaf, are finite."""
-
-    @hoisted_jit
-    def of_block(params, block, shared):
-        def of_row(row):
-            graph = {k: v for k, v in row.items() if k not in ("positions", "target")}
-            there = graph.get("mask", shared.get("mask"))
-
-            def misfit(params):
-                found = predict_one(
-                    energy_fn, params, row["positions"], {**graph, **shared}, strain
-                )
-                error = found.forces - row["target"].astype(found.forces.dtype)
-                error = error if there is None else jnp.where(there[:, None], error, 0)
-                total = jnp.sum(error**2) + found.energy.astype(error.dtype)
-                if strain is not None:
-                    total += jnp.sum(jnp.asarray(found.virial))
-                return total.astype(float), jnp.all(jnp.isfinite(error))
-
-            slopes, finite = jax.grad(misfit, has_aux=True)(params)
-            return finite, jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), slopes)
-
-        return jax.vmap(of_row)(block)
-
-    return of_block

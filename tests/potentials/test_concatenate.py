@@ -137,6 +137,28 @@ def test_gradients_are_finite_where_labels_are_missing():
     assert np.isfinite(slope["params"])
 
 
+def test_an_energy_that_counts_padding_is_refused():
+    """Of atoms that there are not, and of pairs that fill a list up."""
+    both = concatenate([SMALL, LARGE])
+    options = {"init": jnp.float32(1.0), "noise": {"forces": 1.0, "energies": 1.0}, "batch_size": 2}
+    deaf = lambda k, positions, species, mask: springs(k, positions)
+    with pytest.raises(ValueError, match="padding of atoms: take the mask"):
+        potentials.force_matching(deaf, both, **options)
+    data = configurations(R, F).with_neighbors(2.0)
+    options["noise"] = 1.0
+
+    def all_of(k, positions, neighbors):
+        return k * jnp.sum(potentials.pair_vectors(positions, neighbors) ** 2)
+
+    def right(k, positions, neighbors):
+        square = jnp.sum(potentials.pair_vectors(positions, neighbors) ** 2, -1)
+        return k * jnp.sum(jnp.where(neighbors.mask, square, 0))
+
+    with pytest.raises(ValueError, match=r"padding of pairs: take neighbors\.mask"):
+        potentials.force_matching(all_of, data, **options)
+    potentials.force_matching(right, data, **options)
+
+
 BAD_WEIGHTS = {
     "of another name": ({"virials": np.ones(5)}, "must name what the data have"),
     "of another shape": (np.ones(4), r"shape \(5,\)"),
