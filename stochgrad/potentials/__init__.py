@@ -41,8 +41,11 @@ from stochgrad.potentials._observables import rdf as rdf
 from stochgrad.potentials._potential import Potential as Potential
 from stochgrad.potentials._predict import Predicted as Predicted
 from stochgrad.potentials._predict import predict as predict
+from stochgrad.potentials._pressure import pressure as pressure
 from stochgrad.potentials._propagate import Propagated as Propagated
 from stochgrad.potentials._propagate import Reweighted as Reweighted
 from stochgrad.potentials._propagate import mean_energy as mean_energy
 from stochgrad.potentials._propagate import propagate as propagate
 from stochgrad.potentials._propagate import reweight as reweight
+from stochgrad.potentials._transport import diffusion as diffusion
+from stochgrad.potentials._transport import mean_square_displacement as mean_square_displacement

@@ -36,20 +36,32 @@ class Observable(NamedTuple):
     of_frame: Callable[[Float[Array, "atoms dim"]], Float[Array, "..."]]
 
 
-def rdf(box: Any, *, r_max: float | None = None, bins: int = 50) -> Observable:
-    r"""Radial distribution function of equal atoms in a periodic box.
+def rdf(
+    box: Any,
+    *,
+    r_max: float | None = None,
+    bins: int = 50,
+    species: Any = None,
+    pair: tuple[int, int] | None = None,
+) -> Observable:
+    r"""Radial distribution function in a periodic box, of all atoms or of a pair of species.
 
-    $$g(r) = \frac{V}{N(N-1)/2}\,\frac{\langle n(r)\rangle}{v(r)},$$
+    $$g(r) = \frac{V}{N(N-1)/2}\,\frac{\langle n(r)\rangle}{v(r)}, \qquad
+      g_{ab}(r) = \frac{V}{N_aN_b}\,\frac{\langle n_{ab}(r)\rangle}{v(r)},$$
 
     with n(r) pairs in a shell of volume v(r): one at every distance for an ideal gas.
 
     Args:
-        box: Edge lengths, shape (2,) or (3,).
-        r_max: Where to end; half the shortest edge by default.
+        box: Edge lengths, shape (2,) or (3,), or a matrix of lattice vectors in columns.
+        r_max: Where to end; half the least width of the box by default.
         bins: Shells of equal width.
+        species: Numbers of the atoms' species, shape (atoms,), for a partial function.
+        pair: Which two species, which may be the same.
 
     Raises:
-        ValueError: ``r_max`` exceeds half the shortest edge, where shells leave the box.
+        TypeError: these are no numbers.
+        ValueError: ``r_max`` exceeds half the least width, where shells leave the box; there is no
+            pair of such atoms. On first use: a frame has another number of atoms than ``species``.
 
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad
@@ -58,24 +70,54 @@ def rdf(box: Any, *, r_max: float | None = None, bins: int = 50) -> Observable:
         >>> stochgrad.potentials.average(g, gas)[1:].round(1).tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
-    box = _edges(box)
+    box = check_array("box", box).astype(np.float64)
+    if box.shape in ((2, 2), (3, 3)):
+        box = np.asarray(as_box(box, len(box)), np.float64)
+        volume_of_box = abs(np.linalg.det(box))
+        half = float((1 / np.linalg.norm(np.linalg.inv(box), axis=1)).min()) / 2
+    else:
+        box = _edges(box)
+        volume_of_box, half = np.prod(box), float(box.min()) / 2
     bins = check_count("bins", bins)
-    half = float(box.min()) / 2
     r_max = half if r_max is None else check_number("r_max", r_max)
     if r_max > half * (1 + 1e-6):
         raise ValueError(f"r_max must be at most half the shortest edge, {half:g}, got {r_max:g}.")
+    pairs = None if species is None and pair is None else _pairs_of(species, pair)
     edges = np.linspace(0.0, r_max, bins + 1)
     volume = np.pi * edges**2 if len(box) == 2 else 4 / 3 * np.pi * edges**3
-    share = np.diff(volume) / np.prod(box)
+    share = np.diff(volume) / volume_of_box
+    atoms = 2 if species is None else len(species)
 
     def of_frame(frame):
-        _check_frame(frame, (len(box),), atoms=2)
-        r = distances(frame, box=jnp.asarray(box, frame.dtype))
+        _check_frame(frame, (len(box),), atoms=atoms)
+        if pairs is not None and len(frame) != atoms:
+            raise ValueError(f"species are of {atoms} atoms, and a frame has {len(frame)}.")
+        r = distances(frame, pairs, box=jnp.asarray(box, frame.dtype))
         place = jnp.floor(r / frame.dtype.type(edges[1])).astype(jnp.int32)
         counts = jnp.zeros(bins, frame.dtype).at[place].add(1, mode="drop")
         return counts / jnp.asarray(share * r.size, frame.dtype)
 
     return Observable((_middles(edges),), of_frame)
+
+
+def _pairs_of(species: Any, pair: Any) -> Any:
+    """Numbers of the atoms of each pair of two species, every pair once."""
+    if species is None or pair is None:
+        missing = "species" if species is None else "pair"
+        raise ValueError(f"{missing} is needed too: a partial function is of species and a pair.")
+    kinds = check_array("species", species, kind="integer")
+    wanted = check_array("pair", pair, kind="integer")
+    if kinds.ndim != 1 or wanted.shape != (2,):
+        raise ValueError(
+            f"species must have shape (atoms,) and pair two numbers, got {kinds.shape} and "
+            f"{wanted.tolist()}."
+        )
+    one, other = np.triu_indices(len(kinds), 1)
+    a, b = wanted
+    of_pair = ((kinds[one] == a) & (kinds[other] == b)) | ((kinds[one] == b) & (kinds[other] == a))
+    if not of_pair.any():
+        raise ValueError(f"pair must be of species that there are, got {(int(a), int(b))}.")
+    return np.stack([one[of_pair], other[of_pair]], 1)
 
 
 def adf(box: Any = None, *, cutoff: float, bins: int = 60) -> Observable:

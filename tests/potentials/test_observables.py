@@ -57,6 +57,47 @@ def test_a_shorter_range_has_the_same_counts():
     np.testing.assert_allclose(short, long[:6], rtol=1e-5)
 
 
+def test_partial_functions_of_an_ideal_gas_and_their_sum():
+    """One at every distance, in a sheared box too; pairs of all kinds make up the whole."""
+    rng = np.random.default_rng(1)
+    box = np.array([[2.0, 0.4, 0.1], [0.0, 2.2, -0.3], [0.0, 0.0, 2.5]])
+    species = np.array([0, 1, 1, 0, 1])
+    gas = (rng.uniform(size=(3000, 1, 5, 3)) @ box.T).astype(np.float32)
+    kinds = {(0, 0): 1, (0, 1): 6, (1, 1): 3}
+    parts = {k: average(rdf(box, bins=6, species=species, pair=k), gas) for k in kinds}
+    half = (1 / np.linalg.norm(np.linalg.inv(box), axis=1)).min() / 2
+    share = np.diff(4 / 3 * np.pi * np.linspace(0, half, 7) ** 3) / np.linalg.det(box)
+    for k, count in kinds.items():
+        error = np.sqrt(share * (1 - share) / (count * 3000)) / share
+        assert np.all(np.abs(parts[k].mean(0) - 1) < Z * error), k
+    whole = sum(count * parts[k] for k, count in kinds.items()) / 10
+    np.testing.assert_allclose(whole, average(rdf(box, bins=6), gas), rtol=1e-5)
+    swapped = average(rdf(box, bins=6, species=species, pair=(1, 0)), gas)
+    np.testing.assert_array_equal(swapped, parts[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"species": [0, 1]}, "pair is needed too"),
+        ({"pair": (0, 1)}, "species is needed too"),
+        ({"species": [0, 1], "pair": (0, 2)}, r"species that there are, got \(0, 2\)"),
+        ({"species": [0, 1], "pair": (0, 0)}, "species that there are"),
+        ({"species": [0, 1], "pair": (0, 1, 1)}, "two numbers"),
+        ({"species": [0.5, 1], "pair": (0, 1)}, "species"),
+    ],
+)
+def test_partial_functions_of_nothing_are_refused(options, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        rdf(np.ones(3), **options)
+
+
+def test_species_of_another_number_of_atoms_are_refused():
+    g = rdf(np.ones(3), species=[0, 1, 1], pair=(0, 1))
+    with pytest.raises(ValueError, match="species are of 3 atoms, and a frame has 4"):
+        average(g, np.zeros((2, 4, 3)))
+
+
 def test_a_square_lattice_has_its_angles():
     """Four right ones and two straight ones at each atom, and eight of 45 degrees with the next."""
     at, box, bins = lattice(2), np.full(2, 4.0), 15
@@ -221,7 +262,7 @@ def test_free_energies_are_logarithms_above_the_floor():
         (lambda: rdf(np.ones(3), r_max=0.0), "r_max must be a positive number"),
         (lambda: rdf(np.ones(4)), "box must be two or three positive edge lengths"),
         (lambda: rdf(np.array([1.0, 0.0, 1.0])), "box must be two or three positive"),
-        (lambda: rdf(np.eye(3)), "box must be two or three positive"),
+        (lambda: rdf(np.zeros((3, 3))), "span a volume"),
         (lambda: rdf(np.ones(3), bins=0), "bins must be an integer"),
         (lambda: adf(np.array([4.0, 3.0]), cutoff=1.6), "cutoff must be at most half .* 1.5"),
         (lambda: adf(cutoff=-1.0), "cutoff must be a positive number"),
