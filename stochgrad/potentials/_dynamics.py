@@ -20,7 +20,13 @@ from stochgrad.core import (
     sample,
 )
 from stochgrad.potentials._cell_lists import ListPlan, make_lists, plan_lists
-from stochgrad.potentials._inputs import check_energy, check_graph, check_networks, warn_of_rounding
+from stochgrad.potentials._inputs import (
+    check_energy,
+    check_graph,
+    check_networks,
+    warn_of_rounding,
+    with_box,
+)
 from stochgrad.potentials._langevin import MDState, check_frames, checked_masses, langevin
 from stochgrad.potentials._predict import energies_of
 
@@ -139,6 +145,7 @@ def simulate(
     start = start.astype(jnp.result_type(float)) if start.dtype.kind != "f" else start
     if start.ndim == 3:
         start = jnp.broadcast_to(start[None], (draws, *start.shape))
+    graph = with_box(energy_fn, graph)
     plan = planned_lists(start.reshape(-1, *start.shape[2:]), cutoff, skin, graph)
     kernel = langevin(
         energy_fn,

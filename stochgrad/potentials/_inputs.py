@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
 import jax
@@ -90,6 +91,26 @@ def check_energy(
     if dtype is None or out.shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"energy_fn must return a scalar, a floating-point number, got {out}.")
     return dtype
+
+
+def with_box(energy_fn: Callable[..., Any], graph: dict[str, Any]) -> dict[str, Any]:
+    """The further arrays of dynamics, without a box that is None.
+
+    Raises:
+        ValueError: a box is left out that the energy function knows of, and boundaries would be
+            open without a word.
+    """
+    if "box" in graph:
+        return {k: v for k, v in graph.items() if k != "box" or v is not None}
+    try:
+        known = "box" in signature(energy_fn).parameters
+    except (TypeError, ValueError):
+        known = False
+    if known or "box" in getattr(energy_fn, "inputs", ()):
+        raise ValueError(
+            "box is missing, which energy_fn takes: give box=..., or box=None for open boundaries."
+        )
+    return graph
 
 
 def check_graph(graph: dict[str, Any]) -> dict[str, Any]:

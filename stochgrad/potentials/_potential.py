@@ -3,9 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Float
-
 from stochgrad.potentials._configurations import Configurations
 
 
@@ -24,7 +21,7 @@ class Potential(NamedTuple):
     energy_fn: Callable[..., Any]
     inputs: tuple[str, ...] = ()
     elements: tuple[int, ...] | None = None
-    reference_energies: Float[np.ndarray, " species"] | None = None
+    reference_energies: tuple[float, ...] | None = None
     cutoff: float | None = None
     lengths: bool = False
 
@@ -39,7 +36,7 @@ def potential_of(energy_fn: Callable[..., Any], data: Configurations) -> Potenti
         energy_fn,
         tuple(sorted({**each, **shared})),
         data.elements,
-        data.reference_energies,
+        None if data.reference_energies is None else tuple(data.reference_energies.tolist()),
         data.cutoff,
         data.box is not None and data.box.ndim < 3,
     )

@@ -32,6 +32,7 @@ from stochgrad.potentials._inputs import (
     check_networks,
     check_static,
     warn_of_rounding,
+    with_box,
 )
 from stochgrad.potentials._observables import Observable, average, check_observable
 from stochgrad.potentials._predict import energies_of
@@ -124,7 +125,7 @@ def reweight(
         counted = check_array("sound", sound, kind="boolean", shape=(len(frames),))
     if not counted.any():
         raise ValueError("sound must leave a replica, got False for all.")
-    graph = check_graph(graph)
+    graph = check_graph(with_box(energy_fn, graph))
     check_static(static, graph, frames.shape[2])
     check_frame_inputs(graph, *frames.shape[2:])
     params = jax.tree.map(jnp.asarray, check_networks(params))
@@ -270,9 +271,10 @@ def propagate(
         return dynamics if checkpoint is None else {**dynamics, "checkpoint": checkpoint / part}
 
     graph = {k: v for k, v in dynamics.items() if k not in _SETTINGS}
+    known = with_box(energy_fn, graph)
     if dynamics.get("cutoff") is None:
         one = jax.tree.map(lambda x: x[0], params)
-        check_energy(energy_fn, one, _as_float(starts[0]), check_graph(graph))
+        check_energy(energy_fn, one, _as_float(starts[0]), check_graph(known))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PrecisionWarning)  # reweighting says it
         reference = simulate(reference_key, together, as_one, positions, **saved("reference"))

@@ -30,7 +30,7 @@ def save_networks(path: Any, positions: PyTree, trained: PyTree, method: str, po
         notes |= {
             "inputs": list(potential.inputs),
             "elements": None if potential.elements is None else list(potential.elements),
-            "reference_energies": None if references is None else np.asarray(references).tolist(),
+            "reference_energies": None if references is None else list(references),
             "cutoff": potential.cutoff,
             "lengths": bool(potential.lengths),
         }
@@ -96,7 +96,7 @@ def load_saved(path: Any, energy_fn: Callable[..., Any], params: PyTree):
         energy_fn,
         tuple(notes.get("inputs", ())),
         None if elements is None else tuple(elements),
-        None if references is None else np.asarray(references, np.float64),
+        None if references is None else tuple(references),
         notes.get("cutoff"),
         bool(notes.get("lengths", False)),
     )

@@ -62,7 +62,7 @@ def test_reference_energies_are_added_again():
     frame = crystals(2)[1]
     bare, whole = frame.copy(), frame.copy()
     bare.calc = calculator(POTENTIAL, MEMBERS)
-    whole.calc = calculator(POTENTIAL._replace(reference_energies=np.array([-1e6])), MEMBERS)
+    whole.calc = calculator(POTENTIAL._replace(reference_energies=(-1e6,)), MEMBERS)
     totals = [f.get_potential_energy() for f in (whole, bare)]
     np.testing.assert_allclose(totals[0] - totals[1], -1e6 * len(frame), rtol=1e-12)
 

@@ -309,3 +309,31 @@ def needs_box(k, positions, box):
 def test_an_energy_that_fails_says_why(networks):
     with pytest.raises((TypeError, ValueError), match="box"):
         run(needs_box, jnp.ones(networks), GOOD)
+
+
+def opens_up(k, positions, box=None):
+    """Without a box, boundaries are open."""
+    return 0.5 * k * jnp.sum(potentials.distances(positions, box=box) ** 2)
+
+
+def test_a_box_that_is_left_out_is_missed():
+    """Where the energy function knows of one, also as a potential of data in a box."""
+    data = potentials.configurations(np.eye(3)[None], np.eye(3)[None], box=np.full(3, 9.0))
+    target = potentials.force_matching(
+        opens_up, data, init=jnp.float32(1.0), noise=1.0, order="full"
+    )
+    for energy in (opens_up, target.model):
+        for of in (
+            lambda e: run(e, jnp.ones(1), GOOD),
+            lambda e: potentials.reweight(e, jnp.ones(1), GOOD[:, None], np.zeros((2, 1)), kT=1.0),
+        ):
+            with pytest.raises(ValueError, match="box=None for open boundaries"):
+                of(energy)
+    settings = {"num_frames": 3, "steps_per_frame": 2, "min_ess": 1.0}
+    found = potentials.propagate(
+        jax.random.key(0), opens_up, jnp.ones(2), GOOD, [], box=None, masses=1.0, kT=1.0,
+        time_step=0.01, friction=1.0, **settings,
+    )  # fmt: skip
+    assert found.fresh.all() or (found.ess == 1).all()
+    both = [run(opens_up, jnp.ones(1), GOOD, box=box) for box in (None, np.full(3, 1e4))]
+    np.testing.assert_allclose(both[0].positions, both[1].positions, atol=1e-3)
