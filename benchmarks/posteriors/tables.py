@@ -10,6 +10,13 @@ from .compare import MEAN_ERROR, SD_ERROR, read
 PAGE = Path(__file__).parents[2] / "docs" / "posteriors.md"
 
 
+WITHOUT = {
+    "horseshoe": "no accepted reference: 38 of 20,000 transitions of NUTS diverged at a target of 0.999",
+    "lake_gaussian_process": "not finished after 50 minutes beside other work",
+}
+"""Why posteriors have no figures."""
+
+
 def posterior_table(records):
     lines = [
         "| posterior | rows | minibatch | method | mean off by, sd | at | sd / reference | at | outcome | gradients | seconds |",
@@ -92,7 +99,8 @@ def page():
         lines += [", ".join(f"{k}: {v}" for k, v in sorted(counts.items())) + ".", ""]
         lines += [*posterior_table(records), ""]
         if missing := [name for name in ENTRIES if name not in records]:
-            lines += [f"Without figures yet: {', '.join(missing)}.", ""]
+            why = ", ".join(f"{name} ({WITHOUT.get(name, 'not run')})" for name in missing)
+            lines += [f"Without figures: {why}.", ""]
         if reasons := reason_list(records):
             lines += ["What the verdicts that say no give as reasons:", "", *reasons, ""]
     if "beside NUTS" in results:
@@ -104,6 +112,12 @@ def page():
             "step of NUTS (numpyro's, 500 + 1,000 iterations, four chains) is one.",
             "",
             *rival_table(results["beside NUTS"]),
+            "",
+            "Models as small as these are NUTS's up to some hundred thousand rows, for a run of default length: "
+            "compilation and warm-up are most of the time that minibatches take. A draw costs them fewer passes over "
+            "the data from 2,000 rows on. `infer` takes NUTS by itself where a gradient on all rows takes less than "
+            "five million operations (the last hierarchy takes 5.4 million, the last regression 24), or less than "
+            "eight times one of a minibatch.",
             "",
         ]
     return "\n".join(lines)
