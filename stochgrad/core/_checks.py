@@ -133,6 +133,9 @@ def check_position(position: PyTree, name: str = "init") -> None:
     leaves = jax.tree_util.tree_leaves_with_path(position)
     if not leaves:
         raise ValueError(f"{name} must hold at least one array, got an empty tree.")
+    shapes = [np.shape(leaf) for _, leaf in leaves if hasattr(leaf, "shape")]
+    if len(shapes) == len(leaves) and all(0 in shape for shape in shapes):
+        raise ValueError(f"{name} must hold at least one number, got shapes {shapes}.")
     for path, leaf in leaves:
         where = name + jax.tree_util.keystr(path)
         try:
@@ -143,8 +146,6 @@ def check_position(position: PyTree, name: str = "init") -> None:
             ) from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{where} must be a floating-point array, got dtype {dtype}.")
-        if jnp.size(leaf) == 0:
-            raise ValueError(f"{where} must hold at least one number, got shape {jnp.shape(leaf)}.")
         if isinstance(leaf, Tracer):
             continue
         with jax.ensure_compile_time_eval():  # also within the trace of something else

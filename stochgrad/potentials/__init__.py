@@ -25,6 +25,7 @@ from stochgrad.potentials._geometry import distances as distances
 from stochgrad.potentials._intervals import Intervals as Intervals
 from stochgrad.potentials._intervals import intervals as intervals
 from stochgrad.potentials._langevin import langevin as langevin
+from stochgrad.potentials._leaves import freeze as freeze
 from stochgrad.potentials._neighbors import Neighbors as Neighbors
 from stochgrad.potentials._neighbors import pair_vectors as pair_vectors
 from stochgrad.potentials._networks import Networks as Networks

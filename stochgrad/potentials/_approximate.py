@@ -14,14 +14,13 @@ from jaxtyping import PyTree
 from stochgrad.core import (
     ConvergenceWarning,
     Posterior,
-    by_name,
     check_callable,
     check_count,
     check_number,
-    first_line,
     sample,
 )
 from stochgrad.kernels import ascend
+from stochgrad.potentials._leaves import chosen_leaves, split_leaves
 from stochgrad.sgmcmc import swag as swag_online
 
 
@@ -125,26 +124,12 @@ def last_layer_laplace(last: Callable[[str], bool], *, ridge: float = 1e-6) -> A
     check_callable("last", last, "a function name -> bool")
 
     def draw(key, posterior: Posterior, positions, num_samples: int, options):
-        names = list(by_name(positions["params"]))
         if posterior.batches.stream is not None:
             raise ValueError("last_layer_laplace needs a posterior of data in memory, no stream.")
-        chosen = [_is_last(last, name) for name in names]
-        if not any(chosen) or all(chosen):
-            raise ValueError(f"last must choose some of the weights, and not all, of {names}.")
-
-        def split(params):
-            leaves, structure = jax.tree.flatten(params)
-            head = [x for x, yes in zip(leaves, chosen, strict=True) if yes]
-
-            def join(head):
-                head = iter(head)
-                both = zip(leaves, chosen, strict=True)
-                return jax.tree.unflatten(structure, [next(head) if yes else x for x, yes in both])
-
-            return head, join
+        chosen = chosen_leaves("last", last, positions["params"])
 
         def of_chain(position):
-            head, join = split(position["params"])
+            head, join = split_leaves(position["params"], chosen)
             flat, unravel = ravel_pytree(head)
 
             def log_density(flat, batch):
@@ -164,7 +149,7 @@ def last_layer_laplace(last: Callable[[str], bool], *, ridge: float = 1e-6) -> A
         drawn = heads[:, None] + jnp.einsum("cij,csj->csi", roots, xi)
 
         def put_back(position, drawn):
-            head, join = split(position["params"])
+            head, join = split_leaves(position["params"], chosen)
             unravel = ravel_pytree(head)[1]
             params = jax.vmap(lambda x: join(unravel(x)))(drawn)
             noise = jax.tree.map(
@@ -175,16 +160,6 @@ def last_layer_laplace(last: Callable[[str], bool], *, ridge: float = 1e-6) -> A
         return jax.vmap(put_back)(positions, drawn)
 
     return Approximation("last-layer Laplace", draw)
-
-
-def _is_last(last, name: str) -> bool:
-    try:
-        answer = last(name)
-    except Exception as error:
-        raise ValueError(f"last fails on {name!r}: {first_line(error)}.") from error
-    if not isinstance(answer, bool | np.bool_):
-        raise TypeError(f"last must return True or False, got {answer!r} for {name!r}.")
-    return bool(answer)
 
 
 def _mean_hessian(log_density, flat, batches):

@@ -163,9 +163,9 @@ def check_static(static: Any, graph: dict[str, Any], atoms: int | None) -> None:
         if named or (discrete and not own):
             raise ValueError(
                 f"{name} looks like a list of neighbors, {describe(array)}: it would stay that of "
-                "the first frame while atoms move; let energy_fn find neighbors itself (all pairs "
-                f'within the cut-off), or pass static=("{name}",) if it holds for every frame, as '
-                "bonds do."
+                "the first frame while atoms move; let energy_fn take neighbors, which follow the "
+                f'atoms with cutoff=..., or pass static=("{name}",) if it holds for every frame, '
+                "as bonds do."
             )
 
 

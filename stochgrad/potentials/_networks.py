@@ -77,7 +77,7 @@ class Networks(NamedTuple):
         count = draws if per_chain is None else min(check_count("per_chain", per_chain), draws)
         chosen = np.round(np.linspace(draws / count, draws, count)).astype(int) - 1
         pick = jax.tree.map(lambda x: np.asarray(x[:])[:, chosen], self.positions)
-        return jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:])), pick)
+        return jax.tree.map(lambda x: jnp.asarray(x.reshape(len(x) * count, *x.shape[2:])), pick)
 
     def calculator(
         self,
