@@ -52,7 +52,8 @@ def pair_vectors(
         >>> at = np.array([[[0.1, 0.0, 0.0], [0.9, 0.0, 0.0]]])
         >>> data = potentials.configurations(at, at, box=np.ones(3)).with_neighbors(0.5)
         >>> one = potentials.Neighbors(*(x[0] for x in data.neighbors))
-        >>> potentials.pair_vectors(at[0], one, np.ones(3))[one.mask].round(1).tolist()
+        >>> vectors = potentials.pair_vectors(at[0], one, np.ones(3))[one.mask]
+        >>> np.asarray(vectors, float).round(1).tolist()
         [[-0.2, 0.0, 0.0], [0.2, 0.0, 0.0]]
     """
     if not isinstance(neighbors, Neighbors):

