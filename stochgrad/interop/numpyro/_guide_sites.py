@@ -13,7 +13,7 @@ from numpyro.primitives import Messenger
 
 from stochgrad.core import first_line
 from stochgrad.gradients import beyond_the_path, path_log_density, push_score
-from stochgrad.interop.numpyro._guide_strata import DrawComponent, Stratified, base_of
+from stochgrad.interop.numpyro._guide_strata import DrawComponent, Stratified
 from stochgrad.interop.numpyro._sites import is_latent
 from stochgrad.interop.numpyro._transforms import score_of_base
 
@@ -112,7 +112,7 @@ def _check_sites(drawn, estimators: Mapping[str, str], strata: Stratified | None
 
 
 def _why_not(fn) -> str:
-    if not isinstance(base_of(fn), dist.Distribution) or "Mixture" not in kind_of(fn):
+    if "Mixture" not in kind_of(fn):
         return ""
     return (
         ", and only one mixture of a guide can be drawn component by component, which is no batch, "

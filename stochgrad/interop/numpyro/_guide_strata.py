@@ -60,15 +60,25 @@ def _mixture(mixture) -> Components | None:
     return Components(mixture.mixing_distribution.probs, draw)
 
 
-def base_of(fn) -> Any:
-    """What a site's draw starts from, beneath its transforms."""
-    wrappers = (
-        dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
-        | dist.TransformedDistribution
-    )  # fmt: skip
-    while isinstance(fn, wrappers):
+def site_components(fn) -> Components | None:
+    """The components of a site's distribution, if it is one mixture, transformed or not."""
+    base = fn
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    parts = components_of(base)
+    if parts is None or fn.batch_shape != () or start_of(fn).shape() != base.shape():
+        return None
+    return parts
+
+
+def start_of(fn) -> dist.Distribution:
+    """What the first transform of a distribution is applied to."""
+    start = fn
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.TransformedDistribution):
+            start = fn.base_dist
         fn = fn.base_dist
-    return fn
+    return start
 
 
 def transforms_of(fn) -> list[Any]:
@@ -111,7 +121,7 @@ class DrawComponent(Messenger):
     def process_message(self, msg):
         if msg["type"] != "sample" or msg["name"] != self.site.name or msg["value"] is not None:
             return
-        parts = components_of(base_of(msg["fn"]))
+        parts = site_components(msg["fn"])
         assert parts is not None  # as when the guide was looked at
         x = parts.draw(msg["kwargs"]["rng_key"])[self.component]
         self.weight = parts.weights[self.component]
@@ -134,8 +144,8 @@ def stratified_site(guide, key, params, args, kwargs, estimators: Mapping) -> St
     def look(params):
         drawn = trace(substitute(seed(guide, key), data=dict(params))).get_trace(*args, **kwargs)
         for name, site in drawn.items():
-            parts = components_of(base_of(site["fn"])) if is_latent(site) else None
-            if parts is not None and tuple(site["fn"].batch_shape) == ():
+            parts = site_components(site["fn"]) if is_latent(site) else None
+            if parts is not None:
                 found.append(Stratified(name, len(parts.weights)))
         return ()
 

@@ -11,7 +11,7 @@ from flowjax.distributions import AbstractDistribution, AbstractTransformed
 
 from stochgrad.core import check_callable, check_instance, describe, first_line
 from stochgrad.gradients import Pushed, push_score
-from stochgrad.interop.numpyro._guide_strata import base_of, transforms_of
+from stochgrad.interop.numpyro._guide_strata import start_of, transforms_of
 
 
 def as_flow(
@@ -70,10 +70,10 @@ def as_flow(
             f"distribution must be of one event, got a batch of shape {made.batch_shape}: put "
             f".to_event({len(made.batch_shape)}) behind it."
         )
-    if base_of(made).event_shape != () and made.event_shape != base_of(made).event_shape:
+    start = tuple(start_of(made).shape())
+    if start != tuple(made.event_shape):
         raise ValueError(
-            f"distribution must keep the shape {base_of(made).event_shape} of its start, got "
-            f"{made.event_shape}."
+            f"distribution must keep the shape {start} of its start, got {made.event_shape}."
         )
     cls = NumpyroFlow if transforms_of(made) else NumpyroBase
     return cls(params, make, tuple(made.event_shape))
@@ -98,10 +98,8 @@ class NumpyroBase(AbstractDistribution):
     cond_shape = None
 
     def _start(self):
-        made = self.make(self.params)
-        base = base_of(made)
-        missing = len(self.shape) - base.event_dim
-        return base.expand(self.shape[:missing]).to_event(missing) if missing else base
+        start = start_of(self.make(self.params))
+        return start.to_event(len(start.batch_shape))
 
     def _sample(self, key, condition=None):
         return self._start().sample(key)
