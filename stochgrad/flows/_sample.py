@@ -45,7 +45,8 @@ class WeightedDraws(NamedTuple):
         log_weight: $\log p - \log q$ at each, unnormalized.
         smoothed: Log weights that sum to one, the largest smoothed by a Pareto tail.
         khat: Shape of that tail. Below ``good_khat`` the weights can be trusted, above they cannot,
-            however high the effective sample size [Vehtari et al. 2024].
+            however high the effective sample size [Vehtari et al. 2024]. Weights that are all
+            the same have no tail, minus infinity; that of fewer than 25 is unknown, infinity.
         log_z: Log of the normalizer of p from the raw weights, $\log\frac1n\sum_i w_i$, whose
             exponential is unbiased.
         log_z_error: Its standard error, by the delta method.
@@ -188,8 +189,9 @@ def _warn_of_tail(khat: float, count: int) -> None:
     if not khat <= limit:
         warnings.warn(
             f"k-hat of the weights is {khat:.2f}, above {limit:.2f}, the limit for {count} draws: "
-            "their tail is too heavy for log_z and its error, for expectations and resampled "
-            "draws. Train the flow further, draw more, or take stochgrad.flows.metropolis.",
+            f"{'their tail is too heavy' if np.isfinite(khat) else 'those are too few'} for log_z "
+            "and its error, for expectations and resampled draws. Train the flow further, draw "
+            "more, or take stochgrad.flows.metropolis.",
             WeightsWarning,
             stacklevel=3,
         )
@@ -205,7 +207,9 @@ def _weigh(flow, key, count, log_density, condition):
     log_w = jnp.where(jnp.isnan(log_w), -jnp.inf, log_w)
     mean = logsumexp(log_w) - jnp.log(float(count))
     spread = jnp.std(jnp.exp(log_w - mean)) / jnp.sqrt(float(count))
-    return x, log_w, mean, spread, *psis_weights(log_w)
+    smoothed, khat = psis_weights(log_w)
+    flat = jnp.isnan(khat) & (jnp.max(log_w) - jnp.min(log_w) < 1e-3)  # all equal, but for rounding
+    return x, log_w, mean, spread, smoothed, jnp.where(flat, -jnp.inf, khat)
 
 
 def _ess(log_weight):

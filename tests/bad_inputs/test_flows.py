@@ -118,7 +118,7 @@ def set_up(**arguments):
     numpyro.handlers.seed(guide, 0)()
 
 
-DRAWS = flows.sample(FLOW, KEY, 20, density)
+DRAWS = flows.sample(FLOW, KEY, 200, density)
 ELBO = PathGradientELBO()
 REVERSE = {"flow": FLOW, "log_density": density, "estimator": "path", "num_samples": 4}
 OF_REVERSE = {

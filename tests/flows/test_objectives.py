@@ -147,6 +147,18 @@ def test_effective_sample_sizes_of_two_normals(key):
     np.testing.assert_allclose([under_p, under_q], wanted, atol=0.01)
 
 
+def test_weights_that_cannot_be_trusted_say_so(key):
+    """As ArviZ's Pareto k: a flow narrower than the density, and too few draws."""
+    narrow = Normal(jnp.zeros(2), 0.3)
+    with pytest.warns(flows.WeightsWarning, match=r"above 0.70, the limit for 5000 draws: .*log_z"):
+        draws = flows.sample(narrow, key, 5000, log_density)
+    assert draws.khat > draws.good_khat == 0.7
+    assert draws.to_arviz(100).posterior.attrs["good_khat"] == 0.7
+    with pytest.warns(flows.WeightsWarning, match="above 0.23, the limit for 20 draws: those are"):
+        flows.sample(FLOW, key, 20, log_density)
+    assert flows.sample(FLOW, key, 100, log_density).good_khat == 0.5
+
+
 @pytest.mark.slow
 def test_bad_input(key):
     x = jnp.zeros((5, 2))
