@@ -46,18 +46,18 @@ def from_bijx(distribution: Any, shape: tuple[int, ...] | None = None) -> Abstra
             f"shape must be given for a {type(start).__name__}, which has no event_shape."
         )
 
-    def parts(value):
+    def parts(value) -> dict[str, Any]:
         graph, params, rest = nnx.split(value, nnx.Param, ...)
-        return params, paramax.NonTrainable(rest), graph, shape
+        return {"params": params, "rest": paramax.NonTrainable(rest), "graph": graph}
 
     def converted(layer) -> AbstractBijection:
         if isinstance(layer, bijx.Chain):
             return Chain([converted(part) for part in layer.bijections])
         if isinstance(layer, bijx.Inverse):
             return Invert(converted(layer.bijection))
-        return BijxLayer(*parts(layer))
+        return BijxLayer(**parts(layer), shape=shape)
 
-    base = BijxBase(*parts(start))
+    base = BijxBase(**parts(start), shape=shape)
     flow = Transformed(base, Chain([converted(layer) for layer in layers])) if layers else base
     try:
         point = eqx.filter_eval_shape(lambda key: flow.sample(key), jax.random.key(0))
@@ -77,7 +77,7 @@ class BijxBase(AbstractDistribution):
     rest: Any
     graph: Any = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
-    cond_shape = None
+    cond_shape: tuple[int, ...] | None = None
 
     def _sample(self, key, condition=None):
         return self._sample_and_log_prob(key)[0]
@@ -96,13 +96,15 @@ class BijxLayer(AbstractBijection):
     rest: Any
     graph: Any = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
-    cond_shape = None
+    cond_shape: tuple[int, ...] | None = None
 
     def transform_and_log_det(self, x, condition=None):
+        x = jnp.asarray(x)
         y, falling = _merged(self).forward(x, jnp.zeros((), x.dtype))
         return y, -falling
 
     def inverse_and_log_det(self, y, condition=None):
+        y = jnp.asarray(y)
         x, falling = _merged(self).reverse(y, jnp.zeros((), y.dtype))
         return x, -falling
 

@@ -115,7 +115,8 @@ def unwrap_flow(flow: AbstractDistribution) -> AbstractDistribution:
 def one_draw(flow, key, condition) -> FlowDraws:
     """One draw of an unwrapped flow."""
     base = flow.base_dist if isinstance(flow, AbstractTransformed) else flow
-    return pushed_draw(flow, *base._sample_and_log_prob(key, condition), condition)
+    z, log_base = base._sample_and_log_prob(key, condition)
+    return pushed_draw(flow, z, log_base, condition)
 
 
 def pushed_draw(flow, z, log_base, condition) -> FlowDraws:

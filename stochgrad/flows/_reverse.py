@@ -107,7 +107,7 @@ def reverse_kl(
         return strata.mean(log_p - log_q)
 
     named = {"score": by_score, "auto": mixed}
-    return objective(flow, named.get(estimator, along_paths))
+    return objective(flow, named.get(str(estimator), along_paths))
 
 
 def _width(flow) -> int:

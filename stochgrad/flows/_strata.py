@@ -9,7 +9,7 @@ $$\mathbb E_q[g(x)] = \sum_k w_k\,\mathbb E_{q_k}[g(x)], \qquad
 with $x_k$ on a path of its own. A row of strata is one draw of each component.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -69,8 +69,8 @@ def one_weighted(flow, key, condition) -> tuple[Array, FlowDraws]:
     return mixture.log_normalized_weights, _one_row(flow, mixture, key, condition)
 
 
-def mixture_of(flow) -> VmapMixture | None:
-    """The mixture that an unwrapped flow is, or has for its base."""
+def mixture_of(flow) -> Any:
+    """The ``VmapMixture`` that an unwrapped flow is or has for its base, or None."""
     base = flow.base_dist if isinstance(flow, AbstractTransformed) else flow
     return base if isinstance(base, VmapMixture) else None
 

@@ -75,8 +75,9 @@ def as_flow(
         raise ValueError(
             f"distribution must keep the shape {start} of its start, got {made.event_shape}."
         )
-    cls = NumpyroFlow if transforms_of(made) else NumpyroBase
-    return cls(params, make, tuple(made.event_shape))
+    if not transforms_of(made):
+        return NumpyroBase(params=params, make=make, shape=start)
+    return NumpyroFlow(params=params, make=make, event_shape=start)  # pyright: ignore[reportCallIssue]
 
 
 class _Constant:
@@ -95,7 +96,7 @@ class NumpyroBase(AbstractDistribution):
     params: Any
     make: Callable[[Any], dist.Distribution] = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
-    cond_shape = None
+    cond_shape: tuple[int, ...] | None = None
 
     def _start(self):
         start = start_of(self.make(self.params))
@@ -114,12 +115,13 @@ class NumpyroLayers(AbstractBijection):
     params: Any
     make: Callable[[Any], dist.Distribution] = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
-    cond_shape = None
+    cond_shape: tuple[int, ...] | None = None
 
     def transforms(self):
         return transforms_of(self.make(self.params))
 
     def transform_and_log_det(self, x, condition=None):
+        x = jnp.asarray(x)
         log_det = jnp.zeros((), x.dtype)
         for transform in self.transforms():
             y, between = transform.call_with_intermediates(x)
@@ -128,6 +130,7 @@ class NumpyroLayers(AbstractBijection):
         return x, log_det
 
     def inverse_and_log_det(self, y, condition=None):
+        y = jnp.asarray(y)
         log_det = jnp.zeros((), y.dtype)
         for transform in reversed(self.transforms()):
             x = transform.inv(y)
@@ -144,12 +147,12 @@ class NumpyroFlow(AbstractTransformed):
     event_shape: tuple[int, ...] = eqx.field(static=True)
 
     @property
-    def base_dist(self):
-        return NumpyroBase(self.params, self.make, self.event_shape)
+    def base_dist(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return NumpyroBase(params=self.params, make=self.make, shape=self.event_shape)
 
     @property
-    def bijection(self):
-        return NumpyroLayers(self.params, self.make, self.event_shape)
+    def bijection(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return NumpyroLayers(params=self.params, make=self.make, shape=self.event_shape)
 
 
 @push_score.register(NumpyroLayers)

@@ -60,9 +60,9 @@ def _mixture(mixture) -> Components | None:
     return Components(mixture.mixing_distribution.probs, draw)
 
 
-def site_components(fn) -> Components | None:
+def site_components(fn: Any) -> Components | None:
     """The components of a site's distribution, if it is one mixture, transformed or not."""
-    base = fn
+    base: Any = fn
     while hasattr(base, "base_dist"):
         base = base.base_dist
     parts = components_of(base)
@@ -71,7 +71,7 @@ def site_components(fn) -> Components | None:
     return parts
 
 
-def start_of(fn) -> dist.Distribution:
+def start_of(fn: Any) -> Any:
     """What the first transform of a distribution is applied to."""
     start = fn
     while hasattr(fn, "base_dist"):
@@ -81,7 +81,7 @@ def start_of(fn) -> dist.Distribution:
     return start
 
 
-def transforms_of(fn) -> list[Any]:
+def transforms_of(fn: Any) -> list[Any]:
     """The transforms that a site's draw goes through, from the start."""
     found = []
     while hasattr(fn, "base_dist"):

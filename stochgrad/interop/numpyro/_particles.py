@@ -119,7 +119,7 @@ def _one(programs: Programs, key, param_map, apart: bool, drawing=None) -> tuple
     discrete = sum((log_q[name] for name in scored), start=jnp.zeros_like(total_q))
 
     def log_density(values, params):
-        known = {
+        known: Any = {
             name: {**site, "value": values[name]} if name in values else site
             for name, site in drawn.items()
         }

@@ -88,9 +88,9 @@ def _flow_transform(layer, x, score, condition=None) -> Pushed:
 
 @components_of.register(_DistributionToNumpyro)
 def _mixture(base) -> Components | None:
-    mixture = base.dist
-    if not isinstance(mixture, VmapMixture) or base.batch_shape != ():
+    if not isinstance(base.dist, VmapMixture) or base.batch_shape != ():
         return None
+    mixture: Any = base.dist
     width = len(mixture.log_normalized_weights)
 
     def draw(key):
