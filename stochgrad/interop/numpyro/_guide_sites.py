@@ -133,8 +133,8 @@ def check_reach(
             log_q, drawn = draw(guide, key, dict(params), args, kwargs, estimators, strata)
         latent = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
         values = [x for x in latent.values() if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-        by_path = [log_q[name] for name in latent if name not in scored]
         names[:] = [name for name in latent if not is_delta(drawn[name]["fn"])]
+        by_path = [log_q[name] for name in names if name not in scored]
         weights = () if drawing is None else drawing.weight
         return (values, weights), sum(by_path, start=jnp.zeros(()))
 

@@ -31,8 +31,9 @@ class Particle(NamedTuple):
 
     Attributes:
         path: Its log weight, whose gradient runs along the path of its draws.
-        direct: Zero, with the gradient in what the model has of its own beside the draws; where
-            gradients were not taken apart, that is in ``path``.
+        direct: Zero, with the gradient in what the model, and points and factors of the guide,
+            have of their own beside the draws; where gradients were not taken apart, that is in
+            ``path``.
         score: Zero, with the gradient that is to be added to have the total one.
         discrete: Log density of the sites with score functions.
         total_rows: Gradient of the model's log density in the draws.
@@ -115,60 +116,67 @@ def _one(programs: Programs, key, param_map, apart: bool, drawing=None) -> tuple
         log_q, drawn = draw(guide, guide_key, params, args, kwargs, estimators, programs.strata)
     left = _mutable(drawn)
     params.update(left)
+    latent = {name: site for name, site in drawn.items() if is_latent(site)}
     total_q = sum(log_q.values(), start=jnp.zeros(()))
+    known = {name: site["value"] for name, site in latent.items() if not is_delta(site["fn"])}
+    factor = sum((q for name, q in log_q.items() if name not in known), start=jnp.zeros(()))
+    density = total_q - factor
+    zero, none = jnp.zeros_like(total_q), jnp.zeros(0, total_q.dtype)
     discrete = sum((log_q[name] for name in scored), start=jnp.zeros_like(total_q))
 
     def log_density(values, params):
-        known: Any = {
+        given: Any = {
             name: {**site, "value": values[name]} if name in values else site
             for name, site in drawn.items()
         }
-        replayed = replay(seed(model, model_key), trace=known)
+        replayed = replay(seed(model, model_key), trace=given)
         log_p, sites = compute_log_probs(replayed, args, kwargs, params)
         check_model_guide_match(sites, drawn)
         programs.inspect(sites)
         return sum(log_p.values(), start=jnp.zeros(())), _mutable(sites)
 
-    latent = {name: site for name, site in drawn.items() if is_latent(site)}
-    known = {name: site["value"] for name, site in latent.items() if not is_delta(site["fn"])}
     plates = {name: site["value"] for name, site in drawn.items() if site["type"] == "plate"}
     moving = {name: x for name, x in known.items() if _is_float(x) and name not in scored}
 
     def along(moving):
-        """Log density of the guide of constant parameters, and its points that are no draws."""
+        """Of the guide of constant parameters: log density of draws, all else, and points."""
         again = substitute(seed(guide, guide_key), data={**still, **plates, **known, **moving})
         with FixedDraws(scored):
             sites = trace(again).get_trace(*args, **kwargs)
-        each = [
-            along_the_path(site, drawn[name])
-            for name, site in sites.items()
-            if site["type"] == "sample"
-        ]
+        of_draws, of_points = zero, zero
+        for name, site in sites.items():
+            if site["type"] != "sample":
+                continue
+            log_prob = along_the_path(site, drawn[name])
+            if name in known:
+                of_draws = of_draws + log_prob
+            else:
+                of_points = of_points + log_prob
         points = {
             name: sites[name]["value"]
             for name, site in latent.items()
             if name not in known and _is_float(site["value"])
         }
-        return sum(each, start=jnp.zeros(())), points
+        return of_draws, of_points, points
 
-    zero, none = jnp.zeros_like(total_q), jnp.zeros(0, total_q.dtype)
     if not apart:
         total_p, more = log_density({}, params)
-        along_q, _ = along(moving)
+        along_q, _, _ = along(moving)
         value = lax.stop_gradient(total_p - total_q)
-        path = total_p - along_q
+        path = total_p - factor - along_q
         path = path + lax.stop_gradient(value - path)
-        return Particle(path, zero, along_q - total_q, discrete, none, none), {**left, **more}
+        return Particle(path, zero, along_q - density, discrete, none, none), {**left, **more}
 
     values = {name: site["value"] for name, site in latent.items() if _is_float(site["value"])}
     own, fill = floating_leaves(params)
     total_p, (in_values, in_own), more = _backward(
         lambda values, own: log_density(values, fill(own)), freeze(values), freeze(own)
     )
-    (along_q, points), pull = jax.vjp(along, freeze(moving))
+    (_, _, points), pull = jax.vjp(along, freeze(moving))
     in_points = {name: in_values[name] for name in points}
-    (s,) = pull((jnp.ones_like(along_q), jax.tree.map(jnp.zeros_like, in_points)))
-    (by_points,) = pull((jnp.zeros_like(along_q), in_points))
+    one = jnp.ones_like(zero)
+    (s,) = pull((one, zero, jax.tree.map(jnp.zeros_like, in_points)))
+    (by_points,) = pull((zero, -one, in_points))
     t = {name: in_values[name] + by_points[name] for name in moving}
 
     score = _moved(s, moving)
@@ -176,9 +184,10 @@ def _one(programs: Programs, key, param_map, apart: bool, drawing=None) -> tuple
     direct = (
         _moved(in_own, own)
         + _moved(in_points, {name: values[name] for name in points})
+        - (factor - lax.stop_gradient(factor))
         - _moved(by_points, moving)
     )
-    score = score - (total_q - lax.stop_gradient(total_q))
+    score = score - (density - lax.stop_gradient(density))
     rows = (freeze(ravel_pytree(tree)[0]) if moving else none for tree in (t, s))
     return Particle(path, direct, score, discrete, *rows), {**left, **more}
 

@@ -1,6 +1,5 @@
 """The path gradient in numpyro's SVI."""
 
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -11,7 +10,6 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.scipy.special import logsumexp
 from jaxtyping import Array
-from numpyro.infer import autoguide
 from numpyro.infer.elbo import ELBO
 
 from stochgrad.core import (
@@ -42,12 +40,6 @@ from stochgrad.interop.numpyro._particles import (
 )
 
 SiteEstimator = Literal["score", "optimal", "straight_through"]
-
-_DAIS = (autoguide.AutoDAIS, autoguide.AutoSurrogateLikelihoodDAIS, autoguide.AutoSemiDAIS)
-
-
-class PathGradientWarning(UserWarning):
-    """The path gradient is known to be the worse one here."""
 
 
 class GradientVariances(NamedTuple):
@@ -198,13 +190,6 @@ class PathGradientELBO(ELBO):
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         """The negative bound, with this objective's gradient, as numpyro asks for it."""
         _check_call(rng_key, param_map, model, guide)
-        if isinstance(guide, _DAIS) and self.score_coef not in ("auto", 1.0):
-            warnings.warn(
-                f"the path gradient of {type(guide).__name__} had up to thousands of times the "
-                "variance of Trace_ELBO's: let score_coef='auto' measure it, or take 1.0.",
-                PathGradientWarning,
-                stacklevel=2,
-            )
         programs = self._programs(rng_key, param_map, model, guide, args, kwargs)
         key = jax.random.split(rng_key, self.num_particles)
         if self.num_particles == 1:
