@@ -175,7 +175,7 @@ def _divergence(
         if estimator == "total":
             return f
         still = lax.stop_gradient(log_u)
-        along = lax.stop_gradient(strata)._replace(width=1).mean(family.coefficient(still) * log_u)
+        along = strata.mean(family.coefficient(still) * log_u, constant=True)
         if strata.weight is not None:
             along = along + strata.mean(family.slope(still) - family.value(still))
         return valued(along, f)

@@ -34,9 +34,17 @@ class Strata(NamedTuple):
     weight: Float[Array, " n"] | None
     width: int
 
-    def mean(self, values: Float[Array, " n"]) -> Array:
-        """The mean under the flow of a function of the draws, from its values."""
-        return jnp.mean(values if self.weight is None else self.weight * values)
+    def mean(self, values: Float[Array, " n"], constant: bool = False) -> Array:
+        """The mean under the flow of a function of the draws, from its values.
+
+        Args:
+            values: The function's values.
+            constant: Whether the weights are to be constant for differentiation.
+        """
+        if self.weight is None:
+            return jnp.mean(values)
+        weight = jax.lax.stop_gradient(self.weight) if constant else self.weight
+        return jnp.mean(weight * values)
 
     def rows(self, values: Float[Array, "n ..."]) -> Float[Array, "rows m"]:
         """Values of the draws of a row side by side, as they count."""

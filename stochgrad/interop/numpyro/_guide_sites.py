@@ -115,8 +115,8 @@ def _why_not(fn) -> str:
     if "Mixture" not in kind_of(fn):
         return ""
     return (
-        ", and only one mixture of a guide can be drawn component by component, which is no batch, "
-        "of components that can be, beside no estimators"
+        ", and only one mixture of a guide is drawn component by component, if it is no batch, "
+        "its components can be reparameterized and no site has an estimator"
     )
 
 
