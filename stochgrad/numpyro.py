@@ -10,7 +10,6 @@ from stochgrad.interop.numpyro import SGNHT as SGNHT
 from stochgrad.interop.numpyro import Cyclical as Cyclical
 from stochgrad.interop.numpyro import GradientVariances as GradientVariances
 from stochgrad.interop.numpyro import PathGradientELBO as PathGradientELBO
-from stochgrad.interop.numpyro import PathGradientWarning as PathGradientWarning
 from stochgrad.interop.numpyro import ReplicaExchange as ReplicaExchange
 from stochgrad.interop.numpyro import all_rows as all_rows
 from stochgrad.interop.numpyro import latent_guide as latent_guide
@@ -18,14 +17,21 @@ from stochgrad.interop.numpyro import latent_model as latent_model
 from stochgrad.interop.numpyro import to_draws as to_draws
 
 if TYPE_CHECKING:
+    from stochgrad.interop.numpyro._as_flow import as_flow as as_flow
     from stochgrad.interop.numpyro.auto_flow import AutoFlow as AutoFlow
+
+
+_WITH_FLOWJAX = {
+    "AutoFlow": "stochgrad.interop.numpyro.auto_flow",
+    "as_flow": "stochgrad.interop.numpyro._as_flow",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs flowjax on first use."""
-    if name == "AutoFlow":
+    if name in _WITH_FLOWJAX:
         try:
-            return import_module("stochgrad.interop.numpyro.auto_flow").AutoFlow
+            return getattr(import_module(_WITH_FLOWJAX[name]), name)
         except ModuleNotFoundError as error:
-            raise ImportError("AutoFlow needs flowjax: pip install 'stochgrad[flows]'.") from error
+            raise ImportError(f"{name} needs flowjax: pip install 'stochgrad[flows]'.") from error
     raise AttributeError(f"module 'stochgrad.numpyro' has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """Normalizing flows: path gradients, divergences, and draws with weights."""
 
 from stochgrad.flows import _layers as _layers
+from stochgrad.flows._bijx import from_bijx as from_bijx
 from stochgrad.flows._continuous import Continuous as Continuous
 from stochgrad.flows._divergences import alpha_divergence as alpha_divergence
 from stochgrad.flows._divergences import jensen_shannon as jensen_shannon
@@ -16,6 +17,7 @@ from stochgrad.flows._objective import LogDensity as LogDensity
 from stochgrad.flows._objective import beyond_reach as beyond_reach
 from stochgrad.flows._reverse import reverse_kl as reverse_kl
 from stochgrad.flows._sample import WeightedDraws as WeightedDraws
+from stochgrad.flows._sample import WeightsWarning as WeightsWarning
 from stochgrad.flows._sample import ess_under_target as ess_under_target
 from stochgrad.flows._sample import metropolis as metropolis
 from stochgrad.flows._sample import sample as sample

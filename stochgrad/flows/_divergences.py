@@ -1,13 +1,4 @@
-r"""Bounds and divergences beside Kullback and Leibler's.
-
-All path gradients here have one form. With draws $x_i = T_\theta(z_i)$ of the flow, log weights
-$\log w_i = \log p(x_i) - \log q_\theta(x_i)$ and
-
-$$P_i = (\partial_\theta x_i)^\top\,\nabla_x\log w\,(x_i),$$
-
-the path gradient of $\log w_i$, each climbs $\sum_i c_i P_i$ with coefficients of its own,
-functions of the weights alone.
-"""
+"""Bounds and divergences beside Kullback and Leibler's."""
 
 from typing import Any, Literal
 
@@ -23,10 +14,18 @@ from stochgrad.flows._objective import (
     LogDensity,
     check_density,
     check_path,
+    check_stratified_path,
     objective,
     valued,
 )
-from stochgrad.gradients import path_log_density
+from stochgrad.flows._strata import stratified
+from stochgrad.gradients import (
+    FDivergence,
+    alpha_family,
+    jensen_shannon_family,
+    path_log_density,
+    renyi,
+)
 
 
 def renyi_bound(
@@ -63,7 +62,8 @@ def renyi_bound(
     Raises:
         ValueError: as ``reverse_kl``'s path gradient; ``alpha`` is 1, negative or not finite.
     """
-    log_weights = _log_weights(flow, log_density, estimator, condition)
+    condition, score_coef = _checked(flow, log_density, estimator, condition)
+    check_path(flow, condition)
     count = check_count("num_samples", num_samples)
     importance = check_count("num_importance", num_importance)
     alpha = check_number("alpha", alpha, zero=True)
@@ -71,14 +71,15 @@ def renyi_bound(
         raise ValueError("alpha must not be 1: that bound is reverse_kl's.")
 
     def value(flow, key):
-        log_w = log_weights(flow, key, count * importance).reshape(count, importance)
-        powered = (1.0 - alpha) * log_w
-        bound = (logsumexp(powered, axis=1) - jnp.log(float(importance))) / (1.0 - alpha)
-        if estimator == "path":
-            share = lax.stop_gradient(jax.nn.softmax(powered, axis=1))
-            coefficients = alpha * share + (1.0 - alpha) * share**2
-            bound = valued(jnp.sum(coefficients * log_w, axis=1), bound)
-        return jnp.mean(bound)
+        x, log_q, score = draws_of(flow, key, count * importance, condition)
+        log_p = jax.vmap(log_density)(x)
+        log_w = log_p - path_log_density(x, log_q, score, score_coef)
+        log_w = log_w.reshape(count, importance)
+        found = renyi(log_w, alpha)
+        if estimator == "total":
+            return jnp.mean(found.bound)
+        along = jnp.sum(lax.stop_gradient(found.coefficient) * log_w, axis=1)
+        return jnp.mean(valued(along, found.bound))
 
     return objective(flow, value)
 
@@ -115,20 +116,8 @@ def alpha_divergence(
         ValueError: as ``reverse_kl``'s path gradient; ``alpha`` is negative.
     """
     alpha = check_number("alpha", alpha, zero=True)
-
-    def value(log_u):
-        if alpha == 0:
-            return -log_u
-        if alpha == 1:
-            return jnp.exp(log_u) * log_u
-        return (jnp.exp(alpha * log_u) - 1.0) / (alpha * (alpha - 1.0))
-
-    def coefficient(log_u):
-        return jnp.exp(alpha * log_u)
-
-    return _divergence(
-        flow, log_density, value, coefficient, estimator, num_samples, log_z, condition
-    )
+    family = alpha_family(alpha)
+    return _divergence(flow, log_density, family, estimator, num_samples, log_z, condition)
 
 
 def jensen_shannon(
@@ -159,52 +148,48 @@ def jensen_shannon(
     Raises:
         ValueError: as ``reverse_kl``'s path gradient.
     """
-
-    def value(log_u):
-        mixed = jnp.logaddexp(log_u, jnp.zeros_like(log_u)) - jnp.log(2.0).astype(log_u.dtype)
-        return 0.5 * (jnp.exp(log_u) * (log_u - mixed) - mixed)
-
-    def coefficient(log_u):
-        return 0.5 * jax.nn.sigmoid(log_u)
-
-    return _divergence(
-        flow, log_density, value, coefficient, estimator, num_samples, log_z, condition
-    )
+    family = jensen_shannon_family()
+    return _divergence(flow, log_density, family, estimator, num_samples, log_z, condition)
 
 
 def _divergence(
-    flow, log_density, value, coefficient, estimator, num_samples, log_z, condition
+    flow, log_density, family: FDivergence, estimator, num_samples, log_z, condition
 ) -> Gradient:
-    r"""$\mathbb E_q[f(u)]$, whose negative gradient is $\mathbb E_q[u^2 f''(u)\,P]$.
+    r"""Its negative to climb; strata of a mixture count with the derivative of their weights.
 
-    For the reparameterized gradient of $f(u)$ is $f'(u)\,u\,(P - \partial_\theta\log q|_x)$, and
-    by parts $\mathbb E_q[g\,\partial_\theta\log q|_x]$ is the path gradient of $g = f'(u)\,u$.
+    $$-\nabla\sum_k w_k\mathbb E_{q_k}[f(u)]
+      = \mathbb E\sum_k\bigl[w_k\,u^2 f''(u)\,P + \nabla w_k\,(u f'(u) - f(u))\bigr].$$
     """
-    log_weights = _log_weights(flow, log_density, estimator, condition)
+    condition, score_coef = _checked(flow, log_density, estimator, condition)
+    check_stratified_path(flow, condition)
     count = check_count("num_samples", num_samples)
     log_z = None if log_z is None else check_real("log_z", log_z)
 
     def climbed(flow, key):
-        log_w = log_weights(flow, key, count)
-        known = logsumexp(log_w) - jnp.log(float(count)) if log_z is None else log_z
+        strata = stratified(flow, key, count, condition)
+        x, log_q, score = strata.draws
+        log_w = jax.vmap(log_density)(x) - path_log_density(x, log_q, score, score_coef)
+        known = _log_mean(log_w, strata.weight) if log_z is None else log_z
         log_u = log_w - lax.stop_gradient(known)
-        f = -jnp.mean(value(log_u))
+        f = -strata.mean(family.value(log_u))
         if estimator == "total":
             return f
-        return valued(jnp.mean(lax.stop_gradient(coefficient(log_u)) * log_u), f)
+        still = lax.stop_gradient(log_u)
+        along = strata.mean(family.coefficient(still) * log_u, constant=True)
+        if strata.weight is not None:
+            along = along + strata.mean(family.slope(still) - family.value(still))
+        return valued(along, f)
 
     return objective(flow, climbed)
 
 
-def _log_weights(flow, log_density, estimator, condition):
-    """``(flow, key, count) -> log weights`` of draws, with the gradient that was asked for."""
+def _log_mean(log_w, weight):
+    weight = None if weight is None else lax.stop_gradient(weight)
+    return logsumexp(log_w, b=weight) - jnp.log(float(len(log_w)))
+
+
+def _checked(flow, log_density, estimator, condition) -> tuple[Any, float]:
+    """The condition, and the share of the score in the gradient that was asked for."""
     condition = check_density(flow, log_density, condition)
     check_choice("estimator", estimator, ("path", "total"))
-    check_path(flow, condition)
-    score_coef = 1.0 if estimator == "total" else 0.0
-
-    def log_weights(flow, key, count):
-        x, log_q, score = draws_of(flow, key, count, condition)
-        return jax.vmap(log_density)(x) - path_log_density(x, log_q, score, score_coef)
-
-    return log_weights
+    return condition, 1.0 if estimator == "total" else 0.0

@@ -114,11 +114,16 @@ def unwrap_flow(flow: AbstractDistribution) -> AbstractDistribution:
 
 def one_draw(flow, key, condition) -> FlowDraws:
     """One draw of an unwrapped flow."""
-    if not isinstance(flow, AbstractTransformed):
-        x, log_density = flow._sample_and_log_prob(key, condition)
-        return FlowDraws(x, log_density, score_of(flow, x, condition))
-    base = flow.base_dist
+    base = flow.base_dist if isinstance(flow, AbstractTransformed) else flow
     z, log_base = base._sample_and_log_prob(key, condition)
+    return pushed_draw(flow, z, log_base, condition)
+
+
+def pushed_draw(flow, z, log_base, condition) -> FlowDraws:
+    """The draw that comes of a draw of the base and its log density there."""
+    if not isinstance(flow, AbstractTransformed):
+        return FlowDraws(z, log_base, score_of(flow, z, condition))
+    base = flow.base_dist
     pushed = push_score(flow.bijection, z, score_of(base, z, condition), condition)
     return FlowDraws(pushed.value, log_base - pushed.log_det, pushed.score)
 

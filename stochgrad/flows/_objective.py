@@ -20,6 +20,7 @@ from stochgrad.core import (
     first_line,
 )
 from stochgrad.flows._draw import check_flow, one_draw, split_flow, unwrap_flow
+from stochgrad.flows._strata import one_weighted
 from stochgrad.gradients import beyond_the_path, depends, freeze
 
 LogDensity = Callable[[Array], Scalar]
@@ -93,22 +94,35 @@ def check_density(flow, log_density, condition) -> Any:
 
 def check_path(flow, condition) -> None:
     """Raise unless the path of a draw reaches all that is trained of a flow."""
-    beyond = beyond_reach(flow, condition)
+    _refuse(beyond_reach(flow, condition))
+
+
+def check_stratified_path(flow, condition) -> None:
+    """Raise unless the path of a draw, or a stratum's weight, reaches all that is trained."""
+    _refuse(beyond_reach(flow, condition, by_strata=True))
+
+
+def _refuse(beyond: list[str]) -> None:
     if beyond:
         raise ValueError(
             f"flow: {' and '.join(beyond)} cannot be trained along the path of a draw. As the "
-            "weights of a mixture, they decide what is drawn, and that has no derivative: take "
-            "stochgrad.flows.reverse_kl with estimator='score', or hold them fixed with "
-            "paramax.non_trainable."
+            "weights of a mixture, they decide what is drawn, and only reverse_kl, "
+            "alpha_divergence and jensen_shannon reach those, of a VmapMixture that is the flow or "
+            "its base: take stochgrad.flows.reverse_kl, with estimator='score' for any other, or "
+            "hold them fixed with paramax.non_trainable."
         )
 
 
-def beyond_reach(flow, condition) -> list[str]:
+def beyond_reach(flow, condition, by_strata: bool = False) -> list[str]:
     """Names of a flow's arrays that are trained, move its density and not its draws."""
     arrays, rest = eqx.partition(unwrap_flow(flow), eqx.is_inexact_array)
 
     def draw(arrays):
-        x, log_density, _ = one_draw(eqx.combine(arrays, rest), jax.random.key(0), condition)
+        flow, key = eqx.combine(arrays, rest), jax.random.key(0)
+        if by_strata:
+            weights, draws = one_weighted(flow, key, condition)
+            return (weights, draws.value), draws.log_density
+        x, log_density, _ = one_draw(flow, key, condition)
         return x, log_density
 
     try:

@@ -2,22 +2,22 @@
 
 from typing import Any, Literal
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from flowjax.distributions import AbstractDistribution
 from jax import lax
 
 from stochgrad.core import Gradient, check_choice, check_count, check_number
-from stochgrad.flows._draw import draws_of, one_draw, split_flow, unwrap_flow
+from stochgrad.flows._draw import draws_of, unwrap_flow
 from stochgrad.flows._objective import (
     LogDensity,
     check_density,
-    check_path,
+    check_stratified_path,
     objective,
     valued,
 )
-from stochgrad.gradients import leave_one_out, optimal_mixing_weights, path_log_density
+from stochgrad.flows._strata import mixture_of, stratified
+from stochgrad.gradients import leave_one_out, leave_one_out_coefficients, path_log_density
 
 
 def reverse_kl(
@@ -38,12 +38,16 @@ def reverse_kl(
     - ``"total"``: the reparameterized gradient of the integrand, with the term
       $-\partial_\theta\log q_\theta(x)|_x$ of mean zero.
     - a number c between: $P_i - c\,\partial_\theta\log q_\theta(x_i)|_{x_i}$; 1 is ``"total"``.
-    - ``"auto"``: c of least variance, measured at each step on some of the draws, each draw's from
-      the others so that the estimate stays unbiased: ``gradients.optimal_mixing_weights``.
+    - ``"auto"``: c of least variance between the gradients in x, each draw's from the others so
+      that the estimate stays unbiased: ``gradients.leave_one_out_coefficients``. It costs no
+      further derivative.
     - ``"score"``: $\nabla\log q$ times the integrand, less a leave-one-out baseline. It does not
-      differentiate ``log_density``, and is by far the noisiest. It is the only one that trains
-      what decides between draws without a derivative: the weights of a mixture, flowjax's
-      ``VmapMixture`` for example, as the flow or as its base. The others refuse such a flow.
+      differentiate ``log_density``, and is by far the noisiest.
+
+    Of a mixture, flowjax's ``VmapMixture`` as the flow or as its base, all but ``"score"`` draw
+    every component, ``num_samples`` divided by their number and rounded up, and weight the draws:
+    $\sum_k w_k\,g_k$, the gradient of the weights included. What else decides between draws has no
+    derivative, and all but ``"score"`` refuse to train it.
 
     Args:
         flow: A flowjax distribution, drawn from by its forward map.
@@ -72,25 +76,44 @@ def reverse_kl(
     condition = check_density(flow, log_density, condition)
     count = check_count("num_samples", num_samples)
     coefficient = _coefficient(estimator)
-    least = {"auto": 4, "score": 2}.get(str(estimator), 1)
+    width = _width(flow) if estimator != "score" else 1
+    least = {"auto": 4 * width, "score": 2}.get(str(estimator), 1)
     if count < least:
-        raise ValueError(f"estimator={estimator!r} needs num_samples >= {least}, got {count}.")
+        what = f"estimator={estimator!r}" + (f" with {width} components" if width > 1 else "")
+        raise ValueError(f"{what} needs num_samples >= {least}, got {count}.")
     if estimator != "score":
-        check_path(flow, condition)
+        check_stratified_path(flow, condition)
     log_densities = jax.vmap(log_density)
 
-    if estimator == "auto":
-        return objective(flow, _blended(log_density, count, condition))
-
-    def bound(flow, key):
+    def by_score(flow, key):
         x, log_q, score = draws_of(flow, key, count, condition)
-        if estimator == "score":
-            rewards = lax.stop_gradient(log_densities(x) - log_q)
-            surrogate = jnp.mean((rewards - leave_one_out(rewards)) * _at_fixed(x, log_q, score))
-            return valued(surrogate, jnp.mean(rewards))
-        return jnp.mean(log_densities(x) - path_log_density(x, log_q, score, coefficient))
+        rewards = lax.stop_gradient(log_densities(x) - log_q)
+        surrogate = jnp.mean((rewards - leave_one_out(rewards)) * _at_fixed(x, log_q, score))
+        return valued(surrogate, jnp.mean(rewards))
 
-    return objective(flow, bound)
+    def along_paths(flow, key):
+        strata = stratified(flow, key, count, condition)
+        x, log_q, score = strata.draws
+        return strata.mean(log_densities(x) - path_log_density(x, log_q, score, coefficient))
+
+    def mixed(flow, key):
+        strata = stratified(flow, key, count, condition)
+        x, log_q, score = strata.draws
+        still = lax.stop_gradient(x)
+        log_p, up = jax.vmap(jax.value_and_grad(log_density))(still)
+        c = leave_one_out_coefficients(strata.rows(up), strata.rows(score))
+        log_p = log_p + jnp.sum((up * (x - still)).reshape(len(x), -1), axis=1)
+        log_q = path_log_density(x, log_q, score, jnp.repeat(c, strata.width))
+        return strata.mean(log_p - log_q)
+
+    named = {"score": by_score, "auto": mixed}
+    return objective(flow, named.get(str(estimator), along_paths))
+
+
+def _width(flow) -> int:
+    """Draws of a row: components of the mixture that a flow is or starts from, else one."""
+    mixture = mixture_of(unwrap_flow(flow))
+    return 1 if mixture is None else len(mixture.log_normalized_weights)
 
 
 def _coefficient(estimator) -> float:
@@ -105,23 +128,3 @@ def _coefficient(estimator) -> float:
 def _at_fixed(x, log_q, score):
     """The log density with the gradient that it has at a fixed point."""
     return log_q - path_log_density(x, log_q, score) + lax.stop_gradient(log_q)
-
-
-def _blended(log_density, count, condition):
-    """The bound whose gradient keeps as much of the score as is measured to be best."""
-
-    def bound(flow, key):
-        params, static = split_flow(flow)
-
-        def parts(params, key):
-            flow = unwrap_flow(eqx.combine(params, static))
-            x, log_q, score = one_draw(flow, key, condition)
-            along = path_log_density(x, log_q, score)
-            return log_density(x) - along, along - log_q
-
-        draw_key, direction_key = jax.random.split(key)
-        keys = jax.random.split(draw_key, count)
-        path, score = jax.vmap(parts, (None, 0))(params, keys)
-        return jnp.mean(path + optimal_mixing_weights(parts, params, keys, direction_key) * score)
-
-    return bound

@@ -1,5 +1,6 @@
 """From a trained flow to draws of the density: weights, a Markov kernel, a change of variables."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,10 @@ from stochgrad.flows._objective import LogDensity, check_density
 from stochgrad.kernels import Fit, independence, systematic
 
 
+class WeightsWarning(UserWarning):
+    """The weights of a flow's draws have too heavy a tail to be trusted."""
+
+
 class WeightedDraws(NamedTuple):
     r"""Draws of a flow, weighted to a density $p$.
 
@@ -39,9 +44,11 @@ class WeightedDraws(NamedTuple):
         value: The draws, of shape (n, \*shape).
         log_weight: $\log p - \log q$ at each, unnormalized.
         smoothed: Log weights that sum to one, the largest smoothed by a Pareto tail.
-        khat: Shape of that tail. Below 0.7 the weights can be trusted, above they cannot, however
-            high the effective sample size [Vehtari et al. 2024].
-        log_z: Log of the normalizer of p, $\log\frac1n\sum_i w_i$.
+        khat: Shape of that tail. Below ``good_khat`` the weights can be trusted, above they cannot,
+            however high the effective sample size [Vehtari et al. 2024]. Weights that are all
+            the same have no tail, minus infinity; that of fewer than 25 is unknown, infinity.
+        log_z: Log of the normalizer of p from the raw weights, $\log\frac1n\sum_i w_i$, whose
+            exponential is unbiased.
         log_z_error: Its standard error, by the delta method.
         key: What ``resample`` draws with.
     """
@@ -53,6 +60,11 @@ class WeightedDraws(NamedTuple):
     log_z: float
     log_z_error: float
     key: PRNGKey
+
+    @property
+    def good_khat(self) -> float:
+        r"""The largest k-hat to be trusted with n draws, $\min(0.7, 1 - 1/\log_{10}n)$."""
+        return _good_khat(len(self.log_weight))
 
     @property
     def ess(self) -> float:
@@ -108,6 +120,7 @@ class WeightedDraws(NamedTuple):
             "method": "importance resampling",
             "ess_q": self.ess,
             "pareto_khat": self.khat,
+            "good_khat": self.good_khat,
             "log_z": self.log_z,
             "log_z_error": self.log_z_error,
         }
@@ -134,6 +147,9 @@ def sample(
     Raises:
         ValueError: flow and density do not fit; no draw has a finite weight.
 
+    Warns:
+        WeightsWarning: k-hat is above ``good_khat``.
+
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad
         >>> from flowjax.distributions import Normal
@@ -159,7 +175,26 @@ def sample(
             f"no draw of the flow has a finite weight, log Z came out as {float(log_z)}: is "
             "log_density finite where the flow draws?"
         )
+    _warn_of_tail(float(khat), count)
     return WeightedDraws(x, log_w, smoothed, float(khat), float(log_z), float(error), resample_key)
+
+
+def _good_khat(count: int) -> float:
+    return min(0.7, 1.0 - 1.0 / np.log10(count)) if count > 1 else -np.inf
+
+
+def _warn_of_tail(khat: float, count: int) -> None:
+    """As ArviZ warns of its Pareto k."""
+    limit = _good_khat(count)
+    if not khat <= limit:
+        warnings.warn(
+            f"k-hat of the weights is {khat:.2f}, above {limit:.2f}, the limit for {count} draws: "
+            f"{'their tail is too heavy' if np.isfinite(khat) else 'those are too few'} for log_z "
+            "and its error, for expectations and resampled draws. Train the flow further, draw "
+            "more, or take stochgrad.flows.metropolis.",
+            WeightsWarning,
+            stacklevel=3,
+        )
 
 
 @eqx.filter_jit
@@ -172,7 +207,9 @@ def _weigh(flow, key, count, log_density, condition):
     log_w = jnp.where(jnp.isnan(log_w), -jnp.inf, log_w)
     mean = logsumexp(log_w) - jnp.log(float(count))
     spread = jnp.std(jnp.exp(log_w - mean)) / jnp.sqrt(float(count))
-    return x, log_w, mean, spread, *psis_weights(log_w)
+    smoothed, khat = psis_weights(log_w)
+    flat = jnp.isnan(khat) & (jnp.max(log_w) - jnp.min(log_w) < 1e-3)  # all equal, but for rounding
+    return x, log_w, mean, spread, smoothed, jnp.where(flat, -jnp.inf, khat)
 
 
 def _ess(log_weight):

@@ -2,6 +2,12 @@
 
 from stochgrad._deprecations import renamed as _renamed
 from stochgrad.gradients._control_variate import control_variate as control_variate
+from stochgrad.gradients._directions import directional_derivatives as directional_derivatives
+from stochgrad.gradients._divergence import FDivergence as FDivergence
+from stochgrad.gradients._divergence import RenyiBound as RenyiBound
+from stochgrad.gradients._divergence import alpha_family as alpha_family
+from stochgrad.gradients._divergence import jensen_shannon_family as jensen_shannon_family
+from stochgrad.gradients._divergence import renyi as renyi
 from stochgrad.gradients._like import check_like as check_like
 from stochgrad.gradients._like import evaluated as evaluated
 from stochgrad.gradients._minibatch import as_gradient as as_gradient
@@ -16,11 +22,9 @@ from stochgrad.gradients._path import freeze as freeze
 from stochgrad.gradients._path import path_log_density as path_log_density
 from stochgrad.gradients._path import push_score as push_score
 from stochgrad.gradients._path import triangular as triangular
-from stochgrad.gradients._path_total_mix import directional_derivatives as directional_derivatives
 from stochgrad.gradients._path_total_mix import (
     leave_one_out_coefficients as leave_one_out_coefficients,
 )
-from stochgrad.gradients._path_total_mix import optimal_mixing_weights as optimal_mixing_weights
 from stochgrad.gradients._reach import beyond_the_path as beyond_the_path
 from stochgrad.gradients._reach import depends as depends
 from stochgrad.gradients._registry import GRADIENTS as GRADIENTS
@@ -34,7 +38,6 @@ from stochgrad.gradients._svrg import svrg as svrg
 
 __getattr__ = _renamed(
     __name__,
-    measured_coefficients="optimal_mixing_weights",
     conducive="stochgrad.federated.conducive",
     Surrogates="stochgrad.federated.Surrogates",
     Precision="stochgrad.federated.Precision",

@@ -27,6 +27,9 @@ from stochgrad.core import check_callable, check_number, describe, first_line
 DENSE_LIMIT = 64
 """The most dimensions for which a layer without inverse and rule is solved with densely."""
 
+_FEW = 8
+"""Dimensions up to which a triangular Jacobian is cheaper whole than sweep by sweep."""
+
 _RULES = {"flowjax": "stochgrad.flows", "numpyro": "stochgrad.interop"}
 """Where rules for the layers of a library are registered, imported when first needed."""
 
@@ -170,7 +173,8 @@ def triangular(
     $$u \leftarrow D^{-1}\bigl(r - (J^\top - D)u\bigr)$$
 
     is exact after as many sweeps as there are dimensions, and in practice after a few; a sweep is
-    one vector-Jacobian product.
+    one vector-Jacobian product. Up to eight dimensions all products are taken at once, and their
+    series is summed by squaring.
 
     Args:
         forward: ``x -> (y, log_det)``, of frozen parameters, triangular along the last axis.
@@ -193,6 +197,11 @@ def triangular(
     (y, log_det), pull = _pulled("forward", forward, x, x.shape)
     right = score - pull((jnp.zeros_like(y), jnp.ones_like(log_det)))[0]
     first = right / slope
+    if x.ndim == 1 and x.size <= _FEW:
+        rows = jax.vmap(lambda row: pull((row, jnp.zeros_like(log_det)))[0])(
+            jnp.eye(x.size, dtype=y.dtype)
+        )
+        return _nilpotent_series(jnp.diag(slope) - rows.T, slope, first)
     limit = 10 * float(jnp.finfo(x.dtype).eps) if tolerance is None else tolerance
 
     def sweep(state):
@@ -205,6 +214,15 @@ def triangular(
         return state[1] & (state[2] < x.shape[-1])
 
     return lax.while_loop(more, sweep, (first, jnp.array(x.shape[-1] > 1), 0))[0]
+
+
+def _nilpotent_series(below: Array, slope: Array, first: Array) -> Array:
+    r"""$\sum_k N^k u$ of the triangular $N = D^{-1}(D - J^\top)$, as $\prod_k(I + N^{2^k})\,u$."""
+    n, u = below / slope[:, None], first
+    for _ in range((first.size - 1).bit_length()):
+        u = u + jnp.matmul(n, u, precision="highest")
+        n = jnp.matmul(n, n, precision="highest")
+    return u
 
 
 def dense(

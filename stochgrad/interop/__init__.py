@@ -8,7 +8,6 @@ from stochgrad.interop.numpyro import SGNHT as SGNHT
 from stochgrad.interop.numpyro import Cyclical as Cyclical
 from stochgrad.interop.numpyro import GradientVariances as GradientVariances
 from stochgrad.interop.numpyro import PathGradientELBO as PathGradientELBO
-from stochgrad.interop.numpyro import PathGradientWarning as PathGradientWarning
 from stochgrad.interop.numpyro import ReplicaExchange as ReplicaExchange
 from stochgrad.interop.numpyro import all_rows as all_rows
 from stochgrad.interop.numpyro import from_numpyro as from_numpyro

@@ -16,7 +16,7 @@ from flowjax.distributions import Normal, StandardNormal, Transformed
 
 import stochgrad
 from stochgrad import Gradient, flows
-from stochgrad.numpyro import AutoFlow, PathGradientELBO
+from stochgrad.numpyro import AutoFlow, PathGradientELBO, as_flow
 from tests.bad_inputs import harness
 
 refuses = partial(harness.refuses, quiet=False)
@@ -118,7 +118,7 @@ def set_up(**arguments):
     numpyro.handlers.seed(guide, 0)()
 
 
-DRAWS = flows.sample(FLOW, KEY, 20, density)
+DRAWS = flows.sample(FLOW, KEY, 200, density)
 ELBO = PathGradientELBO()
 REVERSE = {"flow": FLOW, "log_density": density, "estimator": "path", "num_samples": 4}
 OF_REVERSE = {
@@ -230,8 +230,24 @@ CALLS = [
         {"num_particles": NO_COUNT | {"few": 3},
          "vectorize_particles": {"text": TEXT, "None": None},
          "score_coef": {"None": None, "name": "path", "above": 2.0, "bool": True, "NaN": NAN},
+         "objective": {"None": None, "name": "iwae", "list": ["renyi"]}, "alpha": {"for elbo": 0.5},
          "estimators": {"text": "score", "list": ["x"], "name": {"x": "stl"},
                         "number": {3: "score"}}},
+    ),
+    (
+        PathGradientELBO, {"num_particles": 4, "objective": "renyi"},
+        {"alpha": {"text": TEXT, "bool": True, "NaN": NAN, "one": 1, "negative": -1.0},
+         "score_coef": {"between": 0.5}, "estimators": {"score": {"x": "score"}}},
+    ),
+    (
+        PathGradientELBO, {"num_particles": 4, "objective": "jensen_shannon"},
+        {"num_particles": {"one": 1}, "alpha": {"number": 0.5}},
+    ),
+    (
+        as_flow, {"distribution": dist.Normal(0.0, 1.0)},
+        {"distribution": NO_FUNCTION | {"class": dist.Normal, "fails": fails,
+                                        "batch": dist.Normal(jnp.zeros(2), 1.0)},
+         "params": {"without a function": 3.0}},
     ),
     (
         ELBO.loss, {"rng_key": KEY, "param_map": {"at": jnp.zeros(2)}, "model": model,

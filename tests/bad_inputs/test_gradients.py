@@ -1,6 +1,5 @@
 """Bad arguments of gradients, estimators and integrators: refused in a sentence that names them."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,10 +55,6 @@ def double(x):
     return 2.0 * x, jnp.log(2.0) * x.size
 
 
-def parts(position, key):
-    return jnp.sum(position), jnp.sum(position**2)
-
-
 NO_MAP = NO_FUNCTION | {
     "fails": fails, "alone": lambda x: x, "shape": lambda x: (x[:1], jnp.sum(x)),
 }  # fmt: skip
@@ -110,14 +105,6 @@ CALLS = [
         {"function": lambda x: x, "position": X, "key": KEY, "count": 2},
         {"function": NO_FUNCTION | {"fails": fails}, "key": NO_KEY, "count": NO_COUNT,
          "position": {"None": None, "text": TEXT, "integers": jnp.ones(2, int), "empty": {}}},
-    ),
-    (
-        gradients.optimal_mixing_weights,
-        {"parts": parts, "position": X, "keys": jax.random.split(KEY, 4), "key": KEY},
-        {"parts": NO_FUNCTION | {"fails": fails, "alone": lambda p, k: jnp.sum(p),
-                                 "vectors": lambda p, k: (p, p)},
-         "keys": {"None": None, "one": KEY, "few": jax.random.split(KEY, 3), "numbers": X},
-         "key": NO_KEY, "position": {"None": None, "text": TEXT, "integers": jnp.ones(2, int)}},
     ),
     (
         gradients.leave_one_out_coefficients,

@@ -9,7 +9,7 @@ from numpyro.distributions import transforms
 
 import stochgrad
 from stochgrad.flows import draw_with_score, parameters, reverse_kl
-from stochgrad.gradients import dense, push_score
+from stochgrad.gradients import dense, push_score, triangular
 from tests.conftest import Z
 from tests.flows import toys
 
@@ -164,6 +164,21 @@ def test_layers_of_numpyro(key):
     for pushed, wanted in all_of(x, score):
         np.testing.assert_allclose(pushed.score, wanted, rtol=1e-9, atol=1e-9)
         assert pushed.log_det.shape == (2,)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 9, 20])
+def test_triangular_layers_whole_and_by_sweeps(size, key):
+    """Up to eight dimensions the Jacobian is whole; its order is any, as of a permuted network."""
+    order = jax.random.permutation(key, size)
+    below = jnp.tril(jax.random.normal(key, (size, size)), -1)[order][:, order]
+
+    def forward(x):
+        slope = 1.5 + jnp.tanh(below @ x)
+        return slope * x + jnp.sin(below @ x), jnp.sum(jnp.log(slope))
+
+    x, score = jax.random.normal(jax.random.key(2), (2, size))
+    found = triangular(forward, x, score, 1.5 + jnp.tanh(below @ x))
+    np.testing.assert_allclose(found, dense(forward, x, score, "it"), rtol=1e-9, atol=1e-9)
 
 
 def test_a_rule_of_ones_own():

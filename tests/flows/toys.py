@@ -126,19 +126,21 @@ def draws(flow, key, count):
 
 
 def scores_by_force(flow, key, count, condition=None):
-    r"""Draws, and scores from $J^\top s = \nabla_z\log q(T(z))$ with the whole Jacobian."""
+    """Draws as the library makes them, their log densities and scores."""
+    keys = jax.random.split(key, count)
+    return jax.vmap(lambda key: score_by_force(flow, key, condition))(keys)
+
+
+def score_by_force(flow, key, condition=None):
+    r"""One draw, and its score from $J^\top s = \nabla_z\log q(T(z))$ with the whole Jacobian."""
     flow = paramax.unwrap(flow)
     flow = flow.merge_transforms() if hasattr(flow, "merge_transforms") else flow
+    z = flow.base_dist._sample(key, condition)  # as the library draws
 
-    def one(key):
-        z = flow.base_dist._sample(key, condition)  # as the library draws
+    def log_density(z):
+        x, log_det = flow.bijection.transform_and_log_det(z, condition)
+        return flow.base_dist._log_prob(z, condition) - log_det
 
-        def log_density(z):
-            x, log_det = flow.bijection.transform_and_log_det(z, condition)
-            return flow.base_dist._log_prob(z, condition) - log_det
-
-        jacobian = jax.jacrev(lambda z: flow.bijection.transform(z, condition))(z)
-        x = flow.bijection.transform(z, condition)
-        return x, log_density(z), jnp.linalg.solve(jacobian.T, jax.grad(log_density)(z))
-
-    return jax.vmap(one)(jax.random.split(key, count))
+    jacobian = jax.jacrev(lambda z: flow.bijection.transform(z, condition))(z)
+    x = flow.bijection.transform(z, condition)
+    return x, log_density(z), jnp.linalg.solve(jacobian.T, jax.grad(log_density)(z))

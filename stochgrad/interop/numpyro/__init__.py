@@ -15,5 +15,4 @@ from stochgrad.interop.numpyro._latent import latent_model as latent_model
 from stochgrad.interop.numpyro._model import from_numpyro as from_numpyro
 from stochgrad.interop.numpyro._path_elbo import GradientVariances as GradientVariances
 from stochgrad.interop.numpyro._path_elbo import PathGradientELBO as PathGradientELBO
-from stochgrad.interop.numpyro._path_elbo import PathGradientWarning as PathGradientWarning
 from stochgrad.interop.numpyro._report import to_draws as to_draws

@@ -1,6 +1,7 @@
 """Sites of a numpyro guide: how their draws, and log densities, carry gradients."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -12,6 +13,7 @@ from numpyro.primitives import Messenger
 
 from stochgrad.core import first_line
 from stochgrad.gradients import beyond_the_path, path_log_density, push_score
+from stochgrad.interop.numpyro._guide_strata import DrawComponent, Stratified
 from stochgrad.interop.numpyro._sites import is_latent
 from stochgrad.interop.numpyro._transforms import score_of_base
 
@@ -75,7 +77,10 @@ def score_function_sites(estimators: Mapping[str, str]) -> set[str]:
     return {name for name, estimator in estimators.items() if estimator != "straight_through"}
 
 
-def draw(guide, key, params, args, kwargs, estimators: Mapping[str, str]):
+def draw(
+    guide, key, params, args, kwargs, estimators: Mapping[str, str],
+    strata: Stratified | None = None,
+):  # fmt: skip
     """Log densities and trace of a guide, draws with the gradients of their estimators."""
     scored = score_function_sites(estimators)
     with StraightThrough(set(estimators) - scored), FixedDraws(scored):
@@ -86,36 +91,52 @@ def draw(guide, key, params, args, kwargs, estimators: Mapping[str, str]):
                 f"estimators: a score function needs the density of the draws, which a site of "
                 f"{sorted(scored)} does not give: {first_line(error)}."
             ) from error
-    _check_sites(drawn, estimators)
+    _check_sites(drawn, estimators, strata)
     return log_q, drawn
 
 
-def _check_sites(drawn, estimators: Mapping[str, str]) -> None:
+def _check_sites(drawn, estimators: Mapping[str, str], strata: Stratified | None) -> None:
     """Raise unless every latent site has a way to its gradient."""
     for name, site in drawn.items():
-        if not is_latent(site) or name in estimators:
+        if not is_latent(site) or name in estimators or (strata and name == strata.name):
             continue
         if not (is_delta(site["fn"]) or site["fn"].has_rsample):
             raise ValueError(
                 f"site {name!r} of the guide, a {kind_of(site['fn'])}, cannot be "
-                f"reparameterized: give it an estimator, estimators={{{name!r}: 'score'}}."
+                f"reparameterized{_why_not(site['fn'])}: give it an estimator, "
+                f"estimators={{{name!r}: 'score'}}."
             )
     missing = set(estimators) - {n for n, s in drawn.items() if s["type"] == "sample"}
     if missing:
         raise ValueError(f"estimators are given for sites the guide lacks: {sorted(missing)}.")
 
 
-def check_reach(guide, key, params, args, kwargs, estimators: Mapping[str, str]) -> None:
+def _why_not(fn) -> str:
+    if "Mixture" not in kind_of(fn):
+        return ""
+    return (
+        ", and only one mixture of a guide is drawn component by component, if it is no batch, "
+        "its components can be reparameterized and no site has an estimator"
+    )
+
+
+def check_reach(
+    guide, key, params, args, kwargs, estimators: Mapping[str, str],
+    strata: Stratified | None = None,
+) -> None:  # fmt: skip
     """Raise unless the paths of the draws reach all parameters that move their density."""
     scored, names = score_function_sites(estimators), []
 
     def values_and_density(params):
-        log_q, drawn = draw(guide, key, dict(params), args, kwargs, estimators)
+        drawing = None if strata is None else DrawComponent(strata, jnp.array(0))
+        with drawing or nullcontext():
+            log_q, drawn = draw(guide, key, dict(params), args, kwargs, estimators, strata)
         latent = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
         values = [x for x in latent.values() if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-        by_path = [log_q[name] for name in latent if name not in scored]
         names[:] = [name for name in latent if not is_delta(drawn[name]["fn"])]
-        return values, sum(by_path, start=jnp.zeros(()))
+        by_path = [log_q[name] for name in names if name not in scored]
+        weights = () if drawing is None else drawing.weight
+        return (values, weights), sum(by_path, start=jnp.zeros(()))
 
     beyond = beyond_the_path(values_and_density, dict(params))
     if beyond:
@@ -144,7 +165,7 @@ def along_the_path(site, drawn) -> Array:
     fn, value = site["fn"], site["value"]
     flow = _layers_of(fn)
     if drawn["intermediates"] and flow is not None:
-        log_prob = _along_layers(fn, flow, drawn["intermediates"][0][0], drawn["value"])
+        log_prob = _along_layers(fn, flow, drawn["intermediates"][0][0], value)
     else:
         try:
             log_prob = fn.log_prob(value)

@@ -1,6 +1,5 @@
 """The path gradient in numpyro's SVI."""
 
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -9,12 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from jax.scipy.special import logsumexp
 from jaxtyping import Array
-from numpyro.handlers import replay, seed, substitute, trace
-from numpyro.infer import autoguide
 from numpyro.infer.elbo import ELBO
-from numpyro.infer.util import compute_log_probs
-from numpyro.util import check_model_guide_match
 
 from stochgrad.core import (
     check_callable,
@@ -25,24 +21,25 @@ from stochgrad.core import (
     check_number,
     describe,
 )
-from stochgrad.gradients import freeze, leave_one_out, optimal_mixing_weights, score_function
-from stochgrad.interop.numpyro._guide_sites import (
-    FixedDraws,
-    along_the_path,
-    check_reach,
-    draw,
-    is_delta,
-    score_function_sites,
+from stochgrad.gradients import (
+    freeze,
+    jensen_shannon_family,
+    leave_one_out,
+    leave_one_out_coefficients,
+    renyi,
+    score_function,
 )
-from stochgrad.interop.numpyro._sites import is_latent
+from stochgrad.interop.numpyro._guide_sites import check_reach, score_function_sites
+from stochgrad.interop.numpyro._guide_strata import stratified_site
+from stochgrad.interop.numpyro._particles import (
+    Particle,
+    Programs,
+    floating_leaves,
+    mean_state,
+    particle,
+)
 
 SiteEstimator = Literal["score", "optimal", "straight_through"]
-
-_DAIS = (autoguide.AutoDAIS, autoguide.AutoSurrogateLikelihoodDAIS, autoguide.AutoSemiDAIS)
-
-
-class PathGradientWarning(UserWarning):
-    """The path gradient is known to be the worse one here."""
 
 
 class GradientVariances(NamedTuple):
@@ -61,14 +58,6 @@ class GradientVariances(NamedTuple):
     score_coef: Array
 
 
-class _Particles(NamedTuple):
-    """What particles give: a value with the path gradient, and what may be added to it."""
-
-    path: Array
-    score: Array
-    discrete: Array
-
-
 class PathGradientELBO(ELBO):
     r"""The evidence lower bound with path gradients, for ``numpyro.infer.SVI``.
 
@@ -79,24 +68,39 @@ class PathGradientELBO(ELBO):
 
     $c = 1$ being exactly ``Trace_ELBO``'s, $c = 0$ the path gradient, whose variance vanishes where
     the guide fits. Far from there the path gradient can have the *larger* variance, by orders of
-    magnitude from numpyro's narrow starting scales. So by default c is measured, at each step, for
-    the least variance between particles, each particle's from the others, so that the gradient
-    stays unbiased (``gradients.optimal_mixing_weights``). That needs four particles, and one
-    derivative more of each, of eight at most, in a random direction.
+    magnitude from numpyro's narrow starting scales. So by default c is found at each step from what
+    the step has at hand, the gradients of model and guide in the draws, each particle's from the
+    other particles', so that the gradient stays unbiased:
+    ``gradients.leave_one_out_coefficients``. It goes to 0 as the guide fits. That needs four
+    particles, and no further derivative.
 
     Scores of flows are carried along the forward pass; nothing is inverted but cheap layers. It
     works for autoguides and reparameterized guides, hierarchical ones, plates, subsampling, masks,
     ``flax_module`` and mutable state. Parameters of the model have their ordinary gradient.
 
-    Discrete latent sites of the guide, and mixtures, whose weights no path reaches, need an
-    estimator of their own and are refused without one: ``"score"``, the score function with a
-    leave-one-out baseline; ``"optimal"``, with the baseline of least variance for each parameter;
-    ``"straight_through"``, biased, for ``Bernoulli`` and a ``Multinomial`` of one trial.
+    A mixture, numpyro's or the base of an ``AutoFlow``, is drawn once from each component, weight
+    by weight: $\sum_k w_k\,g_k$, the weights' own gradient included. Where that cannot be (two
+    mixtures, a batch of them, discrete latent sites) the site needs an estimator of its own and is
+    refused without one: ``"score"``, the score function with a leave-one-out baseline;
+    ``"optimal"``, with the baseline of least variance for each parameter; ``"straight_through"``,
+    biased, for ``Bernoulli`` and a ``Multinomial`` of one trial.
+
+    Other objectives take the particles together, of log weights $\log w = \log p - \log q$:
+
+    - ``"renyi"``: Rényi's bound of order alpha; at 0, the default, the importance-weighted bound.
+      Its path gradient is the doubly reparameterized one, $\sum_i[\alpha\tilde w_i +
+      (1-\alpha)\tilde w_i^2]\,P_i$; parameters of the model get
+      $\sum_i\tilde w_i\,\partial\log p_i$.
+    - ``"jensen_shannon"``: the Jensen-Shannon divergence. The evidence is estimated from the same
+      particles, which biases it by the order of one over their number: take 64 or more.
 
     Args:
         num_particles: Draws of the guide in a step.
         vectorize_particles: As in numpyro.
-        score_coef: c between 0 and 1, or ``"auto"``.
+        objective: ``"elbo"``, ``"renyi"`` or ``"jensen_shannon"``.
+        alpha: Order of Rényi's bound, not negative and not 1.
+        score_coef: c between 0 and 1, or ``"auto"``. With another objective than ``"elbo"`` it is
+            0.0, which is what ``"auto"`` is there, or 1.0 for the plain derivative.
         estimators: Names of sites that cannot be reparameterized, and their estimators.
 
     Raises:
@@ -124,6 +128,8 @@ class PathGradientELBO(ELBO):
         num_particles: int = 4,
         vectorize_particles: Any = True,
         *,
+        objective: Literal["elbo", "renyi", "jensen_shannon"] = "elbo",
+        alpha: float | None = None,
         score_coef: float | Literal["auto"] = "auto",
         estimators: Mapping[str, SiteEstimator] | None = None,
     ):
@@ -133,9 +139,11 @@ class PathGradientELBO(ELBO):
                 "vectorize_particles must be True, False or a function like jax.vmap, got "
                 f"{describe(vectorize_particles)}."
             )
+        check_choice("objective", objective, ("elbo", "renyi", "jensen_shannon"))
+        self.objective, self.alpha = objective, _order(objective, alpha)
         if isinstance(score_coef, str):
             check_choice("score_coef (a number, or a name)", score_coef, ["auto"])
-            if num_particles < 4:
+            if objective == "elbo" and num_particles < 4:
                 raise ValueError(
                     "score_coef='auto' measures variances between particles and needs "
                     f"num_particles >= 4, got {num_particles}; with fewer, 0.0 is the path "
@@ -143,6 +151,22 @@ class PathGradientELBO(ELBO):
                 )
         else:
             score_coef = check_number("score_coef", score_coef, zero=True, most=1.0)
+        if objective != "elbo":
+            score_coef = 0.0 if score_coef == "auto" else score_coef
+            if score_coef not in (0.0, 1.0):
+                raise ValueError(
+                    f"score_coef must be 0.0 or 1.0 with objective={objective!r}, got {score_coef}."
+                )
+            if estimators:
+                raise ValueError(
+                    f"estimators must be None with objective={objective!r}: score functions of "
+                    "single sites are for objective='elbo'."
+                )
+            if objective == "jensen_shannon" and num_particles < 2:
+                raise ValueError(
+                    "objective='jensen_shannon' estimates the evidence from its particles and "
+                    f"needs num_particles >= 2, got {num_particles}."
+                )
         self.score_coef = score_coef
         if estimators is not None:
             wanted = "a dictionary of names of sites and estimators"
@@ -166,29 +190,52 @@ class PathGradientELBO(ELBO):
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         """The negative bound, with this objective's gradient, as numpyro asks for it."""
         _check_call(rng_key, param_map, model, guide)
-        if isinstance(guide, _DAIS) and self.score_coef not in ("auto", 1.0):
-            warnings.warn(
-                f"the path gradient of {type(guide).__name__} had up to thousands of times the "
-                "variance of Trace_ELBO's: let score_coef='auto' measure it, or take 1.0.",
-                PathGradientWarning,
-                stacklevel=2,
-            )
-        check_reach(guide, rng_key, param_map, args, kwargs, self.estimators)
-        particle = partial(self._particle, model=model, guide=guide, args=args, kwargs=kwargs)
-        key = jax.random.fold_in(rng_key, self.num_particles)
-        keys = jax.random.split(rng_key, self.num_particles)
+        programs = self._programs(rng_key, param_map, model, guide, args, kwargs)
+        key = jax.random.split(rng_key, self.num_particles)
         if self.num_particles == 1:
-            keys = rng_key[None]  # the draw of Trace_ELBO with one particle
-        particles, mutable = self._over(particle, keys, param_map)
+            key = rng_key[None]  # the draw of Trace_ELBO with one particle
+        apart = self.score_coef == "auto" or self.objective != "elbo"
+        particles, mutable = self._over(partial(particle, programs, apart=apart), key, param_map)
         constant = lax.stop_gradient(particles.path)
-        c = self.score_coef
-        if c == "auto":
-            c = self._measured(particle, keys, param_map, key)
-        bound = jnp.mean(particles.path + c * particles.score)
-        if self.scored:
-            bound = bound + self._discrete(particle, keys, param_map, particles, constant)
-        bound = bound + lax.stop_gradient(jnp.mean(constant) - bound)
-        return {"loss": -bound, "mutable_state": _mean(mutable) if mutable else None}
+        if self.objective == "elbo":
+            c = _coefficients(particles) if self.score_coef == "auto" else self.score_coef
+            bound = jnp.mean(particles.path + particles.direct + c * particles.score)
+            if self.scored:
+                bound = bound + self._discrete(programs, key, param_map, particles, constant)
+            value = jnp.mean(constant)
+        else:
+            bound, value = self._joint(particles, constant)
+        loss = -(bound + lax.stop_gradient(value - bound))
+        return {"loss": loss, "mutable_state": mean_state(mutable) if mutable else None}
+
+    def _joint(self, particles: Particle, log_weights) -> tuple[Array, Array]:
+        """An objective of all particles together: its gradient, and its value."""
+        total = self.score_coef == 1.0
+        moved = particles.path - log_weights + (particles.score if total else 0.0)
+        if self.objective == "renyi":
+            found = renyi(log_weights, self.alpha)
+            by_draws = found.share if total else found.coefficient
+            gradient = jnp.sum(by_draws * moved + found.share * particles.direct)
+            return gradient, found.bound
+        family = jensen_shannon_family()
+        log_u = log_weights - logsumexp(log_weights) + jnp.log(float(len(log_weights)))
+        by_draws = -family.slope(log_u) if total else family.coefficient(log_u)
+        gradient = jnp.mean(by_draws * moved - family.slope(log_u) * particles.direct)
+        return gradient, -jnp.mean(family.value(log_u))
+
+    def _programs(self, rng_key, param_map, model, guide, args, kwargs) -> Programs:
+        """What is run, looked at once."""
+        strata = stratified_site(guide, rng_key, param_map, args, kwargs, self.estimators)
+        check_reach(guide, rng_key, param_map, args, kwargs, self.estimators, strata)
+        programs = Programs(model, guide, args, kwargs, self.estimators, strata)
+        if self.objective == "elbo":
+            return programs
+        if strata is not None:
+            raise ValueError(
+                f"guide: site {strata.name!r} is a mixture, drawn component by component, which "
+                f"objective={self.objective!r} does not know: take objective='elbo'."
+            )
+        return programs._replace(inspect=partial(_check_joint, self.objective))
 
     def variances(
         self, rng_key, param_map, model, guide, *args, num_particles: int = 64, **kwargs
@@ -209,25 +256,22 @@ class PathGradientELBO(ELBO):
         """
         _check_call(rng_key, param_map, model, guide)
         keys = jax.random.split(rng_key, check_count("num_particles", num_particles, least=4))
-        check_reach(guide, rng_key, param_map, args, kwargs, self.estimators)
-
-        particle = partial(self._particle, model=model, guide=guide, args=args, kwargs=kwargs)
+        programs = self._programs(rng_key, param_map, model, guide, args, kwargs)
 
         @jax.jit
         def measure(keys, params):
-            moving, fill = _floating(params)
+            moving, fill = floating_leaves(params)
 
             def of_one(key):
-                value, pull = jax.vjp(lambda p: particle(key, fill(p))[0], moving)
-                one, none = jnp.ones_like(value.path), jnp.zeros_like(value.path)
-                (path,), (score,) = (
-                    pull(_Particles(one, none, none)),
-                    pull(_Particles(none, one, none)),
-                )
-                return tuple(ravel_pytree(part)[0] for part in (path, score))
+                found, pull = jax.vjp(lambda p: particle(programs, key, fill(p), True)[0], moving)
+                none = jax.tree.map(jnp.zeros_like, found)
+                one = jnp.ones_like(found.path)
+                (path,) = pull(none._replace(path=one, direct=one))
+                (score,) = pull(none._replace(score=one))
+                return found, ravel_pytree(path)[0], ravel_pytree(score)[0]
 
-            path, score = jax.vmap(of_one)(keys)
-            c = self._measured(particle, keys, params, rng_key)
+            found, path, score = jax.vmap(of_one)(keys)
+            c = _coefficients(found)
 
             def spread(rows):
                 return jnp.sum(jnp.var(rows, axis=0, ddof=1))
@@ -244,63 +288,54 @@ class PathGradientELBO(ELBO):
             return jax.tree.map(lambda x: x[None], particle(keys[0], params))
         return self.vectorize_particles_fn(lambda key: particle(key, params), keys)
 
-    def _measured(self, particle, keys, params, key):
-        """The particles' coefficients of least variance."""
-        moving, fill = _floating(params)
-        return optimal_mixing_weights(
-            lambda p, key: particle(key, fill(p))[0][:2], moving, keys, key
-        )
-
-    def _discrete(self, particle, keys, params, particles, rewards):
+    def _discrete(self, programs, keys, params, particles: Particle, rewards):
         """The score-function part of a gradient, as the gradient of something of value zero."""
         if "score" in self.estimators.values():
             moved = particles.discrete - lax.stop_gradient(particles.discrete)
             return jnp.mean((rewards - leave_one_out(rewards)) * moved)
-        moving, fill = _floating(params)
+        moving, fill = floating_leaves(params)
 
         def scores(key):
-            return jax.grad(lambda p: particle(key, fill(p))[0].discrete)(freeze(moving))
+            return jax.grad(lambda p: particle(programs, key, fill(p), False)[0].discrete)(
+                freeze(moving)
+            )
 
         gradient = freeze(score_function(rewards, jax.vmap(scores)(keys), "optimal"))
         products = jax.tree.map(lambda g, p: jnp.sum(g * (p - freeze(p))), gradient, moving)
         return sum(products, start=jnp.zeros_like(rewards[0]))
 
-    def _particle(self, rng_key, param_map, *, model, guide, args, kwargs):
-        """One particle: the bound by path, total minus path, log density of discrete sites."""
-        params, still = dict(param_map), freeze(param_map)
-        model_key, guide_key = jax.random.split(rng_key)
-        log_q, drawn = draw(guide, guide_key, params, args, kwargs, self.estimators)
-        mutable = _mutable(drawn)
-        params.update(mutable)
 
-        replayed = replay(seed(model, model_key), trace=drawn)
-        log_p, model_trace = compute_log_probs(replayed, args, kwargs, params)
-        check_model_guide_match(model_trace, drawn)
-        mutable.update(_mutable(model_trace))
+def _coefficients(particles: Particle) -> Array:
+    """How much of the score each particle's gradient keeps."""
+    if particles.score_rows.shape[1] == 0:  # no draw moves, and there is no score
+        return jnp.zeros_like(particles.path)
+    return freeze(leave_one_out_coefficients(particles.total_rows, particles.score_rows))
 
-        known = {
-            name: site["value"]
-            for name, site in drawn.items()
-            if (is_latent(site) and not is_delta(site["fn"])) or site["type"] == "plate"
-        }
-        again = substitute(seed(guide, guide_key), data={**still, **known})
-        with FixedDraws(self.scored):
-            frozen = trace(again).get_trace(*args, **kwargs)
-        along = sum(
-            (
-                along_the_path(site, drawn[name])
-                for name, site in frozen.items()
-                if site["type"] == "sample"
-            ),
-            start=jnp.zeros(()),
-        )
-        total_p = sum(log_p.values(), start=jnp.zeros(()))
-        total_q = sum(log_q.values(), start=jnp.zeros(()))
-        value = lax.stop_gradient(total_p - total_q)
-        path = total_p - along
-        path = path + lax.stop_gradient(value - path)
-        discrete = sum((log_q[name] for name in self.scored), start=jnp.zeros_like(value))
-        return _Particles(path, along - total_q, discrete), mutable
+
+def _order(objective: str, alpha) -> float:
+    if alpha is None:
+        return 0.0
+    if objective != "renyi":
+        raise ValueError(f"alpha must be None with objective={objective!r}: it is that of 'renyi'.")
+    alpha = check_number("alpha", alpha, zero=True)
+    if alpha == 1:
+        raise ValueError("alpha must not be 1: that bound is objective='elbo'.")
+    return alpha
+
+
+def _check_joint(objective: str, sites: Mapping[str, Any]) -> None:
+    """Raise unless the weights of a model are those of all its data, and of fixed evidence."""
+    for name, site in sites.items():
+        if site["type"] == "plate" and site["args"][0] != site["args"][1]:
+            raise ValueError(
+                f"model: plate {name!r} subsamples its data, and objective={objective!r} is no "
+                "mean over rows: take objective='elbo', or all rows."
+            )
+        if site["type"] == "param" and objective == "jensen_shannon":
+            raise ValueError(
+                f"model: parameter {name!r} moves the evidence, which objective={objective!r} "
+                "takes for fixed: take objective='elbo' or 'renyi'."
+            )
 
 
 def _check_call(rng_key, param_map, model, guide) -> None:
@@ -313,31 +348,3 @@ def _check_call(rng_key, param_map, model, guide) -> None:
             raise TypeError(f"{where} must be an array, got {describe(leaf)}.")
     check_callable("model", model, "a numpyro model")
     check_callable("guide", guide, "a numpyro guide")
-
-
-def _floating(tree):
-    """The floating-point leaves of a tree, and how to put them back."""
-    leaves, structure = jax.tree.flatten(tree)
-    moves = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
-    moving = [leaf for leaf, flag in zip(leaves, moves, strict=True) if flag]
-
-    def fill(moving):
-        values = iter(moving)
-        filled = [next(values) if flag else leaf for leaf, flag in zip(leaves, moves, strict=True)]
-        return jax.tree.unflatten(structure, filled)
-
-    return moving, fill
-
-
-def _mean(mutable):
-    """One state of what several particles left: the mean of what is a number."""
-
-    def mean(leaf):
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.mean(leaf, axis=0) if floating else leaf[0]
-
-    return jax.tree.map(mean, mutable)
-
-
-def _mutable(sites) -> dict[str, Any]:
-    return {name: site["value"] for name, site in sites.items() if site["type"] == "mutable"}

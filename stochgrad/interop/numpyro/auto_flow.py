@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from flowjax.bijections import AbstractBijection
-from flowjax.distributions import AbstractDistribution, AbstractTransformed
-from flowjax.experimental.numpyro import distribution_to_numpyro
+from flowjax.distributions import AbstractDistribution, AbstractTransformed, VmapMixture
+from flowjax.experimental.numpyro import _DistributionToNumpyro, distribution_to_numpyro
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.infer.autoguide import AutoContinuous
@@ -20,6 +20,7 @@ from stochgrad.core import check_callable, check_instance, describe, first_line
 from stochgrad.flows import beyond_reach, check_flow, split_flow, unwrap_flow
 from stochgrad.gradients import Pushed, push_score
 from stochgrad.interop.numpyro._guide_sites import is_fixed
+from stochgrad.interop.numpyro._guide_strata import Components, components_of, is_stratified
 
 
 class FlowTransform(Transform):
@@ -85,6 +86,20 @@ def _flow_transform(layer, x, score, condition=None) -> Pushed:
     return Pushed(*layer.over_batch(push_score, x, score))
 
 
+@components_of.register(_DistributionToNumpyro)
+def _mixture(base) -> Components | None:
+    if not isinstance(base.dist, VmapMixture) or base.batch_shape != ():
+        return None
+    mixture: Any = base.dist
+    width = len(mixture.log_normalized_weights)
+
+    def draw(key):
+        draw = eqx.filter_vmap(lambda component, key: component._sample(key, base.condition))
+        return draw(mixture.dist, jax.random.split(key, width))
+
+    return Components(jnp.exp(mixture.log_normalized_weights), draw)
+
+
 class AutoFlow(AutoContinuous):
     """A guide over all latent variables, in unconstrained space, from a flowjax flow.
 
@@ -105,8 +120,7 @@ class AutoFlow(AutoContinuous):
         TypeError: an argument is of another kind.
         ValueError: the flow has no layers, is of another dimension than the model, or conditional
             without a ``condition``. When a gradient is taken: the flow's base is a mixture whose
-            weights are trained, which needs ``PathGradientELBO`` with
-            ``estimators={"_auto_latent": "score"}``.
+            weights are trained, which needs ``PathGradientELBO``.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
@@ -185,7 +199,7 @@ class AutoFlow(AutoContinuous):
     def _get_posterior(self):
         arrays = numpyro.param(f"{self.prefix}_flow", lambda key: self._arrays)
         site = f"_{self.prefix}_latent"
-        if self._beyond and not is_fixed(site):
+        if self._beyond and not is_fixed(site) and not is_stratified(site):
             arrays = _without_gradient(arrays, self._beyond, site)
         flow = self._made(arrays)
         transform = FlowTransform(flow.bijection, self._condition_value)
@@ -243,8 +257,8 @@ def _without_gradient(arrays: Any, names: list[str], site: str) -> Any:
         raise ValueError(
             f"flow: {' and '.join(names)} cannot be trained along the path of a draw. As the "
             "weights of a mixture, they decide what is drawn, and that has no derivative: train "
-            f"with PathGradientELBO(estimators={{{site!r}: 'score'}}), or hold them fixed with "
-            "paramax.non_trainable."
+            "with PathGradientELBO, which draws each component of a VmapMixture, or with its "
+            f"estimators={{{site!r}: 'score'}}, or hold them fixed with paramax.non_trainable."
         )
 
     return refusing(arrays)
