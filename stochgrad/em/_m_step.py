@@ -53,7 +53,7 @@ def weights_of(
         return estimator.weights(minibatch)
     mask = minibatch.unbiased_mask
     parts = [
-        estimator.weights(minibatch._replace(unbiased_mask=mask * (fold == number)))
+        estimator.weights(minibatch._replace(unbiased_mask=jnp.where(fold == number, mask, 0.0)))
         for number in range(folds)
     ]
     return jax.tree.map(lambda *leaves: sum(leaves) / folds, *parts)
