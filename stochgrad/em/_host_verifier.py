@@ -208,8 +208,12 @@ class HostVerifier:
         """Count threads that no deadline ends; raise where there are too many."""
         if self._function is not None:
             return
-        self._abandoned = [other for other in self._abandoned if other.thread.is_alive()]
         self._abandoned.append(worker)
+        if len(self._abandoned) > self._workers:  # give them a last chance
+            end = time.monotonic() + max(self._timeout, 1.0)
+            for other in self._abandoned:
+                other.thread.join(max(end - time.monotonic(), 0.0))
+            self._abandoned = [other for other in self._abandoned if other.thread.is_alive()]
         if len(self._abandoned) > self._workers:
             stop_all(running)
             raise RuntimeError(
@@ -265,9 +269,10 @@ class HostVerifier:
         self.failures[verdict.kind] += count
         if first:
             words, remedy = self._words(verdict)
-            where = f"a rationale of {tokens.size} tokens, which counts"
             if self._form.batch:
                 where = f"a batch of {count} rationales, which count"
+            else:
+                where = f"a rationale of {tokens.size} tokens, which counts"
             warnings.warn(
                 f"the verifier {words} on {where} as wrong; {remedy}more of the kind are counted "
                 "in the verifier's failures.",
