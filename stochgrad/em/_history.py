@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from stochgrad.core import check_count
+
 _FADE = 0.95  # of the counts, at each visit: the model moves on
 
 
@@ -24,6 +26,7 @@ class History(NamedTuple):
     @classmethod
     def none(cls, questions: int) -> "History":
         """No visits."""
+        check_count("questions", questions)
         return cls(*(jnp.zeros(questions),) * 3)
 
     def add(self, valid: Array, moved: Array, changed: Array) -> "History":

@@ -171,7 +171,8 @@ class HostVerifier:
             while waiting and len(running) < self._workers:
                 worker, number = self._worker(), waiting.pop()
                 running[worker] = number, time.monotonic() + grace + self._timeout
-                worker.jobs.put(Job(number, *jobs[number], results))
+                tokens, truth = jobs[number]
+                worker.jobs.put(Job(number, tokens, truth, results))
             soonest = min(deadline for _, deadline in running.values())
             try:
                 wait = max(soonest - time.monotonic(), 0.0)

@@ -89,6 +89,7 @@ GOOD_AND_WRONG = {  # what to call, what it is called with, and what is wrong fo
     ),
     "vade": (em.vade, {}, {"per_question": COUNT, "decay": SHARE, "floor": SHARE}),
     "Tally.none": (em.Tally.none, {}, {"questions": COUNT}),
+    "History.none": (em.History.none, {}, {"questions": COUNT}),
     "left_padded": (
         em.left_padded,
         {"prompts": [[1, 2], [3]]},

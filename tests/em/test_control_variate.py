@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from stochgrad import em
-from stochgrad.em._history import History
 from tests.conftest import Z
 from tests.em.toys import Toy, every_visit, large, moments, small
 
@@ -77,7 +76,9 @@ def test_past_visits_tell_the_best_coefficient(proposals):
     s, v = 1 - np.sum(chance**2), d
     q = 1 - (1 - p) ** proposals
     visits = 1e6
-    history = History(*(jnp.full(1, x, jnp.float32) for x in (visits, visits * q, visits * q * d)))
+    history = em.History(
+        *(jnp.full(1, x, jnp.float32) for x in (visits, visits * q, visits * q * d))
+    )
     found = history.coefficient(jnp.full(1, float(proposals)))
     assert float(found[0]) == pytest.approx(q * v / s, rel=1e-3)
 
@@ -110,7 +111,7 @@ HISTORIES = np.array([[19.0, 5.0, 12.0], [11.0, 4.0, 12.0], [5.0, 4.0, 0.0]])
 @pytest.mark.parametrize("proposals", [1, 2])
 def test_with_any_past_the_mean_is_exact_and_the_variance_that_of_the_coefficients(proposals):
     toy = small(2)
-    history = History(*jnp.asarray(HISTORIES[:, :2], jnp.float32))
+    history = em.History(*jnp.asarray(HISTORIES[:, :2], jnp.float32))
     beta = np.asarray(history.coefficient(jnp.full(2, float(proposals))), np.float64)
     assert beta.min() > 0.1
     mean, variance = moments(*every_visit(toy, em.trice(), THETA, proposals, history=history))
@@ -125,7 +126,7 @@ def test_without_changes_there_is_no_control_variate():
     toy = small()
     none = moments(*every_visit(toy, em.trice("none"), THETA))[1]
     for past in ((0.0, 0.0, 0.0), (20.0, 19.0, 0.0)):
-        history = History(*(jnp.full(3, x) for x in past))
+        history = em.History(*(jnp.full(3, x) for x in past))
         variance = moments(*every_visit(toy, em.trice(), THETA, history=history))[1]
         assert variance == pytest.approx(none, rel=1e-6)
 
@@ -137,7 +138,7 @@ def settled(p, d, visits, copies, rng):
         moved = rng.random((copies, len(p))) < p
         changed = moved & (rng.random((copies, len(p))) < d)
         history = 0.95 * history + np.stack([np.ones_like(moved), moved, changed])
-    history = History(*jnp.asarray(history, jnp.float32))
+    history = em.History(*jnp.asarray(history, jnp.float32))
     return np.asarray(history.coefficient(jnp.ones((copies, len(p)))), np.float64)
 
 
