@@ -897,7 +897,7 @@ def vade(smoke, output):
     figure, ax = plt.subplots(figsize=(8, 4.2))
     figure.subplots_adjust(left=0.09, right=0.77, top=0.84, bottom=0.14)
     ax.axhline(4, color="0.35", linewidth=1.5)
-    ideal = 0.25 * 4 + 0.75 * 4 * QUESTIONS * p * (1 - p) / np.sum(p * (1 - p))
+    ideal = 0.5 * 4 + 0.5 * 4 * QUESTIONS * p * (1 - p) / np.sum(p * (1 - p))
     ax.plot(odds, ideal, "--", color="#0b3c8c", linewidth=1.6)
     ax.errorbar(odds, late, error, fmt="o", color="#d62f1f", markersize=4)
     ticks = np.array([0.002, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 0.998])

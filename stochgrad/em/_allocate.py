@@ -35,6 +35,7 @@ class Tally(NamedTuple):
 
 
 _NEVER = jnp.iinfo(jnp.int32).max
+_PRIOR = 8.0  # proposals of a pilot for which the mean of all questions counts
 
 
 class Allocator(NamedTuple):
@@ -128,10 +129,10 @@ def gvm(
 
     with the share $p_i$ of accepted proposals and the mean gradient norm $G_i$ at them, both from a
     pilot round of half of all proposals, the same number for each question; the second half goes
-    where the pilot says that it is missing [GVM-RAFT, Yao et al. 2025]. With s of n pilot proposals
-    accepted, $p_i = (s + 1/2) / (n + 1)$, and a question that the pilot did not solve has the mean
-    norm of the others: with the published $p_i = s / n$ it would get nothing, and is often the one
-    that needs proposals most.
+    where the pilot says that it is missing [GVM-RAFT, Yao et al. 2025]. A few pilot proposals say
+    little: the mean over all questions of the minibatch counts for another 8 of each. With the
+    published $p_i = s / n$ a question that the pilot did not solve would get nothing, and is often
+    the one that needs proposals most.
 
     A pilot that decides how many proposals it is averaged with biases every average: those that ask
     for more, by large norms or few successes, weigh less. So it is in the paper. Here the pilot has
@@ -178,11 +179,11 @@ def gvm(
 
 def gvm_share(tally: Tally, alpha: float, beta: float) -> Float[Array, " questions"]:
     """The shares of all proposals that minimize the variance, by a tally."""
-    successes, count = tally.successes, jnp.maximum(tally.successes, 1.0)
-    p = (successes + 0.5) / (tally.tries + 1.0)
-    mean = jnp.sum(tally.norms) / jnp.maximum(jnp.sum(successes), 1.0)
-    norm = jnp.where(successes > 0, tally.norms / count, jnp.where(mean > 0, mean, 1.0))
-    share = jnp.where(tally.tries > 0, norm / jnp.sqrt(p + alpha / p ** (beta - 1.0)), 0.0)
+    s, n, all = tally.successes, tally.tries, jnp.sum(tally.successes)
+    p = (s + _PRIOR * (all + 0.5) / (jnp.sum(n) + 1.0)) / (n + _PRIOR)
+    mean = jnp.where(all > 0, jnp.sum(tally.norms) / jnp.maximum(all, 1e-12), 1.0)
+    norm = (tally.norms + _PRIOR * mean) / (s + _PRIOR)
+    share = jnp.where(n > 0, norm / jnp.sqrt(p + alpha / p ** (beta - 1.0)), 0.0)
     total = jnp.sum(share)
     return share / jnp.where(total > 0, total, 1.0)
 

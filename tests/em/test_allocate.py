@@ -99,11 +99,11 @@ def test_gvm_lowers_the_variance_of_accepted_proposals_to_near_its_optimum(key):
     assert abs(even - evenly) < Z * even_error
     found, error = measured(toy, theta, em.gvm(PER_QUESTION), jax.random.fold_in(key, 1))
     assert found + Z * np.hypot(error, even_error) < even
-    assert found - Z * error < 1.19 * optimum  # 1.19 was measured, give or take 0.01
+    assert found - Z * error < 1.27 * optimum  # 1.27 was measured, give or take 0.02
 
 
 def test_gvm_asks_where_its_formula_says():
-    """G / sqrt(p + alpha / p), less the other fold's pilot; the unsolved at the mean norm."""
+    """G / sqrt(p + alpha / p), less the other fold's pilot; the mean counts for 8 proposals."""
     part, floor, alpha = 8, 0.1, 1e-3
     allocator = em.gvm(4 * part, floor=floor, alpha=alpha)
     solved = np.array([[1.0, 4.0, 8.0, 0.0], [5.0, 0.0, 8.0, 2.0]])
@@ -117,8 +117,9 @@ def test_gvm_asks_where_its_formula_says():
     args = (jax.random.key(0), jnp.int32(1), em.Tally.none(4), tally, jnp.ones(4))
     counts = np.asarray(allocator.counts(*args)).reshape(2, 4)
     for s, g, found in zip(solved, norms, counts, strict=True):
-        p = (s + 0.5) / (part + 1)
-        share = np.where(s > 0, g, s @ g / s.sum()) / np.sqrt(p + alpha / p)
+        p = (s + 8 * (s.sum() + 0.5) / (4 * part + 1)) / (part + 8)
+        norm = (s * g + 8 * (s @ g) / s.sum()) / (s + 8)
+        share = norm / np.sqrt(p + alpha / p)
         missing = np.maximum(share / share.sum() * 2 * part * 4 - part, 0)
         expected = ((1 - floor) * missing / missing.sum() + floor / 4) * part * 4
         assert found.sum() == part * 4
