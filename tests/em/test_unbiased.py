@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stochgrad import em
-from stochgrad.em._allocate import gvm_share, whole
+from stochgrad.em._allocate import whole
 from tests.conftest import Z
 from tests.em.toys import Toy, small
 
@@ -33,7 +33,10 @@ class Soft(Toy):
 
 def naive_counts(key, round, past, tally, mask):
     """As GVM's paper has it: the second round comes on top of the pilot that decided on it."""
-    missing = jnp.maximum(gvm_share(tally, 1e-3, 2.0) * 4 * jnp.sum(mask) - 2, 0.0)
+    norm = jnp.where(tally.successes > 0, tally.norms / jnp.maximum(tally.successes, 1.0), 1.0)
+    share = norm * jnp.sqrt((tally.tries + 1.0) / (tally.successes + 0.5))
+    share = jnp.where(tally.tries > 0, share, 1.0)
+    missing = jnp.maximum(share / jnp.sum(share) * 4 * jnp.sum(mask) - 2, 0.0)
     return whole(jnp.where(round == 0, mask, missing), 2 * jnp.sum(mask))
 
 
