@@ -134,7 +134,7 @@ class Method(NamedTuple):
     estimator: em.Estimator
     questions: int
     color: str
-    line: str = "-"
+    line: str | tuple = "-"
 
     @property
     def allocator(self):
@@ -147,6 +147,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "TRICE": Method(em.trice(), 64, "#0b3c8c"),
+    "TRICE, leave-one-out": Method(em.trice("leave_one_out"), 64, "#7b2fbf", (0, (4, 1))),
     "TRICE, no control": Method(em.trice("none"), 64, "#3f8fd9", "--"),
     "TRICE, optimal": Method(em.trice("optimal"), 64, "#0aa5b5", "-."),
     "TRICE, 16 questions": Method(em.trice(), 16, "#7f8fd0", ":"),
@@ -411,7 +412,7 @@ def learning(smoke, output):
 
 
 def estimating(made, method, count, settled=True, allocator=None):
-    """A function of theta: independent estimates of the gradient, with chains at the posterior."""
+    """A function of theta: independent estimates, with chains at the posterior for long."""
     gradient = made.gradient(method.estimator, method.questions, allocator or method.allocator)
 
     def one(theta, key):
@@ -420,7 +421,11 @@ def estimating(made, method, count, settled=True, allocator=None):
         if settled:
             logits = jnp.where(made.right, made.log_probs(theta), -jnp.inf)
             tokens = jax.random.categorical(chain_key, logits)[:, None].astype(jnp.int32)
-            memory = state.memory._replace(tokens=tokens, log_likelihood=jnp.zeros(QUESTIONS))
+            memory = state.memory._replace(
+                tokens=tokens,
+                log_likelihood=jnp.zeros(QUESTIONS),
+                history=past_visits(start_key, made, theta, state.memory.history),
+            )
             state = state._replace(memory=memory)
         score, _ = gradient.next(key, theta, state)
         return score(theta)[1]
@@ -428,6 +433,18 @@ def estimating(made, method, count, settled=True, allocator=None):
     keys = jax.random.split(jax.random.key(11), count)
     run = jax.jit(lambda theta: lax.map(partial(one, theta), keys, batch_size=250))
     return lambda theta: np.asarray(run(jnp.asarray(theta, jnp.float32)), np.float64)
+
+
+def past_visits(key, made, theta, history, visits=60):
+    """What visits of chains at the posterior, with one proposal each, leave behind."""
+    posterior = jax.nn.softmax(jnp.where(made.right, made.log_probs(theta), -jnp.inf), axis=1)
+    p, differ = made.solved(theta), 1 - jnp.sum(posterior**2, axis=1)
+
+    def visit(history, key):
+        moved, changed = jax.random.uniform(key, (2, QUESTIONS)) < jnp.stack([p, differ])
+        return history.add(moved | True, moved, changed), None
+
+    return lax.scan(visit, history, jax.random.split(key, visits))[0]
 
 
 def moments(found):
@@ -486,7 +503,7 @@ def bias(smoke, output):
     results, blocks = {}, {}
     for kind in ("separable", "non-separable"):
         made = toy(kind)
-        path = train(made, METHODS["TRICE"], max(at), 0.03, jax.random.key(3))
+        path = train(made, METHODS["TRICE, leave-one-out"], max(at), 0.03, jax.random.key(3))
         exact = np.asarray(jax.vmap(jax.grad(made.log_likelihood))(path), np.float64)
         rows = {}
         mean, noise = replayed(made, path, copies)
@@ -515,7 +532,7 @@ def bias(smoke, output):
 
 
 def variances(smoke):
-    """Variance of TRICE's three control variates along exact ascent of the separable problem."""
+    """Variance of TRICE's control variates along exact ascent of the separable problem."""
     made, count = toy("separable"), 500 if smoke else 4000
     optimizer = optax.adam(0.1)
 
@@ -529,12 +546,12 @@ def variances(smoke):
     path = lax.scan(step, (start, optimizer.init(start)), length=200 if smoke else 6000)[1]
     wrong = 1 - np.asarray(jax.jit(jax.vmap(lambda t: jnp.mean(made.solved(t))))(path))
     wanted = np.geomspace(wrong[0], max(wrong[-1], 0.001), 7)
-    names = ("TRICE, no control", "TRICE", "TRICE, optimal")
+    names = ("TRICE, no control", "TRICE, leave-one-out", "TRICE, optimal", "TRICE")
     points = {name: [] for name in names}
     draws = {name: estimating(made, METHODS[name], count) for name in names}
     lines = [
-        "| mean p | no control variate | leave-one-out | optimal |",
-        "| --- | --- | --- | --- |",
+        "| mean p | no control variate | leave-one-out | optimal | auto |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for level in wanted:
         t = int(np.argmin(np.abs(np.log(wrong / level))))
@@ -578,7 +595,7 @@ def bias_picture(results, points, at, path):
         x, y, error = np.array(row).T
         method = METHODS[name]
         ax.errorbar(x, y, error, fmt=method.line, color=method.color, marker="o", markersize=4)
-        title = {"TRICE": "leave-one-out"}.get(name, name.removeprefix("TRICE, "))
+        title = {"TRICE": "auto"}.get(name, name.removeprefix("TRICE, "))
         ends.append((x[-1], y[-1], title, method.color))
     ax.set(xscale="log", yscale="log", xlabel="1 - mean p", ylabel="variance of the gradient")
     ax.invert_xaxis()
@@ -758,7 +775,7 @@ def gvm(smoke, output):
 
 def published(number, alpha=1e-3, floor=0.1):
     """The rule with p as the pilot has it: what it did not solve gets the floor only."""
-    pilot, plain = number // 2, em.gvm(number)
+    pilot = number // 2
 
     def counts(key, round, past, tally, present):
         p = tally.successes / jnp.maximum(tally.tries, 1.0)
@@ -767,11 +784,11 @@ def published(number, alpha=1e-3, floor=0.1):
         share = jnp.where(p > 0, norm / jnp.sqrt(safe + alpha / safe), 0.0)
         missing = jnp.maximum(share / jnp.sum(share) * number * QUESTIONS - pilot, 0.0)
         missing = (1 - floor) * missing / jnp.sum(missing) + floor / QUESTIONS
-        share = jnp.where(round == 0, 1.0, missing)
+        share = jnp.where(round == 0, jnp.ones(QUESTIONS), missing)
         ends = jnp.round(jnp.cumsum(share) / jnp.sum(share) * pilot * QUESTIONS)
         return jnp.diff(ends.astype(jnp.int32), prepend=0)
 
-    return plain._replace(counts=counts)
+    return em.Allocator(pilot, 2, counts, directions=4, least=pilot)
 
 
 def takes(made, theta, number, count):
@@ -880,7 +897,7 @@ def vade(smoke, output):
     figure, ax = plt.subplots(figsize=(8, 4.2))
     figure.subplots_adjust(left=0.09, right=0.77, top=0.84, bottom=0.14)
     ax.axhline(4, color="0.35", linewidth=1.5)
-    ideal = 0.25 * 4 + 0.75 * 4 * QUESTIONS * p * (1 - p) / np.sum(p * (1 - p))
+    ideal = 0.5 * 4 + 0.5 * 4 * QUESTIONS * p * (1 - p) / np.sum(p * (1 - p))
     ax.plot(odds, ideal, "--", color="#0b3c8c", linewidth=1.6)
     ax.errorbar(odds, late, error, fmt="o", color="#d62f1f", markersize=4)
     ticks = np.array([0.002, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 0.998])

@@ -7,6 +7,10 @@ from scratch to compute by every method, names the right one with probability 0.
 down to 0.002 for the last. Only answers are given: which method is right must be found out.
 
     python examples/chain_of_thought.py --output chain_of_thought.png
+    python examples/chain_of_thought.py --task many --seeds 8 --methods TRICE
+
+With ``--task many`` the last value alone is the answer: a chance of a fifth for each wrong method,
+so that most questions have several right rationales, and chains something to choose from.
 """
 
 import argparse
@@ -120,6 +124,14 @@ def verify(tokens, mask, answers):
     return jnp.all(tokens[:, 2:6] == answers, axis=1)
 
 
+def verify_last(tokens, mask, answers):
+    """Whether the last value is the answer's."""
+    return tokens[:, 5] == answers[:, 3]
+
+
+TASKS = {"one": verify, "many": verify_last}
+
+
 def base_rationales(rng, count):
     """What the base model is trained on: any method, the right one by the type's chance."""
     kind, digits = rng.integers(0, TYPES, count), rng.integers(0, 5, (count, DIGITS))
@@ -160,6 +172,8 @@ def trained_base(policy, params, steps, rng):
 
 METHODS = {  # each with 64 rationales a step
     "TRICE": (64, em.trice(), em.uniform(1)),
+    "TRICE, leave-one-out": (64, em.trice("leave_one_out"), em.uniform(1)),
+    "TRICE, optimal": (64, em.trice("optimal"), em.uniform(1)),
     "TRICE, no control variate": (64, em.trice("none"), em.uniform(1)),
     "STaR": (64, em.star(), em.uniform(1)),
     "RAFT": (16, em.raft(), em.uniform(4)),
@@ -167,7 +181,11 @@ METHODS = {  # each with 64 rationales a step
     "GRPO": (16, em.grpo(), em.uniform(4)),
 }
 COLORS = dict(
-    zip(METHODS, ("#0b6e4f", "#7fb69b", "#c8553d", "#e0a458", "#a67c2d", "#4a5899"), strict=True)
+    zip(
+        METHODS,
+        ("#0b6e4f", "#2f7fc1", "#8e6bbf", "#7fb69b", "#c8553d", "#e0a458", "#a67c2d", "#4a5899"),
+        strict=True,
+    )
 )
 
 
@@ -211,7 +229,8 @@ def learn(name, model, params, train, held_out, rates, seeds, steps, chunk):
 
     def accuracy(state):
         drawn = model.policy.greedy(state.position, held_out.prompts)
-        right = verify(drawn.tokens, drawn.mask, held_out.answers)
+        latents = drawn.tokens, drawn.mask
+        right = model.reward(state.position, held_out.prompts, *latents, held_out.answers)
         kind = held_out.prompts.tokens[:, 0]
         return jnp.mean(right.astype(float)), jnp.mean(right.astype(float), where=kind >= 6)
 
@@ -269,12 +288,12 @@ def draw(found, rates, base, path):
     axes[1, 0].set_ylabel("acceptance of the chains")
     axes[2, 0].set_ylabel("gradient variance / squared mean")
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), frameon=False, ncols=6, loc="lower center"
+        *axes[0, 0].get_legend_handles_labels(), frameon=False, ncols=4, loc="lower center"
     )
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Learning which method answers which question, from answers alone", y=0.99)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
 
@@ -301,9 +320,12 @@ def main():
     parser.add_argument("--metrics", help="a file for metrics, one JSON object a line")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--task", choices=TASKS, default="one", help="right rationales a question")
+    parser.add_argument("--methods", default="", help="those whose name begins so; TRICE must be")
     parser.add_argument("--smoke", action="store_true", help="a minute or so, to see that it runs")
     options = parser.parse_args()
-    rates, base_steps, chunk = [3e-4, 1e-3, 3e-3], 1500, 20
+    rates, base_steps, chunk = options.rates, 1500, 20
     if options.smoke:
         rates, base_steps, chunk = [1e-3], 30, 2
         options.steps, options.seeds = 4, 1
@@ -321,7 +343,7 @@ def main():
     train, held_out = (
         questions_of(kind[rows], every[digits[rows]]) for rows in (slice(512), slice(512, 1024))
     )
-    model = em.verified(policy, verify, end=END)
+    model = em.verified(policy, TASKS[options.task], end=END)
     judge = partial(
         em.evaluate, questions=held_out, key=jax.random.key(0), samples=16, batch_size=512,
         vote=lambda tokens, mask: tokens[:, 2:6] @ jnp.array([32**3, 32**2, 32, 1]),
@@ -333,7 +355,7 @@ def main():
     print(f"share of right draws, by type: {right}")
 
     found, last = {}, {}
-    for name in METHODS:
+    for name in [name for name in METHODS if name.startswith(options.methods)]:
         found[name], last[name] = learn(
             name, model, params, train, held_out, rates, options.seeds, options.steps, chunk
         )

@@ -24,6 +24,7 @@ from stochgrad.em._evaluate import Evaluation as Evaluation
 from stochgrad.em._evaluate import Rate as Rate
 from stochgrad.em._evaluate import evaluate as evaluate
 from stochgrad.em._evaluate import json_lines as json_lines
+from stochgrad.em._history import History as History
 from stochgrad.em._host_verifier import HostVerifier as HostVerifier
 from stochgrad.em._host_verifier import host_verifier as host_verifier
 from stochgrad.em._host_verifier import on_host as on_host

@@ -12,7 +12,7 @@ from stochgrad.core import check_count, check_flag, check_number, check_real
 
 
 class Tally(NamedTuple):
-    """What is known of M questions.
+    """What is known of M questions, once for each fold of an allocator.
 
     Attributes:
         tries: Proposals.
@@ -35,22 +35,31 @@ class Tally(NamedTuple):
 
 
 _NEVER = jnp.iinfo(jnp.int32).max
+_PRIOR = 8.0  # proposals of a pilot for which the mean of all questions counts
 
 
 class Allocator(NamedTuple):
     """A rule for the numbers of proposals.
 
+    No average may hold proposals that decided how many it holds. Numbers may depend on earlier
+    visits; on earlier rounds of the same visit only by ``enough`` or between ``folds``.
+
     Attributes:
         per_round: Proposals drawn in a round, on average over the questions.
         rounds: Rounds; the proposals of one are drawn together.
-        counts: ``(key, round, past, tally, mask) -> (questions,)``: how many of the
-            ``per_round * questions`` proposals of a round each gets. ``past`` is the tally of
-            earlier steps, ``tally`` that of earlier rounds; ``mask`` is 0 for padding.
+        counts: ``(key, round, past, tally, mask) -> (folds * questions,)``: how many of the
+            ``per_round * questions`` proposals of a round each gets, fold by fold. ``past`` is the
+            tally of earlier steps, ``tally`` that of earlier rounds, by the fold for which each
+            proposal was drawn; ``mask`` is 0 for padding.
         enough: ``tally -> (questions,)`` of bool: which questions need no more rounds. The round
             that ends a question is left out of averages: its end depends on the rewards. None where
             no round depends on rewards.
         directions: Directions along which gradients' norms are measured; zero for none.
         decay: Of the tally of earlier steps, each time that a question is visited.
+        least: The fewest proposals that a question's average has for certain.
+        folds: Parts with tallies of their own. Of two, the later rounds of each are averaged with
+            the first round of the other one, which did not decide on them; the estimate is the mean
+            of both.
     """
 
     per_round: int
@@ -59,6 +68,8 @@ class Allocator(NamedTuple):
     enough: Callable[[Tally], Bool[Array, " questions"]] | None = None
     directions: int = 0
     decay: float = 1.0
+    least: int = 1
+    folds: int = 1
 
     def usable(self, tally: Tally, owner: Array, number: Array) -> Bool[Array, " proposals"]:
         """Which proposals may be averaged over."""
@@ -101,7 +112,7 @@ def uniform(per_question: int = 1) -> Allocator:
     def counts(key, round, past, tally, mask):
         return whole(mask, number * jnp.sum(mask))
 
-    return Allocator(number, 1, counts)
+    return Allocator(number, 1, counts, least=number)
 
 
 def gvm(
@@ -118,50 +129,61 @@ def gvm(
 
     with the share $p_i$ of accepted proposals and the mean gradient norm $G_i$ at them, both from a
     pilot round of half of all proposals, the same number for each question; the second half goes
-    where the pilot says that it is missing [GVM-RAFT, Yao et al. 2025]. With s of n pilot proposals
-    accepted, $p_i = (s + 1/2) / (n + 1)$, and a question that the pilot did not solve has the mean
-    norm of the others: with the published $p_i = s / n$ it would get nothing, and is often the one
-    that needs proposals most.
+    where the pilot says that it is missing [GVM-RAFT, Yao et al. 2025]. A few pilot proposals say
+    little: the mean over all questions of the minibatch counts for another 8 of each. With the
+    published $p_i = s / n$ a question that the pilot did not solve would get nothing, and is often
+    the one that needs proposals most.
 
-    The price is a bias, of every estimator: a pilot decides how many proposals it is averaged with,
-    so that those that ask for more, by large norms or few successes, weigh less. On two questions
-    with 4 proposals each it was 1 to 4% of the gradient (the page on estimators has the table).
-    ``uniform`` and ``vade`` have none of it; that of ``raft`` comes on top, and is larger.
+    A pilot that decides how many proposals it is averaged with biases every average: those that ask
+    for more, by large norms or few successes, weigh less. So it is in the paper. Here the pilot has
+    two halves, each of which decides on a half of the second round, and what one has asked for is
+    averaged with the other one: with no proposal that decided on it. Estimates have the mean that
+    they have with numbers fixed beforehand. ``star`` and ``rest_em``, which count proposals and not
+    questions, follow the numbers.
 
     Args:
-        per_question: Proposals for each question on average, pilot included; even.
+        per_question: Proposals for each question on average, pilot included; a multiple of 4.
         alpha: Keeps questions that are hardly ever solved from taking all.
         beta: Likewise.
         floor: Share of the second round that is spread evenly.
         directions: Random directions along which gradients' norms are measured.
     """
-    number = check_count("per_question", per_question, least=2)
-    if number % 2:
-        raise ValueError(f"per_question must be even, a half is the pilot, got {number}.")
+    number = check_count("per_question", per_question, least=4)
+    if number % 4:
+        raise ValueError(
+            f"per_question must be a multiple of 4: a half is a pilot in two parts, got {number}."
+        )
     alpha, beta = check_number("alpha", alpha, zero=True), check_real("beta", beta)
     floor = check_number("floor", floor, zero=True, most=1.0)
     directions = check_count("directions", directions)
-    pilot = number // 2
+    part = number // 4
 
-    def counts(key, round, past, tally, mask):
-        target = gvm_share(tally, alpha, beta) * number * jnp.sum(mask)
-        missing = jnp.maximum(target - pilot, 0.0)
+    def second(tally: Tally, mask):
+        """Of one fold, whose proposals come on top of as many of the other one's pilot."""
+        target = gvm_share(tally, alpha, beta) * 2 * part * jnp.sum(mask)
+        missing = jnp.maximum(target - part, 0.0) * mask
         total = jnp.sum(missing)
         evenly = mask / jnp.sum(mask)
         share = missing / jnp.where(total > 0, total, 1.0)
         share = jnp.where(total > 0, (1 - floor) * share + floor * evenly, evenly)
-        return whole(jnp.where(round == 0, mask, share), pilot * jnp.sum(mask))
+        return whole(share, part * jnp.sum(mask))
 
-    return Allocator(pilot, 2, counts, directions=directions)
+    def counts(key, round, past, tally, mask):
+        halves = jax.tree.map(lambda leaf: leaf.reshape(2, -1), tally)
+        later = jax.vmap(second, (0, None))(halves, mask).reshape(-1)
+        first = jnp.tile(whole(mask, part * jnp.sum(mask)), 2)
+        return jnp.where(round == 0, first, later)
+
+    return Allocator(2 * part, 2, counts, directions=directions, least=part, folds=2)
 
 
 def gvm_share(tally: Tally, alpha: float, beta: float) -> Float[Array, " questions"]:
     """The shares of all proposals that minimize the variance, by a tally."""
-    successes, count = tally.successes, jnp.maximum(tally.successes, 1.0)
-    p = (successes + 0.5) / (tally.tries + 1.0)
-    mean = jnp.sum(tally.norms) / jnp.maximum(jnp.sum(successes), 1.0)
-    norm = jnp.where(successes > 0, tally.norms / count, jnp.where(mean > 0, mean, 1.0))
-    share = jnp.where(tally.tries > 0, norm / jnp.sqrt(p + alpha / p ** (beta - 1.0)), 0.0)
+    s, n, all = tally.successes, tally.tries, jnp.sum(tally.successes)
+    p = (s + _PRIOR * (all + 0.5) / (jnp.sum(n) + 1.0)) / (n + _PRIOR)
+    mean = jnp.where(all > 0, jnp.sum(tally.norms) / jnp.maximum(all, 1e-12), 1.0)
+    norm = (tally.norms + _PRIOR * mean) / (s + _PRIOR)
+    share = jnp.where(n > 0, norm / jnp.sqrt(p + alpha / p ** (beta - 1.0)), 0.0)
     total = jnp.sum(share)
     return share / jnp.where(total > 0, total, 1.0)
 
@@ -178,7 +200,7 @@ def reinforce_ada(
 
     Which questions go on depends on their rewards, so that an average over all of a question's
     proposals is biased. Those *before* the round in which it ended are exchangeable: an average
-    over them, or over the first round where that was enough, has the mean of a single pair.
+    over them, or over the first round where that was enough, has the mean of a single round.
     ``corrected`` leaves the last round of such a question out of averages, not of the chains.
 
     Args:
@@ -205,10 +227,10 @@ def reinforce_ada(
     def counts(key, round, past, tally, mask):
         return jnp.where((mask > 0) & ~enough(tally), each, 0)
 
-    return Allocator(each, rounds, counts, enough if corrected else None)
+    return Allocator(each, rounds, counts, enough if corrected else None, least=each)
 
 
-def vade(per_question: int = 4, *, decay: float = 0.9, floor: float = 0.25) -> Allocator:
+def vade(per_question: int = 4, *, decay: float = 0.9, floor: float = 0.5) -> Allocator:
     r"""Thompson sampling: more proposals where a draw of the success rate promises information.
 
     $$\tilde p_i \sim \mathrm{Beta}(1 + s_i, 1 + f_i),\qquad n_i \propto \tilde p_i(1-\tilde p_i),$$
@@ -219,21 +241,23 @@ def vade(per_question: int = 4, *, decay: float = 0.9, floor: float = 0.25) -> A
     Args:
         per_question: Proposals for each question on average.
         decay: What is left of earlier visits' counts.
-        floor: Share of the proposals that is spread evenly.
+        floor: Share of the proposals that each question gets for certain, in whole numbers, and at
+            least one. An estimator that needs two of each question, as ``reinforce`` does, wants
+            ``floor * per_question`` to be two.
     """
     number = check_count("per_question", per_question)
     decay = check_number("decay", decay, zero=True, most=1.0)
     floor = check_number("floor", floor, zero=True, most=1.0)
+    least = max(int(floor * number + 1e-6), 1)
 
     def counts(key, round, past, tally, mask):
         failures = jnp.maximum(past.tries - past.successes, 0.0)
         p = jax.random.beta(key, 1.0 + past.successes, 1.0 + failures)
-        worth = mask * p * (1.0 - p)
-        share = worth / jnp.maximum(jnp.sum(worth), 1e-12)
-        share = (1 - floor) * share + floor * mask / jnp.sum(mask)
-        return whole(share, number * jnp.sum(mask))
+        worth = mask * jnp.maximum(p * (1.0 - p), 1e-12)
+        evenly = jnp.where(mask > 0, least, 0)
+        return evenly + whole(worth, (number - least) * jnp.sum(mask))
 
-    return Allocator(number, 1, counts, decay=decay)
+    return Allocator(number, 1, counts, decay=decay, least=least)
 
 
 def whole(share: Float[Array, " n"], total: Int[Array, ""]) -> Int[Array, " n"]:

@@ -45,6 +45,8 @@ def check_parts(
     check_callable("allocator.counts", allocator.counts)
     check_count("allocator.per_round", allocator.per_round)
     check_count("allocator.rounds", allocator.rounds)
+    check_count("allocator.least", allocator.least)
+    check_count("allocator.folds", allocator.folds, most=2)
     for name, guide in (("proposal", proposal), ("start", start)):
         if guide is None:
             continue
@@ -80,6 +82,12 @@ def check_parts(
         raise ValueError(
             f"{estimator.name} needs at least {estimator.least} proposals a question, got {most}: "
             "set allocator=stochgrad.em.uniform(n)."
+        )
+    if allocator.least < estimator.least:
+        raise ValueError(
+            f"{estimator.name} needs at least {estimator.least} proposals of each question, got an "
+            f"allocator that is only sure of {allocator.least}: raise per_question, per_round or "
+            "floor, or take uniform(n)."
         )
     if model.check is not None:
         model.check(questions.answers)

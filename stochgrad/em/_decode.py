@@ -283,4 +283,4 @@ def decoder(
         each = jnp.take_along_axis(log_probs(logits), tokens[..., None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(mask, each, 0.0), axis=1)
 
-    return Policy(sample, log_prob, greedy)
+    return Policy(sample, log_prob, greedy, full_support=top_p == 1)

@@ -31,7 +31,7 @@ class Estimator(NamedTuple):
         directions: Directions along which derivatives are measured; zero for none, None for whole
             gradients (small models only).
         subsample: How many latents to differentiate, drawn by systematic resampling; None for all.
-        least: Proposals that a question needs.
+        least: Proposals that each question needs.
         unbounded: Whether rewards may be any finite numbers, instead of likelihoods from 0 to 1.
     """
 
@@ -47,7 +47,7 @@ class Estimator(NamedTuple):
 
 
 def trice(
-    control_variate: Literal["leave_one_out", "optimal", "none"] | float = "leave_one_out",
+    control_variate: Literal["auto", "leave_one_out", "optimal", "none"] | float = "auto",
     *,
     subsample: int | None = None,
     directions: int | None = 4,
@@ -59,27 +59,34 @@ def trice(
 
     over the n questions whose chain stands at a right latent $z_m$, with the proposals
     $\tilde z_m$, whose score has mean zero, and with $k_m = 1$ where the chain was right before the
-    visit, 0 where it was not. A proposal that was taken by a chain that was right is both, with
-    weight $1 - \beta_m$: as the model learns, $\beta_m\to 1$ and the variance goes to zero
-    [Phan et al. 2023, section 3.2]. The first right proposal of a chain counts in full: that the
-    question takes part at all depends on it, so that its score is no control variate (the paper
-    subtracts it there too).
+    visit, 0 where it was not. The first right proposal of a chain counts in full: that the question
+    takes part at all depends on it, so that its score is no control variate
+    [Phan et al. 2023, section 3.2, subtract it there too].
 
-    ``"leave_one_out"`` is $\beta_m$ = share of the proposals that were taken, of the other
-    questions whose chain was right before. With V the posterior variance and S the mean square of
-    $\nabla\log p_\theta(\tilde z)$ it lowers a question's variance only if S < 2V, and raises it
-    where there is one right rationale, V = 0: the estimate is then exact without it. ``"optimal"``
-    estimates what is best from the other questions: where a chain moves from one posterior draw
-    $z_l$ to the next, $\tilde z_l$, half the squared distance of their gradients has mean $V_l$,
-    so that
+    With p the chance of a right proposal, V the posterior variance and S the mean square of
+    $\nabla\log p_\theta(\tilde z)$, a question has the variance
 
-    $$\beta_m^* = \frac{\sum_{l\ne m}p_lV_l}{\sum_{l\ne m}S_l},\qquad
-      \hat\beta_m = \frac{\sum_{l\ne m}\frac12[\text{l moved}]\,
+    $$V(1 - 2\beta p) + \beta^2S,\qquad \text{least at}\quad \beta^* = \frac{pV}S,$$
+
+    with the mean of K proposals $\beta^* = qV/S$, $q = 1 - (1 - p)^K$, and a variance above V where
+    $\beta > 2\beta^*$. ``"auto"`` estimates $\beta^*$ for each question, from its past visits
+    alone, so that the mean is exact: q is the share of visits that moved its chain, and V / S is
+    what it would be with a parameter for each rationale and no wrong one drawn twice,
+    $D / (1 - p^2(1 - D))$, where D is the share of the moves that changed the rationale. A question
+    with a single right rationale, V = 0, has D = 0 and no control variate; one that a learned model
+    answers in many ways has $\beta\to 1$, and its variance goes to zero.
+
+    ``"leave_one_out"``, the paper's choice, is the share of the proposals that were taken, of the
+    other questions whose chain was right before. It raises the variance of hard questions among
+    easy ones, and of those with a single right rationale. ``"optimal"`` measures gradients: where a
+    chain moves from one posterior draw $z_l$ to the next, $\tilde z_l$, half the squared distance
+    of their gradients has mean $V_l$, so that one coefficient for all is
+
+    $$\hat\beta_m = \frac{\sum_{l\ne m}\frac12[\text{l moved}]\,
       \|\nabla\log p(z_l) - \nabla\log p(\tilde z_l)\|^2}
       {\sum_{l\ne m}\|\nabla\log p(\tilde z_l)\|^2},$$
 
-    with l over the chains that were right before. Its estimate is noisy: where nearly all proposals
-    are right, leave-one-out comes closer to one.
+    with l over the chains that were right before.
 
     Args:
         control_variate: As above; ``"none"``; or a number for $\beta$.
@@ -92,7 +99,8 @@ def trice(
         ValueError: the control variate is unknown.
     """
     if isinstance(control_variate, str):
-        check_choice("control_variate", control_variate, ("leave_one_out", "optimal", "none"))
+        kinds = ("auto", "leave_one_out", "optimal", "none")
+        check_choice("control_variate", control_variate, kinds)
     else:
         control_variate = check_number("control_variate", control_variate, zero=True)
     if subsample is not None:
@@ -100,10 +108,14 @@ def trice(
     directions = _checked(directions)
 
     def coefficients(batch: Minibatch):
-        """Of chains that were right before the visit, from the others of them."""
+        """Of chains that were right before the visit."""
         before = batch.had_valid_latent
+        if control_variate == "auto":
+            assert batch.history is not None
+            return before * batch.history.coefficient(batch.counts())
         if control_variate == "leave_one_out":
-            rate = before * batch.sums(batch.accept) / jnp.maximum(batch.counts(), 1.0)
+            taken = batch.sums(batch.accept * batch.unbiased_mask)
+            rate = before * taken / jnp.maximum(batch.counts(), 1.0)
             others = jnp.sum(before) - before
             return before * (jnp.sum(rate) - rate) / jnp.maximum(others, 1.0)
         if control_variate == "optimal":

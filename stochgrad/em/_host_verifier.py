@@ -8,17 +8,19 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from stochgrad.core import (
     check_callable,
+    check_choice,
     check_count,
+    check_flag,
     check_instance,
     check_number,
     data_rows,
@@ -27,7 +29,15 @@ from stochgrad.core import (
 )
 from stochgrad.em._function_pickle import is_pure, pickle_function
 from stochgrad.em._model import VerifierWarning
-from stochgrad.em._verifier_workers import InProcess, InThread, Job, Verdict, Worker, stop_all
+from stochgrad.em._verifier_workers import (
+    Form,
+    InProcess,
+    InThread,
+    Job,
+    Verdict,
+    Worker,
+    stop_all,
+)
 
 _START_SECONDS = 120.0  # in which a process must have started
 _NOTICE_SECONDS = 0.1  # in which a deadline is noticed, if Python's lock is free
@@ -39,32 +49,46 @@ class HostVerifier:
 
     Attributes:
         failures: How many rationales were counted as wrong for each reason: ``"raised"``,
-            ``"timed out"``, ``"returned no bool"``, ``"ended its process"``.
+            ``"timed out"``, ``"returned no bool"`` or ``"returned no number"``, ``"ended its
+            process"``.
         processes: Processes that it runs in; 0 for threads.
     """
 
-    def __init__(self, verify, decode, timeout: float, workers: int, function: bytes | None = None):
+    def __init__(
+        self,
+        verify,
+        decode,
+        timeout: float,
+        workers: int,
+        function: bytes | None = None,
+        verdict: Literal["bool", "number"] = "bool",
+        batch: bool = False,
+    ):
         self._verify = check_callable("verify", verify, "a function (text, answer) -> bool")
-        self._decode = check_callable("decode", decode, "a function tokens -> text")
+        decode = check_callable("decode", decode, "a function tokens -> text")
         self._timeout = check_number("timeout", timeout)
         self._workers = check_count("workers", workers)
+        check_choice("verdict", verdict, ("bool", "number"))
+        self._form = Form(verdict, check_flag("batch", batch))
+        self._decode = _each(decode) if batch else decode
         if function is not None:
             check_instance("function", function, bytes, "verify as bytes, or None")
         self._function = function
         self.failures: Counter[str] = Counter()
         self.processes = 0 if function is None else self._workers
-        self._watched = False
+        self._abandoned: list[Worker] = []
         self._idle: list[Worker] = []
         weakref.finalize(self, stop_all, self._idle)
 
     def __call__(
         self, tokens: Int[Array, "n length"], mask: Bool[Array, "n length"], answers: PyTree
-    ) -> Bool[Array, " n"]:
-        """Whether each rationale is right.
+    ) -> Bool[Array, " n"] | Float[Array, " n"]:
+        """Whether each rationale is right, or its number.
 
         Raises:
             ValueError: shapes do not fit each other.
             TypeError: the mask is not of bools; the verifier sets alarms, and runs in threads.
+            RuntimeError: as many threads as there may be are still busy after their deadlines.
         """
         for name, value in (("tokens", tokens), ("mask", mask)):
             if not hasattr(value, "shape") or len(value.shape) == 0:
@@ -85,21 +109,36 @@ class HostVerifier:
                 )
         if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((tokens, mask, answers))):
             return jnp.asarray(self._on_arrays(tokens, mask, answers))
-        shape, arguments = jax.ShapeDtypeStruct(rows, jnp.bool_), (tokens, mask, answers)
+        shape, arguments = jax.ShapeDtypeStruct(rows, self._dtype), (tokens, mask, answers)
         return jax.pure_callback(self._on_arrays, shape, *arguments, vmap_method="broadcast_all")
 
     def check(self, answers: PyTree) -> None:
         """Try the verifier once, on a rationale without tokens and the first answer.
 
         Raises:
-            TypeError: it returns something else than a bool; it sets alarms, and runs in threads.
+            TypeError: it returns something else than its verdict; it sets alarms, in threads.
+            ValueError: it raises, or ends at its deadline or by itself.
         """
         if jax.tree.leaves(answers):
             data_rows(answers, name="answers")
         first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), answers)
-        (verdict,) = self._run([(np.zeros(0, np.int32), first)], watch=True)
-        if verdict.kind == "returned no bool":
-            raise TypeError(f"verify must return a bool, got {verdict.value}.")
+        (verdict,) = self._run(self._jobs([(np.zeros(0, np.int32), first)]))
+        wanted = f"verify must return a {self._form.verdict}"
+        if verdict.kind.startswith("returned"):
+            raise TypeError(f"{wanted}, got {verdict.value}.")
+        if verdict.kind != "verdict":
+            raise ValueError(
+                f"{wanted} of any text, but {self._words(verdict)[0]} on a rationale without "
+                "tokens and the first answer: let it return what is due to a wrong one."
+            )
+
+    @property
+    def _dtype(self):
+        return jnp.bool_ if self._form.verdict == "bool" else jnp.float32
+
+    def _jobs(self, rows: list) -> list:
+        """The rows one by one, or all as one."""
+        return [tuple(map(list, zip(*rows, strict=True)))] if self._form.batch else rows
 
     def _on_arrays(self, tokens, mask, answers):
         shape = mask.shape[:-1]
@@ -107,34 +146,33 @@ class HostVerifier:
         tokens, mask, answers = jax.tree.map(flat, (tokens, mask, answers))
         row = lambda n: (tokens[n, mask[n]], jax.tree.map(lambda leaf: leaf[n], answers))
         rows = [row(n) for n in range(len(mask))]
-        verdicts = self._run(rows, watch=False)
-        right = [
-            self._is_right(row[0], verdict) for row, verdict in zip(rows, verdicts, strict=True)
+        jobs = self._jobs(rows) if rows else []
+        values = [
+            self._value(job[0], verdict) for job, verdict in zip(jobs, self._run(jobs), strict=True)
         ]
-        return np.array(right, bool).reshape(shape)
+        values = [value for part in values for value in part] if self._form.batch else values
+        return np.array(values, self._dtype).reshape(shape)
 
     def _worker(self) -> Worker:
         if self._idle:
             return self._idle.pop()
         if self._function is None:
-            return Worker(InThread(self._verify, self._decode))
-        return Worker(InProcess(self._function, self._decode, self._timeout))
+            return Worker(InThread(self._verify, self._decode, self._form))
+        return Worker(InProcess(self._function, self._decode, self._timeout, self._form))
 
-    def _run(self, rows: list, watch: bool) -> list[Verdict]:
-        """The verdict on each row."""
-        verdicts: list[Any] = [None] * len(rows)
+    def _run(self, jobs: list) -> list[Verdict]:
+        """The verdict on each of some jobs, pairs of tokens and answers."""
+        verdicts: list[Any] = [None] * len(jobs)
         results: queue.SimpleQueue = queue.SimpleQueue()
         running: dict[Worker, tuple[int, float]] = {}
-        waiting = list(range(len(rows)))[::-1]
+        waiting = list(range(len(jobs)))[::-1]
         grace = 0.0 if self._function is None else _START_SECONDS
         while waiting or running:
             while waiting and len(running) < self._workers:
                 worker, number = self._worker(), waiting.pop()
-                tokens, truth = rows[number]
-                first = not self._watched and tokens.size > 0
-                self._watched |= first
                 running[worker] = number, time.monotonic() + grace + self._timeout
-                worker.jobs.put(Job(number, tokens, truth, watch or first, results))
+                tokens, truth = jobs[number]
+                worker.jobs.put(Job(number, tokens, truth, results))
             soonest = min(deadline for _, deadline in running.values())
             try:
                 wait = max(soonest - time.monotonic(), 0.0)
@@ -146,6 +184,7 @@ class HostVerifier:
                     number, deadline = running.pop(worker)
                     verdicts[number] = self._late(now - deadline)
                     worker.stop()
+                    self._abandon(worker, list(running))
                 continue
             if worker not in running:
                 continue
@@ -165,6 +204,24 @@ class HostVerifier:
             beyond = seconds - self._timeout
             verdicts[number] = verdict if beyond <= 0 else self._late(beyond)
         return verdicts
+
+    def _abandon(self, worker: Worker, running: list[Worker]) -> None:
+        """Count threads that no deadline ends; raise where there are too many."""
+        if self._function is not None:
+            return
+        self._abandoned.append(worker)
+        if len(self._abandoned) > self._workers:  # give them a last chance
+            end = time.monotonic() + max(self._timeout, 1.0)
+            for other in self._abandoned:
+                other.thread.join(max(end - time.monotonic(), 0.0))
+            self._abandoned = [other for other in self._abandoned if other.thread.is_alive()]
+        if len(self._abandoned) > self._workers:
+            stop_all(running)
+            raise RuntimeError(
+                f"verify still runs in {len(self._abandoned)} threads after its deadline of "
+                f"{self._timeout:g} seconds, which nothing ends: give processes=4, where a "
+                "deadline does."
+            )
 
     def _late(self, beyond: float) -> Verdict:
         """Noticed well beyond the deadline, as nothing here could run, or at it."""
@@ -190,44 +247,61 @@ class HostVerifier:
             )
         self._function, self.processes = None, 0
 
-    def _is_right(self, tokens: np.ndarray, verdict: Verdict) -> bool:
+    def _words(self, verdict: Verdict) -> tuple[str, str]:
+        """What to say of a verifier that failed, and what helps."""
         kind, value = verdict
-        if kind == "bool":
-            return value
+        if kind == "timed out" and value is not None:
+            words = f"held Python's lock for {value:.1f} seconds, beyond its {self._timeout:g},"
+            return words, "in threads no deadline ends it, with processes=4 it does; "
         words = {
             "timed out": f"took more than {self._timeout:g} seconds",
             "raised": f"raised {value}",
-            "returned no bool": f"returned {value} where a bool is due",
             "ended its process": f"ended its process ({value})",
-        }[kind]
-        remedy = ""
-        if kind == "timed out" and value is not None:
-            words = f"held Python's lock for {value:.1f} seconds, beyond its {self._timeout:g},"
-            remedy = "in threads no deadline ends it, with processes=4 it does; "
-        self.failures[kind] += 1
-        if self.failures[kind] == 1:
+        }
+        due = f"returned {value} where a {self._form.verdict} is due"
+        return words.get(kind, due), ""
+
+    def _value(self, tokens: Any, verdict: Verdict) -> Any:
+        """What a job's rationales get."""
+        if verdict.kind == "verdict":
+            return verdict.value
+        count = len(tokens) if self._form.batch else 1
+        first = self.failures[verdict.kind] == 0
+        self.failures[verdict.kind] += count
+        if first:
+            words, remedy = self._words(verdict)
+            if self._form.batch:
+                where = f"a batch of {count} rationales, which count"
+            else:
+                where = f"a rationale of {tokens.size} tokens, which counts"
             warnings.warn(
-                f"the verifier {words} on a rationale of {tokens.size} tokens, which counts as "
-                f"wrong; {remedy}more of the kind are counted in the verifier's failures.",
+                f"the verifier {words} on {where} as wrong; {remedy}more of the kind are counted "
+                "in the verifier's failures.",
                 VerifierWarning,
                 stacklevel=2,
             )
-        return False
+        return [0] * count if self._form.batch else 0
+
+
+def _each(decode: Callable[[np.ndarray], str]) -> Callable[[list], list[str]]:
+    return lambda rows: [decode(row) for row in rows]
 
 
 def host_verifier(
-    verify: Callable[[str, Any], bool],
+    verify: Callable[[Any, Any], Any],
     decode: Callable[[np.ndarray], str],
     *,
     timeout: float = 10.0,
     threads: int | None = None,
     processes: int | None = None,
+    verdict: Literal["bool", "number"] = "bool",
+    batch: bool = False,
 ) -> HostVerifier:
     """A verifier from a Python function of text, for ``stochgrad.em.verified``.
 
     The compiled E-step hands the tokens of a minibatch over and waits for the verdicts. A rationale
-    whose verifier raises, hangs or returns no bool counts as wrong, with a ``VerifierWarning`` for
-    the first of each kind, and the run goes on.
+    whose verifier raises, hangs or returns no verdict counts as wrong, with a ``VerifierWarning``
+    for the first of each kind, and the run goes on.
 
     Rationales are verified side by side, in processes or in threads. Only a process can be ended
     at its deadline: a thread that holds Python's lock, such as a regular expression that
@@ -241,17 +315,24 @@ def host_verifier(
 
     Args:
         verify: ``(text, answer) -> bool``; the answer is a row of ``Questions.answers``, in numpy.
+            May be a coroutine function.
         decode: ``tokens -> text``, of one rationale, end token included. It runs in this process.
-        timeout: Seconds for one rationale.
-        threads: Number of threads of this process.
+        timeout: Seconds for one rationale, or for one batch.
+        threads: Number of threads of this process. Calls are watched for signals there, which costs
+            Python code some of its speed.
         processes: Number of processes, started when first needed. They see the CPU alone, and get
             the code of ``verify`` with a pickled copy of what it refers to.
+        verdict: ``"bool"``, or ``"number"`` for a likelihood from 0 to 1 or a reward, as
+            ``stochgrad.em.verified`` takes them.
+        batch: Whether ``verify`` takes all texts and answers of a minibatch, as two lists, and
+            returns a list of verdicts.
 
     Raises:
         TypeError: ``verify`` or ``decode`` is no function, or ``verify`` cannot be sent to
             ``processes``; when tried or handed to ``mcmc_em``, ``verify`` returns something else
-            than a bool, or uses signals in ``threads``.
-        ValueError: a number is not positive, or both threads and processes are given.
+            than its verdict, or uses signals in ``threads``.
+        ValueError: a number is not positive, or both threads and processes are given; when tried,
+            ``verify`` raises or does not end in time.
 
     Example:
         >>> import numpy as np, jax.numpy as jnp
@@ -266,25 +347,28 @@ def host_verifier(
     check_callable("verify", verify, "a function (text, answer) -> bool")
     check_callable("decode", decode, "a function tokens -> text")
     timeout = check_number("timeout", timeout)
+    check_choice("verdict", verdict, ("bool", "number"))
+    check_flag("batch", batch)
     if threads is not None and processes is not None:
         raise ValueError("threads and processes exclude each other: give one of them.")
     if threads is not None:
-        return HostVerifier(verify, decode, timeout, check_count("threads", threads), None)
+        threads = check_count("threads", threads)
+        return HostVerifier(verify, decode, timeout, threads, None, verdict, batch)
     if processes is None:
         function = pickle_function(verify) if sys.executable and is_pure(verify) else None
-        return HostVerifier(verify, decode, timeout, _NUM_WORKERS, function)
+        return HostVerifier(verify, decode, timeout, _NUM_WORKERS, function, verdict, batch)
     processes = check_count("processes", processes)
     try:
         function = pickle_function(verify)
-        trial = InProcess(function, decode, timeout)
-        trial.start()
+        verifier = HostVerifier(verify, decode, timeout, processes, function, verdict, batch)
+        worker = verifier._worker()
+        worker.way.start()
     except (TypeError, RuntimeError) as error:
         raise TypeError(
             f"verify cannot be sent to processes: {first_line(error)}. Let it refer to functions "
             "and data that can be pickled, or give threads=4."
         ) from error
-    verifier = HostVerifier(verify, decode, timeout, processes, function)
-    verifier._idle.append(Worker(trial))
+    verifier._idle.append(worker)
     return verifier
 
 

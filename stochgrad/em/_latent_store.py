@@ -13,6 +13,7 @@ from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from stochgrad.core import PRNGKey, describe
+from stochgrad.em._history import History
 from stochgrad.em._model import Guide, LatentModel, Questions, Rationales, take
 
 
@@ -148,6 +149,7 @@ class Memory(NamedTuple):
         tries: Proposals so far, decayed as the allocator says.
         successes: Those of them that had a likelihood, likewise.
         age: Visits since the latent last changed.
+        history: What past visits say about the coefficient of a control variate.
     """
 
     tokens: PyTree
@@ -156,6 +158,7 @@ class Memory(NamedTuple):
     tries: Float[Array, " examples"]
     successes: Float[Array, " examples"]
     age: Int[Array, " examples"]
+    history: History
 
 
 def latent_shapes(model: LatentModel, params: Any, questions: Questions) -> Rationales:
@@ -178,7 +181,9 @@ def initial_memory(
     dtype = latent_shapes(model, theta, questions).log_prob.dtype
     content = store.init(jax.random.fold_in(key, 0), size)
     zeros, ages = jnp.zeros(size), jnp.zeros(size, jnp.int32)
-    empty = Memory(*content, jnp.full(size, -jnp.inf, dtype), zeros, zeros, ages)
+    empty = Memory(
+        *content, jnp.full(size, -jnp.inf, dtype), zeros, zeros, ages, History.none(size)
+    )
     if guide is None:
         return empty
     blocks = -(-size // batch_size)
@@ -191,7 +196,8 @@ def initial_memory(
         latent = latents.tokens, latents.mask
         log_likelihood = model.log_likelihood(theta, rows.prompts, *latent, rows.answers)
         zeros = jnp.zeros(batch_size)
-        start = Memory(*latent, log_likelihood, zeros, zeros, jnp.zeros_like(index))
+        ages, history = jnp.zeros_like(index), History.none(batch_size)
+        start = Memory(*latent, log_likelihood, zeros, zeros, ages, history)
         return write(store, memory, index, start, index < size), None
 
     return lax.scan(block, empty, (jax.random.split(key, blocks), index))[0]

@@ -45,15 +45,30 @@ def policy_slopes(
     return along[questions:], along[:questions]
 
 
+def weights_of(
+    estimator: Estimator, minibatch: Minibatch, fold: Array, folds: int
+) -> tuple[Array | None, Array | None]:
+    """The estimator's weights, or the mean of those that it has for each fold."""
+    if folds == 1:
+        return estimator.weights(minibatch)
+    mask = minibatch.unbiased_mask
+    parts = [
+        estimator.weights(minibatch._replace(unbiased_mask=jnp.where(fold == number, mask, 0.0)))
+        for number in range(folds)
+    ]
+    return jax.tree.map(lambda *leaves: sum(leaves) / folds, *parts)
+
+
 def weighted_items(
     key: PRNGKey,
     estimator: Estimator,
+    folds: int,
     minibatch: Minibatch,
     inputs: StepInputs,
     proposals: Proposals,
 ) -> Items:
     """Chains where they were, then proposals; a moved chain's weight is added to its proposal's."""
-    chains, weights = estimator.weights(minibatch)
+    chains, weights = weights_of(estimator, minibatch, proposals.fold, folds)
     weights = jnp.zeros_like(minibatch.reward) if weights is None else weights
     index = minibatch.proposal_index
     if chains is None:

@@ -129,7 +129,9 @@ def mcmc_em(
         proposals = propose(propose_key, inputs, allocator, estimator.unbounded)
         slopes = partial(policy_slopes, slopes_key, inputs, proposals, estimator.directions)
         minibatch, log_likelihood = accept(sweep_key, inputs, proposals, slopes)
-        items = weighted_items(subsample_key, estimator, minibatch, inputs, proposals)
+        items = weighted_items(
+            subsample_key, estimator, allocator.folds, minibatch, inputs, proposals
+        )
         items = lax.stop_gradient(items)
         latest = update(allocator.decay, previous, proposals, minibatch, log_likelihood)
         into, new = jnp.where(mask > 0, index, size), minibatch.proposal_index >= 0

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.ops import segment_sum
 from jaxtyping import Array, Float, Int
 
+from stochgrad.em._history import History
+
 
 class Minibatch(NamedTuple):
     """M questions with P proposals after an E-step: what an estimator weighs.
@@ -24,6 +26,7 @@ class Minibatch(NamedTuple):
         proposal_index: Where each chain stands: at a proposal, or -1 for where it was.
         slopes: ``() -> (proposals, chains)``: derivatives of log p(z|x) at the proposals and where
             the chains stood before, along common directions, of shapes (P, m) and (M, m).
+        history: The chains' past visits.
     """
 
     owner: Int[Array, " proposals"]
@@ -35,6 +38,7 @@ class Minibatch(NamedTuple):
     has_valid_latent: Float[Array, " questions"]
     proposal_index: Int[Array, " questions"]
     slopes: Callable[[], tuple[Array, Array]]
+    history: History | None = None
 
     used = property(lambda self: self.unbiased_mask)  # names of version 0.1, from here on
     present = property(lambda self: self.mask)

@@ -12,6 +12,7 @@ from stochgrad.core import (
     PRNGKey,
     check_callable,
     check_count,
+    check_flag,
     check_instance,
     describe,
     first_line,
@@ -49,11 +50,15 @@ class Policy(NamedTuple):
         log_prob: ``(params, prompts, tokens, mask) -> (examples,)``, differentiable in ``params``.
         greedy: ``(params, prompts) -> Rationales``, most probable token after most probable token;
             None where there is no such thing.
+        full_support: Whether every latent can be drawn under all parameters. Where not, as with a
+            nucleus, latents are scored anew at each visit, and one that can no longer be drawn is
+            no longer right.
     """
 
     sample: Callable[[Any, PRNGKey, PyTree], Rationales]
     log_prob: Callable[[Any, PyTree, PyTree, Array], Float[Array, " examples"]]
     greedy: Callable[[Any, PyTree], Rationales] | None = None
+    full_support: bool = True
 
 
 class Questions(NamedTuple):
@@ -186,6 +191,7 @@ def check_policy(name: str, policy: Any, *, greedy: bool = False) -> None:
         check_callable(f"{name}.greedy", policy.greedy, "a function (params, prompts), or None")
     elif greedy:
         raise ValueError(f"{name}.greedy is None where the most probable rationale is wanted.")
+    check_flag(f"{name}.full_support", policy.full_support)
 
 
 class ProposalKind(NamedTuple):
@@ -196,11 +202,13 @@ class ProposalKind(NamedTuple):
         log_weight: ``(theta, phi, questions, tokens, mask, log_likelihood, log_q) -> log w``, where
             a ``log_q`` of None is evaluated.
         log_prob: ``(phi, questions, tokens, mask) -> log q``, if q learns; None otherwise.
+        of_policy: Whether q is the policy itself.
     """
 
     sample: Callable[[Any, Any, PRNGKey, Questions], Rationales]
     log_weight: Callable[..., Float[Array, " n"]]
     log_prob: Callable[[Any, Questions, Any, Array], Float[Array, " n"]] | None = None
+    of_policy: bool = True
 
     def split(self, position: Any) -> tuple[Any, Any]:
         """The model's parameters, and those that a guide is called with."""
@@ -243,7 +251,7 @@ def _of_guide(model: LatentModel, guide: Guide) -> ProposalKind:
             log_q = log_prob(phi, rows, tokens, mask)
         return model.policy.log_prob(theta, rows.prompts, tokens, mask) + log_likelihood - log_q
 
-    return ProposalKind(sample, log_weight, log_prob if guide.learned else None)
+    return ProposalKind(sample, log_weight, log_prob if guide.learned else None, of_policy=False)
 
 
 def position_functions(
@@ -268,6 +276,16 @@ def position_functions(
         return (value, position[1]) if learned else value
 
     return None if None in starts else initial, constrain
+
+
+def has_verdicts(model: LatentModel, params: Any, rows: Questions, latents: Rationales) -> bool:
+    """Whether likelihoods are 0 or 1, so that all right latents are alike to a chain."""
+    if model.reward is None:
+        return False
+    one = jax.tree.map(lambda leaf: leaf[:1], (rows, latents.tokens, latents.mask))
+    rows, tokens, mask = one
+    reward = jax.eval_shape(model.reward, params, rows.prompts, tokens, mask, rows.answers)
+    return reward.dtype == jnp.bool_
 
 
 def take(tree: PyTree, index: Int[Array, " n"]) -> PyTree:

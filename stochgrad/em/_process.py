@@ -1,8 +1,10 @@
 """What a verifier's own process runs: this file by itself, without the library and without jax."""
 
+import asyncio
 import importlib
 import io
 import marshal
+import numbers
 import os
 import pickle
 import signal
@@ -63,16 +65,39 @@ def receive(stream: BinaryIO) -> Any:
     return _Unpickler(io.BytesIO(data)).load()
 
 
-def answer(verify: Any, text: Any, truth: Any) -> tuple[str, Any]:
-    """A verdict and its kind, in what any process can read."""
+def _as_verdict(value: Any, verdict: str) -> Any:
+    """The value as a bool or a float, if it is one; None otherwise."""
+    kind = type(value)
+    if kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")):
+        return bool(value) if verdict == "bool" else float(value)
+    if verdict == "number" and isinstance(value, numbers.Real):
+        return float(value)
+    return None
+
+
+async def _wait(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def answer(verify: Any, text: Any, truth: Any, verdict: str, batch: bool) -> tuple[str, Any]:
+    """What a verifier says, and the kind of it, in what any process can read.
+
+    ``verdict`` is ``"bool"`` or ``"number"``; of a ``batch``, a list of them is due.
+    """
     try:
-        verdict = verify(text, truth)
+        result = verify(text, truth)
+        if hasattr(result, "__await__"):
+            result = asyncio.run(_wait(result))
+        results = list(result) if batch else [result]
     except BaseException as error:
         return "raised", repr(error)
-    kind = type(verdict)
-    if kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")):
-        return "bool", bool(verdict)
-    return "returned no bool", f"{verdict!r} of type {kind.__name__}"
+    values = [_as_verdict(value, verdict) for value in results]
+    if batch and len(values) != len(text):
+        return f"returned no {verdict}", f"{len(values)} verdicts for {len(text)} rationales"
+    for value, found in zip(values, results, strict=True):
+        if value is None:
+            return f"returned no {verdict}", f"{found!r} of type {type(found).__name__}"
+    return "verdict", values if batch else values[0]
 
 
 def _limit_time(seconds: float) -> None:
@@ -94,7 +119,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what the verifier prints goes to the error stream
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's to handle
-    path, function, seconds = receive(source)
+    path, function, seconds, verdict, batch = receive(source)
     sys.path[:] = path
     try:
         importlib.import_module("numpy")
@@ -109,7 +134,7 @@ def main() -> None:
         except EOFError:
             return
         _limit_time(seconds)
-        send(sink, answer(verify, text, truth))
+        send(sink, answer(verify, text, truth, verdict, batch))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ import time
 from os import environ
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from stochgrad.em import _process
 
 _SIGNALS = importlib.import_module("_signal")
@@ -23,27 +21,33 @@ _MAIN_ONLY = [  # functions of the C module that only the main thread may call, 
 
 
 class Verdict(NamedTuple):
-    """The result for a rationale: ``"bool"`` and its value, or a reason and what to say of it."""
+    """The result of a job: ``"verdict"`` and its value, or a reason and what to say of it."""
 
     kind: str
     value: Any
 
 
+class Form(NamedTuple):
+    """What a verifier is called with, a rationale or a ``batch``, and what it returns for each."""
+
+    verdict: str
+    batch: bool
+
+
 class Job(NamedTuple):
-    """A rationale to verify, and where the verdict goes."""
+    """A rationale to verify, or a list of them, and where the verdict goes."""
 
     number: int
-    tokens: np.ndarray
+    tokens: Any
     answer: Any
-    watch: bool
     results: queue.SimpleQueue
 
 
 class InThread:
-    """Verifies in the thread that calls it."""
+    """Verifies in the thread that calls it, where signals, which do not work there, are noticed."""
 
-    def __init__(self, verify, decode):
-        self._verify, self._decode = verify, decode
+    def __init__(self, verify, decode, form: Form):
+        self._verify, self._decode, self._form = verify, decode, form
 
     def start(self) -> None:
         """A thread is ready."""
@@ -54,8 +58,6 @@ class InThread:
         def verify(tokens, truth):
             return self._verify(self._decode(tokens), truth)
 
-        if not job.watch:
-            return Verdict(*_process.answer(verify, job.tokens, job.answer))
         calls: list[str] = []
 
         def watch(frame, event, function):
@@ -65,7 +67,7 @@ class InThread:
         before = sys.getprofile()
         sys.setprofile(watch)  # of this thread alone
         try:
-            verdict = Verdict(*_process.answer(verify, job.tokens, job.answer))
+            verdict = Verdict(*_process.answer(verify, job.tokens, job.answer, *self._form))
         finally:
             sys.setprofile(before)
         return Verdict("signals", calls[0]) if calls else verdict
@@ -74,8 +76,8 @@ class InThread:
 class InProcess:
     """Verifies in a process of its own; the thread that calls it waits for the verdict."""
 
-    def __init__(self, verify: bytes, decode, timeout: float):
-        self._verify, self._decode, self._timeout = verify, decode, timeout
+    def __init__(self, verify: bytes, decode, timeout: float, form: Form):
+        self._verify, self._decode, self._timeout, self._form = verify, decode, timeout, form
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
@@ -93,7 +95,8 @@ class InProcess:
             env={**environ, "JAX_PLATFORMS": "cpu"},
         )
         try:
-            _process.send(process.stdin, (sys.path, self._verify, self._timeout))  # type: ignore
+            head = (sys.path, self._verify, self._timeout, *self._form)
+            _process.send(process.stdin, head)  # type: ignore
             state, words = _process.receive(process.stdout)  # type: ignore
         except (EOFError, OSError):
             state, words = "failed", f"it ended with code {process.wait()}"
@@ -129,7 +132,8 @@ class Worker:
     def __init__(self, way: InThread | InProcess):
         self.way = way
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
 
     def _work(self):
         while (job := self.jobs.get()) is not None:

@@ -69,7 +69,7 @@ GOOD_AND_WRONG = {  # what to call, what it is called with, and what is wrong fo
         em.gvm,
         {},
         {
-            "per_question": (*COUNT, 3, 1),
+            "per_question": (*COUNT, 3, 1, 2, 6),
             "alpha": NUMBER,
             "beta": (jnp.nan, "2", None, True),
             "floor": SHARE,
@@ -89,6 +89,7 @@ GOOD_AND_WRONG = {  # what to call, what it is called with, and what is wrong fo
     ),
     "vade": (em.vade, {}, {"per_question": COUNT, "decay": SHARE, "floor": SHARE}),
     "Tally.none": (em.Tally.none, {}, {"questions": COUNT}),
+    "History.none": (em.History.none, {}, {"questions": COUNT}),
     "left_padded": (
         em.left_padded,
         {"prompts": [[1, 2], [3]]},
@@ -133,6 +134,8 @@ GOOD_AND_WRONG = {  # what to call, what it is called with, and what is wrong fo
             "timeout": (0.0, *NUMBER),
             "threads": OPTIONAL_COUNT,
             "processes": OPTIONAL_COUNT,
+            "verdict": CHOICE,
+            "batch": FLAG,
         },
     ),
     "HostVerifier": (
@@ -144,6 +147,8 @@ GOOD_AND_WRONG = {  # what to call, what it is called with, and what is wrong fo
             "timeout": NUMBER,
             "workers": COUNT,
             "function": ("text", 3, verify),
+            "verdict": CHOICE,
+            "batch": FLAG,
         },
     ),
     "HostVerifier of arrays": (

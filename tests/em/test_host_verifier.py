@@ -1,5 +1,6 @@
 """Verifiers in Python: what raises, hangs or returns nonsense costs one rationale."""
 
+import asyncio
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from stochgrad import em
@@ -102,12 +104,13 @@ def test_a_verifier_with_alarms_is_refused_in_threads():
             return False
 
     def later(text, answer):
-        return swallows(text, answer) if text else False
+        return swallows(text, answer) if text.startswith("3") else False
 
     for verify in (alarmed, swallows, later):
         threads = em.host_verifier(verify, text_of, threads=2)
         if verify is later:
             threads.check(TWO[2])
+            assert threads(*(part[:1] for part in TWO)).tolist() == [False]
         with pytest.raises(TypeError, match=r"verify calls signal.*main thread.*processes=4"):
             threads(*TWO) if verify is later else threads.check(TWO[2])
 
@@ -138,6 +141,111 @@ def test_what_is_seen_outside_a_verifier_keeps_it_in_threads():
     table = {"1 2": True}
     copied = em.host_verifier(lambda text, answer: table.get(text, False), text_of, processes=1)
     assert copied(*TWO).tolist() == [True, False]
+
+
+def test_threads_that_nothing_ends_do_not_pile_up():
+    released = threading.Event()
+
+    def verify(text, answer):
+        released.wait(60)
+        return True
+
+    verify = em.host_verifier(verify, text_of, timeout=0.1, threads=1)
+    with pytest.warns(em.VerifierWarning, match=r"more than 0\.1 seconds"):
+        assert verify(*(part[:1] for part in TWO)).tolist() == [False]
+    with pytest.raises(RuntimeError, match=r"still runs in 2 threads.*processes=4"):
+        verify(*TWO)
+    released.set()
+
+
+def lengths(text, answer):
+    return len(text) / 2.0 if answer != 3 else float("nan")
+
+
+async def patient(text, answer):
+    await asyncio.sleep(0.01)
+    return text.startswith(str(answer))
+
+
+def in_batch(texts, answers):
+    return [text.startswith(str(answer)) for text, answer in zip(texts, answers, strict=True)]
+
+
+@pytest.mark.parametrize("where", [{"processes": 1}, {"threads": 2}], ids=["processes", "threads"])
+def test_numbers_batches_and_coroutines(where):
+    numbers = em.host_verifier(lengths, text_of, verdict="number", **where)
+    found = jax.jit(numbers)(*TWO)
+    assert found.dtype == jnp.float32
+    assert found[0] == 1.5
+    assert jnp.isnan(found[1])
+    for verify, settings in ((patient, {}), (in_batch, {"batch": True})):
+        verifier = em.host_verifier(verify, text_of, **settings, **where)
+        verifier.check(TWO[2])
+        assert verifier(*TWO).tolist() == [True, True]
+        assert not verifier.failures
+
+
+def test_a_batch_that_fails_is_wrong_as_a_whole():
+    def short(texts, answers):
+        return [True]
+
+    def slow(texts, answers):
+        time.sleep(60 if len(texts) > 1 else 0)
+        return [True] * len(texts)
+
+    for verify, words in ((short, "1 verdicts for 2"), (slow, "more than 0.3 seconds")):
+        verifier = em.host_verifier(verify, text_of, batch=True, timeout=0.3, processes=1)
+        verifier.check(TWO[2])
+        with pytest.warns(em.VerifierWarning, match=f"{words}.*a batch of 2 rationales"):
+            assert verifier(*TWO).tolist() == [False, False]
+        assert sum(verifier.failures.values()) == 2
+
+
+def test_a_soft_verifier_in_python_is_a_likelihood():
+    toy = small()
+    table = [[0.5 * bool(x) for x in row] for row in toy.right]
+    verify = em.host_verifier(
+        lambda text, answer: table[int(answer)][int(text)] if text else 0.0,
+        text_of,
+        verdict="number",
+    )
+    model = em.verified(toy.policy(), verify)
+    theta = jnp.array([0.4, -0.3])
+    target = em.mcmc_em(model, toy.questions(), batch_size=3)
+    state = target.init(jax.random.key(0), theta)
+    for key in jax.random.split(jax.random.key(1), 5):
+        state = target.next(key, theta, state)[1]
+    found = np.asarray(state.memory.log_likelihood)
+    assert set(np.exp(found).round(6).tolist()) <= {0.0, 0.5}
+    assert np.isfinite(found).any()
+
+
+def ends(text, answer):
+    os._exit(3)
+
+
+def raises(text, answer):
+    return {}[text]
+
+
+def hangs(text, answer):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("verify", "words"),
+    [
+        (ends, r"ended its process \(code 3\)"),
+        (raises, "raised KeyError"),
+        (hangs, "took more than 0.3 seconds"),
+    ],
+    ids=["ends", "raises", "hangs"],
+)
+def test_a_trial_that_fails_is_refused_where_the_model_is_made_use_of(verify, words):
+    toy = small()
+    model = em.verified(toy.policy(), em.host_verifier(verify, text_of, timeout=0.3, processes=1))
+    with pytest.raises(ValueError, match=f"verify must return a bool of any text, but {words}"):
+        em.mcmc_em(model, toy.questions(), batch_size=1)
 
 
 def test_what_cannot_be_sent_to_processes_is_refused():

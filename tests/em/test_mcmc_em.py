@@ -112,7 +112,7 @@ def test_what_is_never_solved_is_named_and_does_not_harm():
 
 @pytest.mark.parametrize(
     "allocator",
-    [em.gvm(4), em.reinforce_ada(2, 3), em.vade(4), em.uniform(4)],
+    [em.gvm(8), em.reinforce_ada(2, 3), em.vade(4), em.uniform(4)],
     ids=["gvm", "reinforce_ada", "vade", "uniform"],
 )
 def test_allocators_hand_out_what_there_is(allocator):

@@ -87,11 +87,11 @@ def large(questions=64, rationales=24, d=20, share=0.25, seed=0):
     return Toy(features, right)
 
 
-def every_visit(toy, estimator, theta, per_question=1, allocator=None, solved=None):
+def every_visit(toy, estimator, theta, per_question=1, allocator=None, solved=None, history=None):
     """The estimate at every outcome of a visit of all questions, with the outcome's probability.
 
-    Chains are at the posterior, those that are not ``solved`` at a wrong rationale. Returns
-    probabilities and estimates.
+    Chains are at the posterior, those that are not ``solved`` at a wrong rationale, with a
+    ``history``. Returns probabilities and estimates.
     """
     count, choices = toy.right.shape
     p = np.exp(np.asarray(toy.log_probs(theta), np.float64))
@@ -125,7 +125,9 @@ def every_visit(toy, estimator, theta, per_question=1, allocator=None, solved=No
         position = {"theta": theta, "plan": plan}
         likelihood = jnp.where(toy.verify(held[:, None], None, jnp.arange(count)), 0.0, -jnp.inf)
         memory = state.memory._replace(
-            tokens=held[:, None].astype(jnp.int32), log_likelihood=likelihood
+            tokens=held[:, None].astype(jnp.int32),
+            log_likelihood=likelihood,
+            history=state.memory.history if history is None else history,
         )
         score, _ = gradient.next(key, position, state._replace(memory=memory))
         return score(position)[1]["theta"]
