@@ -149,7 +149,7 @@ def check_boxes(box, virials, cutoff) -> None:
     if cutoff is not None and widths.min() < 2 * cutoff:
         raise ValueError(
             f"box must be at least twice as wide as the cut-off {cutoff:g}, got {widths.min():g}: "
-            "an atom would meet two images of another."
+            "the minimum-image convention fails (lists of neighbors do without it)."
         )
 
 

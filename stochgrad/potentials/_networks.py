@@ -160,7 +160,7 @@ def networks(
 
     All chains run together in one compiled program. Each starts from its own random weights and is
     trained by Adam (with a learning rate that falls as a cosine to a tenth); what comes then is the
-    method's. Chains that have not met are an ensemble refined by sampling: ``force_rhat`` tells.
+    method's. Unmixed chains form a locally sampled ensemble: ``force_rhat`` tells.
 
     Args:
         key: A typed PRNG key. Every chain's noise and minibatches come from it by their own split.
@@ -219,7 +219,7 @@ def networks(
         check_callable("method.draw", method.draw)
     if store is not None:
         if method is None or isinstance(method, Approximation):
-            raise ValueError("store is for methods that run a kernel; these networks come at once.")
+            raise ValueError("store is for methods that run a kernel, and this one does not: networks.save(path).")
         if not isinstance(store, Store):
             check_path("store", store)
     checkpoint = None if checkpoint is None else check_path("checkpoint", checkpoint)

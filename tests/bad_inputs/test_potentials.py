@@ -173,8 +173,9 @@ CASES = {
         "box": [4.0, [1.0], np.zeros(3)],
     }),
     "rdf": (potentials.rdf, {"box": np.ones(3)}, {
-        "box": [*ARRAYS, 1.0, np.ones(4), [0.0, 1, 1], [np.nan, 1, 1], np.eye(3)],
-        "r_max": [*NUMBERS[1:], 0.6], "bins": COUNTS,
+        "box": [*ARRAYS, 1.0, np.ones(4), [0.0, 1, 1], [np.nan, 1, 1], np.zeros((3, 3)), np.eye(4)],
+        "r_max": [*NUMBERS[1:], 0.6], "bins": COUNTS, "species": [[0, 1], "ab", [[0, 1]]],
+        "pair": [(0, 1), 3],
     }),
     "adf": (potentials.adf, {"cutoff": 1.0}, {
         "box": [*ARRAYS[1:], 1.0, np.ones(4)], "cutoff": NUMBERS, "bins": COUNTS,
