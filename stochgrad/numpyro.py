@@ -17,8 +17,8 @@ from stochgrad.interop.numpyro import latent_model as latent_model
 from stochgrad.interop.numpyro import to_draws as to_draws
 
 if TYPE_CHECKING:
-    from stochgrad.interop.numpyro.flow_adapter import as_flow as as_flow
     from stochgrad.interop.numpyro.auto_flow import AutoFlow as AutoFlow
+    from stochgrad.interop.numpyro.flow_adapter import as_flow as as_flow
 
 
 _WITH_FLOWJAX = {

@@ -219,7 +219,9 @@ def networks(
         check_callable("method.draw", method.draw)
     if store is not None:
         if method is None or isinstance(method, Approximation):
-            raise ValueError("store is for methods that run a kernel, and this one does not: networks.save(path).")
+            raise ValueError(
+                "store is for methods that run a kernel, and this one does not: networks.save(path)."
+            )
         if not isinstance(store, Store):
             check_path("store", store)
     checkpoint = None if checkpoint is None else check_path("checkpoint", checkpoint)
