@@ -102,7 +102,8 @@ def bands_of(params, data, effort):
     )
     averages = potentials.average(rdf, run.positions)
     pressure = potentials.pressure(energy, params, run.positions, **shared) * EV_PER_A3_IN_GPA
-    together = partial(potentials.intervals, level=0.9, sound=run.sound)
+    length = effort.reference / effort.md_frames  # of the reference run, in those of a replica
+    together = partial(potentials.intervals, level=0.9, sound=run.sound, measured=length)
     return together(averages), together(pressure), rdf
 
 
@@ -110,13 +111,19 @@ def draw(path, found, truth, test):
     """The bands beside the truth, and forces of held-out frames with their spread."""
     bands, pressure, rdf = found
     right, right_pressure = truth
-    figure, (left, middle, last) = plt.subplots(
-        1, 3, figsize=(12, 3.8), width_ratios=[2.2, 1, 1.5], layout="constrained"
-    )
-    left.fill_between(rdf.at[0], bands.low, bands.high, color="C0", alpha=0.35, label="90% band")
-    left.plot(rdf.at[0], right, "k--", lw=1.2, label="reference dynamics")
-    left.set(xlabel="distance, Å", ylabel="g(r)", title="Copper at 1,200 K", ylim=0)
+    figure, axes = plt.subplot_mosaic(
+        [["g", "pressure", "forces"], ["difference", "pressure", "forces"]],
+        figsize=(12, 4.2), width_ratios=[2.2, 1, 1.6], height_ratios=[2, 1], layout="constrained",
+    )  # fmt: skip
+    left, middle, last = axes["g"], axes["pressure"], axes["forces"]
+    r = rdf.at[0]
+    left.fill_between(r, bands.low, bands.high, color="C0", alpha=0.35, label="90% band")
+    left.plot(r, right, "k--", lw=1.2, label="reference dynamics")
+    left.set(ylabel="g(r)", title="Copper at 1,200 K", ylim=0, xticklabels=[])
     left.legend(frameon=False)
+    axes["difference"].fill_between(r, bands.low - right, bands.high - right, alpha=0.35)
+    axes["difference"].axhline(0, color="k", ls="--", lw=1.2)
+    axes["difference"].set(xlabel="distance, Å", ylabel="band - reference")
     middle.errorbar(
         [0], pressure.mean, [[pressure.mean - pressure.low], [pressure.high - pressure.mean]],
         fmt="o", capsize=6, label="90% interval",
@@ -165,6 +172,10 @@ def main():
     predicted = potentials.predict(energy, params, test)
     error = np.abs(predicted.forces.mean(0) - test.forces).ravel()
     spread = predicted.forces.std(0, ddof=1).ravel()
+    virial = np.std(
+        potentials.predict(energy, params, test, virial=True).virial.mean(0) - test.virials
+    )
+    print(f"virials: error {virial:.3f} of {np.std(test.virials):.2f} eV")
     print(f"forces: error {np.sqrt(np.mean(error**2)):.4f}, of {np.std(test.forces):.3f} eV/Å")
 
     found = bands_of(params, data, effort)
