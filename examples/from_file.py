@@ -169,7 +169,7 @@ def main():
         thin=effort.thin,
     )
     params = chains.members(1)["params"]
-    predicted = potentials.predict(energy, params, test)
+    predicted = potentials.predict(energy, params, test, virial=True)
     error = np.abs(predicted.forces.mean(0) - test.forces).ravel()
     spread = predicted.forces.std(0, ddof=1).ravel()
     virial = np.std(

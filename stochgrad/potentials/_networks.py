@@ -220,7 +220,7 @@ def networks(
     if store is not None:
         if method is None or isinstance(method, Approximation):
             raise ValueError(
-                "store is for methods that run a kernel, and this one does not: networks.save(path)."
+                "store is for methods that run a kernel; of others take networks(...).save(path)."
             )
         if not isinstance(store, Store):
             check_path("store", store)
