@@ -143,10 +143,10 @@ def simulate(
     draws = jax.tree.leaves(params)[0].shape[0]
     start = jnp.asarray(_checked_start(positions, draws))
     start = start.astype(jnp.result_type(float)) if start.dtype.kind != "f" else start
+    graph = with_box(energy_fn, graph)
+    plan = planned_lists(start.reshape(-1, *start.shape[-2:]), cutoff, skin, graph)
     if start.ndim == 3:
         start = jnp.broadcast_to(start[None], (draws, *start.shape))
-    graph = with_box(energy_fn, graph)
-    plan = planned_lists(start.reshape(-1, *start.shape[2:]), cutoff, skin, graph)
     kernel = langevin(
         energy_fn,
         masses=masses,

@@ -230,8 +230,10 @@ def _langevin(energy_fn, masses: _Frozen, kT, h, friction, frozen, static, plan)
         )
         return new_state, info
 
-    settings = (("kT", kT), ("step_size", h), ("friction", friction))
-    return Kernel(init, step, "Langevin BAOAB", settings)
+    settings = [("kT", kT), ("step_size", h), ("friction", friction)]
+    if plan is not None:
+        settings += [("cutoff", plan.cutoff), ("skin", plan.skin)]
+    return Kernel(init, step, "Langevin BAOAB", tuple(settings))
 
 
 def check_frames(masses, graph, static, atoms: int, dim: int) -> None:

@@ -121,6 +121,22 @@ def test_a_list_without_room_is_no_explosion():
     np.testing.assert_array_equal(frames, np.broadcast_to(frames[:1], frames.shape))
 
 
+@pytest.mark.slow
+def test_a_run_with_lists_resumes_to_the_bit(tmp_path):
+    """And with no other skin, for the lists of the one are not those of the other."""
+
+    def run(frames, **more):
+        settings = {**SETTINGS, "num_frames": frames, "cutoff": RC, "skin": 0.4, **more}
+        return potentials.simulate(jax.random.key(0), by_lists, STRENGTHS, START, **settings)
+
+    saved = {"checkpoint": tmp_path / "run"}
+    run(2, **saved)
+    resumed = run(4, **saved, resume=True)
+    np.testing.assert_array_equal(resumed.positions, run(4).positions)
+    with pytest.raises(ValueError, match=r"skin was 0\.4 and is now 0\.6"):
+        run(6, **saved, resume=True, skin=0.6)
+
+
 def test_atoms_that_outrun_their_lists_are_said():
     with pytest.warns(RuntimeWarning, match="atoms outran their lists of neighbors in"):
         potentials.simulate(
