@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stochgrad.core import check_array, describe
+from stochgrad.core import check_array, check_number, describe
 from stochgrad.potentials._data_checks import atomic_number
 from stochgrad.potentials._references import fit_reference_energies
 
@@ -165,7 +165,11 @@ def elements_of(elements: Any, numbers: list[np.ndarray]) -> tuple[int, ...]:
 
 def weights_of(frames: list[Any], weights: Any) -> np.ndarray:
     if isinstance(weights, str):
-        return np.array([float(frame.info.get(weights, 1.0)) for frame in frames])
+        every = [
+            check_number(f"{weights} of frame {n}", frame.info.get(weights, 1.0), zero=True)
+            for n, frame in enumerate(frames)
+        ]
+        return np.array(every)
     if weights is None:
         return np.ones(len(frames))
     return check_array("weights", weights, shape=(len(frames),)).astype(np.float64)

@@ -257,6 +257,11 @@ BAD = {
         "number 0",
     ),
     "weights of another shape": (lambda: [MOLECULE], {"weights": [1.0, 2.0]}, "weights"),
+    "a weight that is a word": (
+        lambda: [MOLECULE, altered(MOLECULE, lambda f: f.info.update(config_weight="high"))],
+        {},
+        "config_weight of frame 1",
+    ),
     "a cut-off below zero": (lambda: [MOLECULE], {"cutoff": -1.0}, "cutoff"),
 }
 
