@@ -50,9 +50,12 @@ def labels_of(frames: list[Any], name: str, key: str | None) -> list[Any]:
     """A label of each frame, None where it has none.
 
     Raises:
+        TypeError: the key is none.
         ValueError: no frame has the key that was asked for, or two names hold different numbers.
     """
     if key is not None:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must be a key, None or False, got {describe(key)}.")
         values = [_values(frame, key) for frame in frames]
         if all(value is None for value in values):
             raise ValueError(f"{name}={key!r} names nothing: no frame has it.")
@@ -60,7 +63,11 @@ def labels_of(frames: list[Any], name: str, key: str | None) -> list[Any]:
     values: list[Any] = [None] * len(frames)
     for n, frame in enumerate(frames):
         held = {k: _values(frame, k) for k in _KEYS[name]}
-        held = {k: np.asarray(v, float) for k, v in held.items() if v is not None}
+        held = {
+            k: check_array(f"{k} of frame {n}", v, finite=False).astype(np.float64)
+            for k, v in held.items()
+            if v is not None
+        }
         if not held:
             continue
         first, value = next(iter(held.items()))
@@ -105,6 +112,8 @@ def filled(values: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 def shaped(value: Any, shape: tuple[int, ...], name: str, n: int) -> np.ndarray:
     array = check_array(f"{name} of frame {n}", value, finite=False).astype(np.float64)
+    if shape == () and array.size == 1:
+        return array.reshape(())
     if array.shape != shape:
         raise ValueError(f"{name} of frame {n} must have shape {shape}, got {array.shape}.")
     return array

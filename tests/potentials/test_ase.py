@@ -257,6 +257,12 @@ BAD = {
         "number 0",
     ),
     "weights of another shape": (lambda: [MOLECULE], {"weights": [1.0, 2.0]}, "weights"),
+    "a key that is none": (lambda: [MOLECULE], {"energy": True}, "energy must be a key"),
+    "an energy that is a word": (
+        lambda: [altered(MOLECULE, lambda f: f.info.update(REF_energy="low"))],
+        {},
+        "REF_energy of frame 0",
+    ),
     "a weight that is a word": (
         lambda: [MOLECULE, altered(MOLECULE, lambda f: f.info.update(config_weight="high"))],
         {},
