@@ -90,11 +90,7 @@ def from_ase(
     """
     frames = _as_frames(frames)
     asked: dict[str, Any] = {"energy": energy, "forces": forces, "stress": stress, "virial": virial}
-    found = {
-        name: labels_of(frames, name, key)
-        for name, key in asked.items()
-        if not isinstance(key, bool)
-    }
+    found = {name: labels_of(frames, name, key) for name, key in asked.items() if key is not False}
     warn_of_free_energy(frames, energy)
     atoms = max(len(frame) for frame in frames)
     numbers = [frame.numbers for frame in frames]

@@ -46,7 +46,7 @@ def _values(frame: Any, key: str) -> Any:
     return None
 
 
-def labels_of(frames: list[Any], name: str, key: str | None) -> list[Any]:
+def labels_of(frames: list[Any], name: str, key: Any) -> list[Any]:
     """A label of each frame, None where it has none.
 
     Raises:
