@@ -19,11 +19,11 @@ class Neighbors(NamedTuple):
         cutoff: The cut-off, shape (...).
     """
 
-    senders: Int[ArrayLike, "*batch pairs"]
-    receivers: Int[ArrayLike, "*batch pairs"]
-    shifts: Int[ArrayLike, "*batch pairs dim"]
-    mask: Bool[ArrayLike, "*batch pairs"]
-    cutoff: Float[ArrayLike, "*batch"]
+    senders: Int[ArrayLike, "... pairs"]
+    receivers: Int[ArrayLike, "... pairs"]
+    shifts: Int[ArrayLike, "... pairs dim"]
+    mask: Bool[ArrayLike, "... pairs"]
+    cutoff: Float[ArrayLike, "..."]
 
 
 def pair_vectors(
