@@ -1,9 +1,9 @@
 """From a file of frames to bands on what molecular dynamics gives: hot copper.
 
 ``train.extxyz`` holds 40 frames of 32 atoms with energies, forces and stresses; here they come from
-ASE's effective medium theory at 1,200 K. A network of the embedded-atom form (a pair energy, and an
+ASE's effective medium theory at 800 K. A network of the embedded-atom form (a pair energy, and an
 energy of the density that neighbors make) is drawn from its posterior by eight chains, moved at
-1,200 K, and asked for the radial distribution function and the pressure. Long dynamics in the
+800 K, and asked for the radial distribution function and the pressure. Long dynamics in the
 reference itself says what is right.
 
 Run ``python examples/from_file.py``; ``--smoke`` is a short version of the same.
@@ -30,8 +30,9 @@ from stochgrad import potentials
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
-KELVIN, CUTOFF, WIDTH = 1200.0, 5.0, 16
+KELVIN, CUTOFF, WIDTH = 800.0, 5.0, 16
 CENTERS = jnp.linspace(1.8, CUTOFF, WIDTH)
 EV_PER_A3_IN_GPA = 160.2177
 
@@ -52,8 +53,8 @@ SMOKE = Effort(frames=10, reference=8, train_steps=200, draws=4, thin=5, md_fram
 
 
 def dynamics(frames, seed):
-    """Frames of the reference at 1,200 K, 60 fs apart, with their labels."""
-    atoms = bulk("Cu", "fcc", a=3.72, cubic=True) * (2, 2, 2)
+    """Frames of the reference at 800 K, 60 fs apart, with their labels."""
+    atoms = bulk("Cu", "fcc", a=3.67, cubic=True) * (2, 2, 2)
     atoms.rattle(0.05, seed=seed)
     atoms.calc = EMT()
     heat = {"temperature_K": KELVIN, "friction": 0.02 / units.fs, "fixcm": False}
@@ -85,7 +86,7 @@ def init(key):
 def bands_of(params, data, effort):
     """Intervals of the radial distribution function and of the pressure, and the bins."""
     edge, species = data.box[0], data.species
-    rdf = potentials.rdf(edge, r_max=3.7, bins=37)
+    rdf = potentials.rdf(edge, r_max=3.6, bins=36)
     shared = {"kT": units.kB * KELVIN, "cutoff": CUTOFF, "box": edge, "species": species}
     run = potentials.simulate(
         jax.random.key(2),
@@ -119,7 +120,7 @@ def draw(path, found, truth, test):
     r = rdf.at[0]
     left.fill_between(r, bands.low, bands.high, color="C0", alpha=0.35, label="90% band")
     left.plot(r, right, "k--", lw=1.2, label="reference dynamics")
-    left.set(ylabel="g(r)", title="Copper at 1,200 K", ylim=0, xticklabels=[])
+    left.set(ylabel="g(r)", title="Copper at 800 K", ylim=0, xticklabels=[])
     left.legend(frameon=False)
     axes["difference"].fill_between(r, bands.low - right, bands.high - right, alpha=0.35)
     axes["difference"].axhline(0, color="k", ls="--", lw=1.2)
@@ -134,6 +135,7 @@ def draw(path, found, truth, test):
     last.loglog(spread, error, ".", ms=3, alpha=0.5)
     ends = np.array([spread.min(), spread.max()])
     last.loglog(ends, ends, "k--", lw=1)
+    last.xaxis.set_minor_formatter(NullFormatter())
     last.set(xlabel="sd over networks, eV/Å", ylabel="error of their mean", title="Held-out forces")
     figure.savefig(path, dpi=150)
 
