@@ -41,7 +41,7 @@ class Effort(NamedTuple):
     """How much is done."""
 
     frames: int = 40
-    reference: int = 400
+    reference: int = 1000
     train_steps: int = 3000
     draws: int = 20
     thin: int = 100
