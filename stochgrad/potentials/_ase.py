@@ -21,6 +21,7 @@ from stochgrad.potentials._ase_labels import (
     weights_of,
 )
 from stochgrad.potentials._configurations import Configurations, configurations
+from stochgrad.potentials._references import composition
 
 
 def from_ase(
@@ -96,7 +97,7 @@ def from_ase(
     numbers = [frame.numbers for frame in frames]
     table = elements_of(elements, numbers)
     count = len(frames)
-    positions, species = np.zeros((count, atoms, 3)), np.full((count, atoms), 0, np.int32)
+    positions, species = np.zeros((count, atoms, 3)), np.zeros((count, atoms), np.int32)
     there = np.arange(atoms) < np.array([[len(frame)] for frame in frames])
     for n, frame in enumerate(frames):
         positions[n, there[n]] = frame.positions
@@ -130,10 +131,9 @@ def from_ase(
     energies = labels.get("energies")
     references = None
     if energies is not None and reference_energies is not None:
-        known = species if there.all() else np.where(there, species, -1)
+        known = np.where(there, species, -1)
         references = references_of(reference_energies, energies, known, table)
-        amounts = np.stack([(known == k).sum(1) for k in range(len(table))], 1)
-        labels["energies"] = energies - amounts @ references
+        labels["energies"] = energies - composition(known, len(table)) @ references
     made = configurations(
         positions,
         labels.pop("forces", None),
@@ -220,14 +220,11 @@ def total_energies(data: Configurations) -> np.ndarray | None:
     """Energies with those of single atoms added again, in float64."""
     if data.energies is None or data.reference_energies is None:
         return data.energies
-    return data.energies.astype(np.float64) + reference_totals(data)
-
-
-def reference_totals(data: Configurations) -> np.ndarray:
-    """The sum of the reference energies of each configuration's atoms."""
+    species = np.broadcast_to(np.asarray(data.known_species()), data.shape)
+    known = species if data.mask is None else np.where(data.mask, species, -1)
     references = np.asarray(data.reference_energies, np.float64)
-    of_atom = np.broadcast_to(references[data.known_species()], data.shape)
-    return of_atom.sum(1) if data.mask is None else np.where(data.mask, of_atom, 0).sum(1)
+    totals = composition(known, len(references)) @ references
+    return data.energies.astype(np.float64) + totals
 
 
 def _cell_of(box: Any, row: int) -> np.ndarray | None:

@@ -4,6 +4,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
+def composition(species: Int[np.ndarray, "N atoms"], count: int) -> Int[np.ndarray, "N species"]:
+    """How many atoms of each species each configuration has; those below zero are padding."""
+    return np.stack([(species == k).sum(1) for k in range(count)], 1)
+
+
 def fit_reference_energies(
     energies: Float[np.ndarray, " N"], species: Int[np.ndarray, "N atoms"], count: int
 ) -> Float[np.ndarray, " species"]:
@@ -18,6 +23,6 @@ def fit_reference_energies(
         species: Numbers of species, negative for padding.
         count: How many species there are.
     """
-    amounts = np.stack([(species == k).sum(1) for k in range(count)], 1).astype(np.float64)
+    amounts = composition(species, count).astype(np.float64)
     known = np.isfinite(energies)
     return np.linalg.lstsq(amounts[known], energies[known].astype(np.float64), rcond=None)[0]

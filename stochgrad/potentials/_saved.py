@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from stochgrad.core import by_name, check_callable, check_path, check_position, first_line
+from stochgrad.core import (
+    by_name,
+    check_callable,
+    check_path,
+    check_position,
+    first_line,
+    load_tree,
+    save_tree,
+)
 from stochgrad.potentials._potential import Potential
 
 _FORMAT = 1
@@ -35,13 +43,9 @@ def save_networks(path: Any, positions: PyTree, trained: PyTree, method: str, po
             "lengths": bool(potential.lengths),
         }
     for name, tree in (("positions", positions), ("trained", trained)):
-        arrays = {key: np.asarray(value[:]) for key, value in by_name(tree).items()}
-        notes[name] = {key: [str(x.dtype), list(x.shape)] for key, x in arrays.items()}
-        plain = {
-            k: x.view(f"u{x.itemsize}") if x.dtype.kind == "V" else x for k, x in arrays.items()
-        }
-        with open(path / _ARRAYS[name], "wb") as file:
-            np.savez(file, allow_pickle=False, **plain)
+        arrays = jax.tree.map(lambda x: np.asarray(x[:]), tree)
+        notes[name] = {k: [str(x.dtype), list(x.shape)] for k, x in by_name(arrays).items()}
+        save_tree(path / _ARRAYS[name], arrays, {})
     (path / _NOTES).write_text(json.dumps(notes, indent=1) + "\n")
 
 
@@ -56,8 +60,6 @@ def load_saved(path: Any, energy_fn: Callable[..., Any], params: PyTree):
     check_position(params, "params")
     try:
         notes = json.loads((path / _NOTES).read_text())
-        files = {name: np.load(path / file) for name, file in _ARRAYS.items()}
-        held = {name: {k: file[k] for k in file.files} for name, file in files.items()}
     except Exception as error:
         raise ValueError(f"path {path} holds no networks: {first_line(error)}.") from error
     if notes.get("format") != _FORMAT:
@@ -66,9 +68,9 @@ def load_saved(path: Any, energy_fn: Callable[..., Any], params: PyTree):
             f"{_FORMAT}."
         )
     trees = {}
-    for name, arrays in held.items():
+    for name, file in _ARRAYS.items():
         known = notes[name]
-        noise = {k.removeprefix("noise."): None for k in known if k.startswith("noise.")}
+        noise = [key.removeprefix("noise.") for key in known if key.startswith("noise.")]
         like = {"params": params, "noise": dict.fromkeys(noise, np.zeros(()))}
         names = list(by_name(like))
         if set(names) != set(known):
@@ -77,19 +79,20 @@ def load_saved(path: Any, energy_fn: Callable[..., Any], params: PyTree):
                 f"params must have the leaves of the networks that were saved, {sorted(known)}, "
                 f"and differ in {odd}."
             )
-        leaves = []
+        saved = []
         for key, leaf in zip(names, jax.tree.leaves(like), strict=True):
             dtype, shape = known[key]
             own = np.shape(leaf)
-            if key.startswith("params.") or key == "params":
-                lead = shape[: len(shape) - len(own)]
-                if tuple(shape[len(lead) :]) != own:
-                    raise ValueError(
-                        f"params must fit: {key} has shape {own}, and {tuple(shape)} was saved."
-                    )
-            array = arrays[key]
-            leaves.append(array if str(array.dtype) == dtype else array.view(jnp.dtype(dtype)))
-        trees[name] = jax.tree.unflatten(jax.tree.structure(like), leaves)
+            if not key.startswith("noise.") and tuple(shape[len(shape) - len(own) :]) != own:
+                raise ValueError(
+                    f"params must fit: {key} has shape {own}, and {tuple(shape)} was saved."
+                )
+            saved.append(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+        as_saved = jax.tree.unflatten(jax.tree.structure(like), saved)
+        try:
+            trees[name] = load_tree(path / file, as_saved)
+        except ValueError as error:
+            raise ValueError(f"path {path} holds no networks: {first_line(error)}.") from error
     references = notes.get("reference_energies")
     elements = notes.get("elements")
     potential = Potential(
