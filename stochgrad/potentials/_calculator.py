@@ -94,13 +94,13 @@ def _calculator_class() -> type:
         def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
             super().calculate(atoms, properties, system_changes)
             frame: Any = self.atoms
-            graph = self._graph(frame)
+            species = self._species(frame)
+            graph = self._graph(frame, species)
             sheared = not ("box" in graph and graph["box"].ndim == 1)
             strain = (3, 3) if sheared else (3,)
             positions = jnp.asarray(frame.positions, jnp.result_type(float))
             found = _of_all(self.potential.energy_fn, strain)(self.params, positions, graph)
             energy, forces, virial = (np.asarray(x, np.float64) for x in found)
-            species = self._species(frame)
             references = self.potential.reference_energies
             if references is not None:
                 energy = energy + np.sum(np.asarray(references)[species])
@@ -128,7 +128,7 @@ def _calculator_class() -> type:
                 raise ValueError(f"networks were not trained on {unknown[0]}, which atoms have.")
             return np.array([table.index(z) for z in frame.numbers], np.int32)
 
-        def _graph(self, frame):
+        def _graph(self, frame, species):
             of, inputs = self.potential, self.potential.inputs
             if frame.pbc.any() and "box" not in inputs:
                 raise ValueError(
@@ -138,7 +138,7 @@ def _calculator_class() -> type:
             box = boxes_of([frame], reach, always=True)[0] if "box" in inputs else None
             graph: dict[str, Any] = {}
             if "species" in inputs:
-                graph["species"] = self._species(frame)
+                graph["species"] = species
             if "mask" in inputs:
                 graph["mask"] = np.ones(len(frame), bool)
             if box is not None:

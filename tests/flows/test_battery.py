@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from stochgrad.flows import parameters, reverse_kl, split_flow
 from stochgrad.gradients import leave_one_out_coefficients
 from tests.flows import toys
+from tests.flows.toys import log_density
 
 pytestmark = pytest.mark.slow
 
@@ -26,10 +27,6 @@ COUNT = 5
 def _double():
     with jax.enable_x64(True):
         yield
-
-
-def log_density(x):
-    return -0.5 * jnp.sum((x - 0.3) ** 2) - 0.1 * jnp.sum(x**4)
 
 
 def by_force(flow, key, condition):

@@ -12,6 +12,7 @@ from stochgrad.flows import draw_with_score, parameters, reverse_kl
 from stochgrad.gradients import dense, push_score, triangular
 from tests.conftest import Z
 from tests.flows import toys
+from tests.flows.toys import log_density
 
 pytestmark = pytest.mark.slow
 
@@ -26,10 +27,6 @@ NAMES = [
 def _double():
     with jax.enable_x64(True):
         yield
-
-
-def log_density(x):
-    return -0.5 * jnp.sum((x - 0.3) ** 2) - 0.1 * jnp.sum(x**4)
 
 
 @pytest.mark.parametrize("name", NAMES)
