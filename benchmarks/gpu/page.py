@@ -42,6 +42,7 @@ BASELINES = {
     "path": {"of_total": ("gradient", "total")},
     "profile": {"of_noiseless": ("injected", "none")},
 }
+MARK = "## All figures"
 RATIO_OF = ("steps_per_s", "step_ms", "span_us")
 
 
@@ -64,7 +65,11 @@ def with_ratios(section: str, lines: list[dict]) -> list[dict]:
         for column, (key, baseline) in BASELINES.get(section, {}).items():
             if key not in line["case"]:
                 continue
-            other = json.dumps({**line["case"], key: baseline}, sort_keys=True)
+            same = {name: value for name, value in line["case"].items() if name != "loop"}
+            others = [
+                json.dumps({**case, key: baseline}, sort_keys=True) for case in (line["case"], same)
+            ]
+            other = next((case for case in others if case in figures), "")
             for quantity in RATIO_OF:
                 if other in figures and quantity in row and quantity in figures[other]:
                     row[column] = row[quantity] / figures[other][quantity]
@@ -108,10 +113,11 @@ def page(lines: list[dict]) -> str:
     (versions,) = (json.loads(device) for device in devices)
     about = ", ".join(f"{name} {value}" for name, value in versions.items() if name != "device")
     text = [
-        "# On an accelerator",
+        MARK,
         "",
         f"Made by `python -m benchmarks.gpu` on one {versions['device']}; {about}. `first_s` is the "
-        "first call, compilation included. `of_...` are ratios to the line named.",
+        "first call, compilation included. `of_...` are ratios to the line named, and `loop` says how "
+        "steps between kept draws go.",
         "",
     ]
     lines = latest(lines)
@@ -120,7 +126,7 @@ def page(lines: list[dict]) -> str:
         if not here:
             continue
         title, _, paragraph = words.partition("\n\n")
-        text += [f"## {title}", "", paragraph, ""]
+        text += [f"### {title}", "", paragraph, ""]
         if measured := [line for line in here if "figures" in line]:
             text += table(with_ratios(section, measured))
         for line in here:
@@ -132,5 +138,7 @@ def page(lines: list[dict]) -> str:
 
 
 def write(source: Path, target: Path) -> None:
+    """Renew the tables of a page, and leave what stands before them."""
     lines = [json.loads(line) for line in source.read_text().splitlines() if line]
-    target.write_text(page(lines))
+    about = target.read_text().split(MARK)[0] if target.exists() else "# On an accelerator\n\n"
+    target.write_text(about + page(lines))

@@ -62,13 +62,14 @@ def lanes(events: list[dict]) -> tuple[str, list[list[dict]]]:
 
 
 def own_times(lane: list[dict]) -> Iterator[tuple[dict, float]]:
-    """Events with their microseconds, less those of events within them."""
+    """Events with their microseconds, less those in which a later one runs, too."""
     stack: list[list] = []
     for event in sorted(lane, key=lambda e: (e["ts"], -e["dur"])):
         while stack and stack[-1][0]["ts"] + stack[-1][0]["dur"] <= event["ts"]:
             yield tuple(stack.pop())
         if stack:
-            stack[-1][1] -= event["dur"]
+            end = stack[-1][0]["ts"] + stack[-1][0]["dur"]
+            stack[-1][1] -= min(event["dur"], end - event["ts"])
         stack.append([event, event["dur"]])
     yield from map(tuple, stack)
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int, UInt32
 from stochgrad.core._noise import mix, threefry
 
 _ROUNDS = 8
+_MOST_ASTRAY = 4
 
 
 class Slot(NamedTuple):
@@ -122,13 +123,18 @@ def _permuted(words, permutation, index, size, stream, limit) -> Int[Array, "*s"
         x = jnp.where(astray, once(x), x)
         return x, x >= end
 
-    both = index.astype(np.uint32), jnp.ones(index.shape, bool)
-    if jax.default_backend() != "cpu":  # there a loop waits for the host each time round
-        both = walk(both)
-        if isinstance(size, int | np.integer) and rows * columns == size and limit is None:
-            return lax.optimization_barrier(both[0].astype(jnp.int32))
+    if jax.default_backend() != "cpu" and isinstance(size, int | np.integer) and limit is None:
+        # a cycle leaves the range at most once for each number out of it; a loop would wait for
+        # the host at each step
+        astray = int(rows) * int(columns) - int(size)
+        if astray <= _MOST_ASTRAY:
+            x = once(index.astype(np.uint32))
+            for _ in range(astray):
+                x = jnp.where(x >= end, once(x), x)
+            return lax.optimization_barrier(x.astype(jnp.int32))
     # outside a loop the compiler copies the rounds into what reads the index; newer ones then do
     # not come back
+    both = index.astype(np.uint32), jnp.ones(index.shape, bool)
     x, _ = lax.while_loop(lambda both: jnp.any(both[1]), walk, both)
     return x.astype(jnp.int32)
 
@@ -138,9 +144,14 @@ _permuted_among = jax.jit(_permuted, static_argnums=3)
 
 
 def _digits(size: Size) -> tuple[Any, Any]:
-    """Two bases, nearly equal, whose product is at least ``size``."""
+    """Two bases, one at most about four times the other, whose product is at least ``size``.
+
+    For a size that is known it is as little above as can be: seldom by more than four.
+    """
     if isinstance(size, int | np.integer):
-        rows = int(np.ceil(np.sqrt(size)))
+        most = int(np.ceil(np.sqrt(size)))
+        least = max((most + 1) // 2, min(2, most))
+        rows = min(range(most, least - 1, -1), key=lambda rows: rows * -(-size // rows))
         return np.uint32(rows), np.uint32(-(-size // rows))
     rows = jnp.ceil(jnp.sqrt(size.astype(np.float32))).astype(np.uint32)
     return rows, (size + rows - np.uint32(1)) // rows

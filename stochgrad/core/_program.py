@@ -25,11 +25,11 @@ from stochgrad.core._trees import (
     shared_axes,
     tree_bytes,
     tree_isfinite,
-    tree_probe,
 )
 
 _BUFFER_BYTES = 2**25
 _MOST_DRAWS = 1024
+_GROUP, _GROUP_BYTES = 4, 2**30
 
 
 class Carry(NamedTuple):
@@ -37,8 +37,7 @@ class Carry(NamedTuple):
 
     Attributes:
         state: The kernel's states, with a leading chain axis if there are several chains.
-        first_bad: Step at which each chain first left the finite numbers, -1 while it has not. A
-            few numbers of every leaf are looked at after each step, all of them after each draw.
+        first_bad: The last step of each chain's first draw that is not finite, -1 without one.
         summary: What an ``Online`` has learnt.
     """
 
@@ -154,18 +153,13 @@ def _build(
         update = jax.vmap(update) if several else update
         return carry._replace(summary=update(carry.summary, carry.state.position, bad))
 
-    def some_finite(position):
-        return tree_isfinite(tree_probe(position))
-
-    probe = jax.vmap(some_finite) if several else some_finite
     healthy = jax.vmap(tree_isfinite) if several else tree_isfinite
 
     fold = jax.vmap(fold_in, in_axes=(0, None)) if several else fold_in
 
-    def checked_step(resident, carry, key, number, check):
-        state, info = advance(resident, key, carry.state)
-        bad = (carry.first_bad < 0) & ~check(state.position)
-        return carry._replace(state=state, first_bad=jnp.where(bad, number, carry.first_bad)), info
+    def checked(carry, state, number):
+        bad = (carry.first_bad < 0) & ~healthy(state.position)
+        return carry._replace(state=state, first_bad=jnp.where(bad, number, carry.first_bad))
 
     # Keys of a step go through the carry of a loop: a hash that is computed where it is needed is
     # merged into what needs it, and computed once a number.
@@ -173,18 +167,52 @@ def _build(
         of_draw = fold(keys, index)
         return of_draw, fold(of_draw, np.int32(0))
 
+    def steps_before_last(resident, state, of_draw, key, last):
+        """The steps of a draw but its last, and the key of that."""
+
+        def body(i, both):
+            state, key = both
+            following = fold(of_draw, i + 1)
+            return advance(resident, key, state)[0], following
+
+        return lax.fori_loop(np.int32(0), last, body, (state, key))
+
+    def groups_before_last(resident, state, of_draw, last):
+        """The same for a number that is known, where operations cost their launch.
+
+        What steps of a group do not need of each other, their keys and minibatches, is computed
+        for all of them at once.
+        """
+        bytes_of_step = traced.largest * (1 if share else num_chains)
+        size = _GROUP if _GROUP * bytes_of_step <= _GROUP_BYTES else 1
+
+        def keys_of(first, count):
+            numbers = first + lax.iota(np.int32, count)
+            of_steps = jax.vmap(fold, in_axes=(None, 0))(of_draw, numbers)
+            kept_apart = lax.optimization_barrier(jax.random.key_data(of_steps))
+            return jax.random.wrap_key_data(kept_apart, impl=jax.random.key_impl(of_draw))
+
+        def body(j, state):
+            for key in keys_of(np.int32(size) * j, size):
+                state, _ = advance(resident, key, state)
+            return state
+
+        groups, rest = divmod(last, size)
+        state = lax.fori_loop(0, groups, body, state)
+        *before, key = keys_of(np.int32(groups * size), rest + 1)
+        for each in before:
+            state, _ = advance(resident, each, state)
+        return state, key
+
     def one_draw(resident, carry, draw_keys, plan, index):
-        (of_draw, key), first = draw_keys, index * plan.thin
-        last = (plan.thin if thin is None else np.int32(thin)) - np.int32(1)
-        if thin != 1:
-
-            def body(i, both):
-                carry, key = both
-                following = fold(of_draw, i + 1)
-                return checked_step(resident, carry, key, first + i, probe)[0], following
-
-            carry, key = lax.fori_loop(np.int32(0), last, body, (carry, key))
-        carry, info = checked_step(resident, carry, key, first + last, healthy)
+        (of_draw, key), state = draw_keys, carry.state
+        if thin is None:
+            last = plan.thin - np.int32(1)
+            state, key = steps_before_last(resident, state, of_draw, key, last)
+        elif thin > 1:
+            state, key = groups_before_last(resident, state, of_draw, thin - 1)
+        state, info = advance(resident, key, state)
+        carry = checked(carry, state, (index + 1) * plan.thin - np.int32(1))
         carry = learn(carry, plan, index)
         return carry, (keep(carry.state), scalars(info, key.shape))
 
@@ -223,14 +251,14 @@ def _build(
         of_draw = fold(keys, index)
 
         def body(i, everything):
-            carry, key, _ = everything
-            number = index * plan.thin + i
-            carry, info = checked_step(resident, carry, key, number, healthy)
-            return carry, fold(of_draw, i + 1), info
+            state, key, _ = everything
+            state, info = advance(resident, key, state)
+            return state, fold(of_draw, i + 1), info
 
         blank = jax.tree.map(lambda s: jnp.zeros((*lead, *s.shape), s.dtype), traced.info)
-        begin = carry, fold(of_draw, first), blank
-        carry, _, info = lax.fori_loop(first, last, body, begin)
+        begin = carry.state, fold(of_draw, first), blank
+        state, _, info = lax.fori_loop(first, last, body, begin)
+        carry = checked(carry, state, index * plan.thin + last - np.int32(1))
         learnt, before = learn(carry, plan, index).summary, carry.summary
         summary = jax.tree.map(lambda x, y: jnp.where(last == plan.thin, x, y), learnt, before)
         carry = carry._replace(summary=summary)

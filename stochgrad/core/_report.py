@@ -37,14 +37,16 @@ def report(
     settings = dict(getattr(kernel, "settings", ()))
     level = 4  # the caller of sample
     where = {
-        chain: f"at step {step} ("
+        chain: f"{'at' if thin == 1 else 'by'} step {step} ("
         + (f"draw {step // thin - num_warmup}" if step >= num_warmup * thin else "warm-up")
         + ")"
         for chain, step in enumerate(draws.first_bad)
         if step >= 0
     }
     leaf = (
-        _bad_gradient(kernel, positions) if where and min(draws.first_bad[[*where]]) < 2 else None
+        _bad_gradient(kernel, positions)
+        if where and min(draws.first_bad[[*where]]) < max(2, thin)
+        else None
     )
     if leaf is not None:
         warnings.warn(

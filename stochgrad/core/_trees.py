@@ -125,11 +125,6 @@ def tree_isfinite(tree: PyTree) -> Bool[Array, ""]:
     return jax.tree.reduce(jnp.logical_and, finite)
 
 
-def tree_probe(tree: PyTree, size: int = 64) -> PyTree:
-    """The first few numbers of every leaf."""
-    return jax.tree.map(lambda leaf: jnp.ravel(leaf)[:size], tree)
-
-
 def at_least_float32(dtype: Any) -> Any:
     """The type itself, or float32 where it is narrower."""
     return dtype if dtype.itemsize > 4 else jnp.dtype(jnp.float32)

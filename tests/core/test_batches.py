@@ -11,6 +11,7 @@ import pytest
 import stochgrad
 from stochgrad.core import data_batches, permuted, row_batches
 from stochgrad.core._noise import key_words
+from stochgrad.core._orders import _permuted
 from tests.conftest import Z
 
 LAYOUTS = ["blocks", "rows"]
@@ -129,7 +130,7 @@ def test_the_full_batch_holds_all_rows_once():
         assert set(np.unique(weight)) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 97, 1000])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 13, 97, 1000, 2003])
 def test_permuted_is_a_permutation(size):
     words = key_words(jax.random.key(0))
     for number in range(5):
@@ -149,6 +150,31 @@ def test_all_permutations_of_four_are_equally_likely():
     assert len(counts) == 24
     chi2 = np.sum((counts - runs / 24) ** 2) / (runs / 24)
     assert chi2 < 23 + Z * np.sqrt(2 * 23) + 10  # a chi-squared of 23 degrees of freedom
+
+
+@pytest.mark.parametrize("size", [7, 8, 13])
+def test_pairs_of_places_are_equally_likely_when_digits_are_unequal(size):
+    runs = 40_000
+
+    def code(number):
+        image = permuted(key_words(jax.random.key(8)), number, jnp.arange(2), size)
+        return image[0] * size + image[1]
+
+    codes = np.asarray(jax.jit(jax.vmap(code))(jnp.arange(runs, dtype=jnp.uint32)))
+    _, counts = np.unique(codes, return_counts=True)
+    pairs = size * (size - 1)
+    assert len(counts) == pairs
+    chi2 = np.sum((counts - runs / pairs) ** 2) / (runs / pairs)
+    assert abs(chi2 - (pairs - 1)) < Z * np.sqrt(2 * (pairs - 1))
+
+
+@pytest.mark.parametrize("size", [5, 7, 97, 2000, 2003])
+def test_walks_on_an_accelerator_end_where_they_do_elsewhere(size, monkeypatch):
+    words, index = key_words(jax.random.key(9)), jnp.arange(size, dtype=jnp.int32)
+    expected = _permuted(words, jnp.uint32(3), index, size, jnp.uint32(0), None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = _permuted(words, jnp.uint32(3), index, size, jnp.uint32(0), None)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_stream_is_a_function_of_its_key():

@@ -182,14 +182,50 @@ def test_one_bad_chain_does_not_stop_the_others(key):
 
 
 def test_a_divergence_deep_in_a_leaf_is_found(key):
-    """The step's own check looks at a few numbers, the draw's at all."""
     late = jnp.zeros(500).at[400].set(1.0)
     target = exact_gradient(lambda q: jnp.sum(late * jnp.exp(q)))
-    with pytest.warns(stochgrad.DivergenceWarning, match="chain 0 at step"):
+    with pytest.warns(stochgrad.DivergenceWarning, match="chain 0 by step"):
         draws = stochgrad.sample(
             key, stochgrad.sgld(target, 1.0), init=jnp.zeros(500), num_samples=50, thin=5
         )
     assert draws.num_draws < 50
+    assert (draws.first_bad[0] + 1) % 5 == 0
+
+
+def test_a_gradient_that_fails_at_the_start_is_named_whatever_the_thinning(key):
+    none = lambda q, rows: jnp.zeros(rows.shape[0])
+    target = stochgrad.posterior(
+        lambda q: -jnp.sqrt(jnp.sum(q**2)), none, jnp.zeros(8), batch_size=4
+    )
+    with pytest.warns(stochgrad.DivergenceWarning, match="without a derivative"):
+        stochgrad.sample(key, stochgrad.sgld(target, 0.1), init=jnp.zeros(2), num_samples=5, thin=7)
+
+
+@pytest.mark.parametrize(
+    ("layout", "thin", "share_batches"),
+    [("blocks", 3, False), ("blocks", 10, False), ("blocks", 8, True), ("rows", 10, False)],
+)
+def test_the_loop_of_an_accelerator_makes_the_same_draws(
+    key, monkeypatch, layout, thin, share_batches
+):
+    """There steps go in groups, and walks of a permutation are not in a loop of their own."""
+
+    def draws():
+        target = gaussian_posterior(num_rows=101, batch_size=10, layout=layout)[0]
+        return stochgrad.sample(
+            key,
+            stochgrad.sghmc(target, 1e-3, 50.0),
+            init=jnp.zeros(2),
+            num_samples=3,
+            thin=thin,
+            num_chains=2,
+            share_batches=share_batches,
+            progress=False,
+        ).positions
+
+    expected = draws()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(draws(), expected, rtol=1e-5)  # rounded by other fusions
 
 
 def test_minibatch_noise_that_dominates_is_said(key):
