@@ -23,8 +23,10 @@ from stochgrad.core import open_draws as open_draws
 from stochgrad.core import posterior as posterior
 from stochgrad.core import sample as sample
 from stochgrad.gradients import control_variate as control_variate
+from stochgrad.gradients import mixed_precision as mixed_precision
 from stochgrad.gradients import saga as saga
 from stochgrad.gradients import svrg as svrg
+from stochgrad.gradients import trainable as trainable
 from stochgrad.kernels import Fit as Fit
 from stochgrad.kernels import ascend as ascend
 from stochgrad.kernels import fit as fit

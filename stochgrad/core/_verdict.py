@@ -157,8 +157,8 @@ def rounding_reason(draws: Mapping[str, np.ndarray], steps: int) -> str | None:
         dtype = draws[half[0]].dtype
         return (
             f"position {half[0]!r} has type {dtype}, whose rounding moves a sampler: small updates "
-            "are lost and the spread of the draws is wrong. Keep positions in float32, and convert "
-            f"to {dtype} inside the density."
+            "are lost and the spread of the draws is wrong. Keep positions in float32 and sample "
+            f"stochgrad.mixed_precision(target, jnp.{dtype})."
         )
     worst, name, spacing = 0.0, "", 0.0
     for key, x in draws.items():

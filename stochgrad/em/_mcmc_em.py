@@ -140,7 +140,7 @@ def mcmc_em(
 
         def score(position: Position):
             objective = lambda position: surrogate(kind.split(position), items, model, kind, pieces)
-            return stats.reward, jax.grad(objective)(position)
+            return stats.reward, jax.grad(objective, allow_int=True)(position)
 
         return score, EMState(batch_state, memory, stats)
 

@@ -25,6 +25,8 @@ from stochgrad.gradients._path import triangular as triangular
 from stochgrad.gradients._path_total_mix import (
     leave_one_out_coefficients as leave_one_out_coefficients,
 )
+from stochgrad.gradients._pullback import mixed_precision as mixed_precision
+from stochgrad.gradients._pullback import trainable as trainable
 from stochgrad.gradients._reach import beyond_the_path as beyond_the_path
 from stochgrad.gradients._reach import depends as depends
 from stochgrad.gradients._registry import GRADIENTS as GRADIENTS

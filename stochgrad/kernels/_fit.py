@@ -16,9 +16,11 @@ from stochgrad.core import (
     Gradient,
     Online,
     Position,
+    PrecisionWarning,
     PRNGKey,
     Target,
     as_schedule,
+    by_name,
     check_count,
     check_flag,
     check_key,
@@ -169,6 +171,7 @@ def fit(
     judge_key, start_key, run_key = jax.random.split(key, 3)
     kernel = ascend(gradient, optimizer)
     starts = _starts(init, initial_of(kernel), start_key, num_restarts)
+    _warn_of_narrow_weights(starts[0])
     name = "objective" if held_out is None else "held_out"
 
     def evaluate(position):
@@ -199,6 +202,20 @@ def fit(
             resume=resume,
         )
     return _as_fit(run, gradient, every, num_restarts, starts)
+
+
+def _warn_of_narrow_weights(position: Position) -> None:
+    narrow = [name for name, x in by_name(position).items() if x.dtype.itemsize < 4]
+    if narrow:
+        dtype = by_name(position)[narrow[0]].dtype
+        least = float(jnp.finfo(dtype).eps) / 2
+        warnings.warn(
+            f"init has weights of type {dtype} ({', '.join(narrow[:3])}), which do not move by "
+            f"less than {least:.2g} of themselves: begin at float32 weights and climb "
+            f"stochgrad.mixed_precision(objective, jnp.{dtype}).",
+            PrecisionWarning,
+            stacklevel=3,
+        )
 
 
 def _check_judge(judge: Gradient, position: Position) -> None:

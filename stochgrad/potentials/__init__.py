@@ -18,6 +18,7 @@ from stochgrad.potentials._disagreement import novelty as novelty
 from stochgrad.potentials._dynamics import Trajectories as Trajectories
 from stochgrad.potentials._dynamics import simulate as simulate
 from stochgrad.potentials._force_matching import force_matching as force_matching
+from stochgrad.potentials._freeze import freeze as freeze
 from stochgrad.potentials._geometry import angle as angle
 from stochgrad.potentials._geometry import dihedral as dihedral
 from stochgrad.potentials._geometry import displacement as displacement
@@ -25,7 +26,6 @@ from stochgrad.potentials._geometry import distances as distances
 from stochgrad.potentials._intervals import Intervals as Intervals
 from stochgrad.potentials._intervals import intervals as intervals
 from stochgrad.potentials._langevin import langevin as langevin
-from stochgrad.potentials._leaves import freeze as freeze
 from stochgrad.potentials._neighbors import Neighbors as Neighbors
 from stochgrad.potentials._neighbors import pair_vectors as pair_vectors
 from stochgrad.potentials._networks import Networks as Networks

@@ -17,10 +17,11 @@ from stochgrad.core import (
     check_callable,
     check_count,
     check_number,
+    chosen_leaves,
     sample,
+    split_leaves,
 )
 from stochgrad.kernels import ascend
-from stochgrad.potentials._leaves import chosen_leaves, split_leaves
 from stochgrad.sgmcmc import swag as swag_online
 
 
