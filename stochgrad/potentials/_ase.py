@@ -21,6 +21,7 @@ from stochgrad.potentials._ase_labels import (
     weights_of,
 )
 from stochgrad.potentials._configurations import Configurations, configurations
+from stochgrad.potentials._dynamics import Trajectories
 from stochgrad.potentials._references import composition
 
 
@@ -171,23 +172,64 @@ def read_extxyz(path: str | PathLike, index: str | int | slice = ":", **options:
     return from_ase(frames, **options)
 
 
-def to_ase(data: Configurations) -> list[Any]:
-    """Frames of ASE with the labels in a calculator's results: total energies, forces, stress.
+def to_ase(data: Configurations | Trajectories, like: Any = None) -> list[Any]:
+    """Frames of ASE: of configurations, with their labels, or of molecular dynamics.
+
+    ``ase.io.write("run.extxyz", frames)`` writes them.
 
     Args:
-        data: Configurations that know their ``elements``; their ``reference_energies`` are added
-            again. Virials become stresses where there is a box, and stay in ``info`` elsewhere.
+        data: Configurations that know their ``elements``, whose total energies (their
+            ``reference_energies`` are added again), forces and stress become results of a
+            calculator; virials stay in ``info`` where there is no box. Or what ``simulate``
+            returned: frames of all draws and replicas one after another, numbered in ``info``,
+            without those after a replica exploded.
+        like: An ``ase.Atoms`` with the elements and the cell of the trajectories.
 
     Raises:
         ImportError: ase is not installed.
-        TypeError: these are no configurations.
-        ValueError: they do not say what elements they are of.
+        TypeError: these are no configurations and no trajectories, or ``like`` is no frame.
+        ValueError: configurations do not say what elements they are of, or the trajectories are of
+            another number of atoms than ``like``.
     """
     ase = import_ase("to_ase")
+    if isinstance(data, Trajectories):
+        if not isinstance(like, ase.Atoms):
+            raise TypeError(
+                "like must be an ase.Atoms with the elements and the cell of the trajectories, "
+                f"got {describe(like)}."
+            )
+        return _frames_like(like, data)
+    if not isinstance(data, Configurations):
+        raise TypeError(
+            f"data must be configurations, or trajectories of simulate, got {describe(data)}."
+        )
+    if like is not None:
+        raise TypeError("like is for trajectories: configurations know their elements and cells.")
+    return _labelled_frames(ase, data)
+
+
+def _frames_like(like: Any, run: Trajectories) -> list[Any]:
+    draws, replicas, frames, atoms, dim = run.positions.shape
+    if (atoms, dim) != (len(like), 3):
+        raise ValueError(f"like must have {atoms} atoms in {dim} dimensions, got {len(like)} in 3.")
+    made = []
+    for place in np.ndindex(draws, replicas):
+        sound = run.sound[place]
+        # after an explosion the last sound frame is repeated
+        moves = np.any(np.diff(run.positions[place], axis=0) != 0, axis=(1, 2))
+        last = frames if sound else 1 + int(np.max(np.flatnonzero(moves) + 1, initial=0))
+        for number, positions in enumerate(run.positions[place][:last]):
+            frame = like.copy()
+            frame.calc = None
+            frame.positions = positions
+            frame.info = {"draw": place[0], "replica": place[1], "frame": number}
+            made.append(frame)
+    return made
+
+
+def _labelled_frames(ase: Any, data: Configurations) -> list[Any]:
     from ase.calculators.singlepoint import SinglePointCalculator
 
-    if not isinstance(data, Configurations):
-        raise TypeError(f"data must be configurations, got {describe(data)}.")
     numbers, totals = data.numbers(), total_energies(data)
     frames = []
     for n in range(len(data)):

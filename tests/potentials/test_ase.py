@@ -97,6 +97,32 @@ def test_a_file_comes_back_as_it_went(tmp_path):
     assert few.neighbors is None
 
 
+def test_trajectories_go_to_a_file_without_what_comes_after_an_explosion(tmp_path):
+    like = ase.build.bulk("Cu", cubic=True)
+    rng = np.random.default_rng(5)
+    positions = rng.normal(size=(2, 2, 3, len(like), 3))
+    positions[0, 1, 2] = positions[0, 1, 1]
+    positions[1, 0, 1:] = positions[1, 0, :1]
+    ends = np.array([[-1, 250], [120, -1]])
+    run = potentials.Trajectories(positions, ends, np.ones(2), 0.1, np.full((2, 2), -1))
+    ase.io.write(tmp_path / "run.extxyz", potentials.to_ase(run, like))
+    frames = ase.io.read(tmp_path / "run.extxyz", index=":")
+    places = [tuple(f.info[n] for n in ("draw", "replica", "frame")) for f in frames]
+    assert places == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (1, 0, 0)] + [
+        (1, 1, n) for n in range(3)
+    ]
+    for place, frame in zip(places, frames, strict=True):
+        np.testing.assert_allclose(frame.positions, positions[place], atol=1e-7)
+        assert str(frame.symbols) == str(like.symbols)
+        np.testing.assert_allclose(frame.cell, like.cell)
+    with pytest.raises(TypeError, match=r"like must be an ase\.Atoms"):
+        potentials.to_ase(run)
+    with pytest.raises(ValueError, match="like must have 4 atoms"):
+        potentials.to_ase(run, ase.build.molecule("H2O"))
+    with pytest.raises(TypeError, match="trajectories of simulate"):
+        potentials.to_ase(positions, like)
+
+
 def molecules():
     """Water and methane with labels by the names that files have."""
     frames = []
