@@ -56,7 +56,7 @@ def read_gguf(path: str | Path, dtype: Any = jnp.float32) -> Llama:
             print(model.tokenizer.decode(tokens.tolist()))
     """
     path, dtype = check_path("path", path), check_dtype(dtype)
-    gguf = _imported("gguf")
+    gguf = imported("gguf")
     if not path.is_file():
         raise FileNotFoundError(f"path must be a GGUF file, but there is no file {path}.")
     try:
@@ -158,12 +158,18 @@ def read_gguf(path: str | Path, dtype: Any = jnp.float32) -> Llama:
             most=config.vocabulary - 1,
         ),
         chat_template=field("tokenizer.chat_template", None),
+        bos_token=_bos_token(field),
     )
+
+
+def _bos_token(field: Callable[..., Any]) -> str:
+    number = field("tokenizer.ggml.bos_token_id", None)
+    return "" if number is None else field("tokenizer.ggml.tokens")[number]
 
 
 def _tokenizer(field: Callable[..., Any], path: Path) -> Any:
     """Byte pairs, as in GPT-2; SmolLM's take digits one by one."""
-    tokenizers = _imported("tokenizers")
+    tokenizers = imported("tokenizers")
     pre = tokenizers.pre_tokenizers
     splits = {"gpt-2": [], "smollm": [pre.Digits(individual_digits=True)]}
     kind = field("tokenizer.ggml.model"), field("tokenizer.ggml.pre", "gpt-2")
@@ -207,7 +213,7 @@ def smollm2_path() -> Path:
         ) from error
 
 
-def _imported(name: str) -> Any:
+def imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,6 +1,6 @@
 """Llamas: run with a cache of keys and values, used as policies."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,26 @@ from stochgrad.core import (
     describe,
 )
 from stochgrad.em import Inputs, Network, Policy, decoder
+from stochgrad.interop.llm._chat import rendered
+
+
+class RopeScaling(NamedTuple):
+    """How rotary positions of Llama 3.1 and later reach further than they were trained for.
+
+    Wavelengths longer than ``context / low`` are stretched by the factor, those shorter than
+    ``context / high`` are kept, and in between the rate is interpolated.
+
+    Attributes:
+        factor: How much further.
+        low: Least wavelengths in the old context of a rate that is not wholly stretched.
+        high: Wavelengths in it from which on a rate is kept.
+        context: The old context.
+    """
+
+    factor: float
+    low: float
+    high: float
+    context: int
 
 
 class Config(NamedTuple):
@@ -34,6 +54,7 @@ class Config(NamedTuple):
         context: The most tokens that it was trained for.
         rope_base: Base of the wavelengths of the rotary positions.
         eps: Added to the mean square in the norms.
+        rope_scaling: How positions are stretched, if they are.
     """
 
     layers: int
@@ -46,6 +67,7 @@ class Config(NamedTuple):
     context: int
     rope_base: float
     eps: float
+    rope_scaling: RopeScaling | None = None
 
 
 class Llama(NamedTuple):
@@ -58,6 +80,7 @@ class Llama(NamedTuple):
         tokenizer: A ``tokenizers.Tokenizer``.
         end: The token that ends a turn.
         chat_template: How a conversation becomes a prompt, a Jinja template, if the file has one.
+        bos_token: What a text begins with, empty if nothing.
     """
 
     params: PyTree
@@ -65,6 +88,26 @@ class Llama(NamedTuple):
     tokenizer: Any
     end: int
     chat_template: str | None = None
+    bos_token: str = ""
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, begin_answer: bool = True, **names: Any
+    ) -> str:
+        """A conversation as the prompt that the model was trained on, by its chat template.
+
+        The template writes special tokens itself: encode with ``add_special_tokens=False``.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each, the roles ``"system"``, ``"user"`` and
+                ``"assistant"``.
+            begin_answer: Whether the prompt ends where the model's answer begins.
+            names: What else the template knows, ``enable_thinking`` for example.
+
+        Raises:
+            ImportError: jinja2, of the extra ``[llm]``, is not installed.
+            ValueError: the model has no chat template, or it refuses the messages.
+        """
+        return rendered(self, messages, begin_answer, names)
 
     def policy(
         self,
@@ -129,15 +172,16 @@ def llama_cache(config: Config, dtype: Any = jnp.float32) -> Callable[[int, int]
     return cache
 
 
-def _dense(x, weight):
-    return jnp.einsum("bti,io->bto", x, weight)
+def _dense(x, weight, bias=None):
+    product = jnp.einsum("bti,io->bto", x, weight)
+    return product if bias is None else product + bias[None, None, :]
 
 
 def _norm(x, scale, eps: float):
     """Root-mean-square norm, in float32 at least."""
     wide = x.astype(at_least_float32(x.dtype))
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * scale[None, None, :]
+    return wide.astype(x.dtype) * scale.reshape(*[1] * (x.ndim - 1), -1)
 
 
 def _rotate(x, cos, sin):
@@ -145,6 +189,17 @@ def _rotate(x, cos, sin):
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def _rates(config: Config) -> np.ndarray:
+    """Angles by which positions turn each pair."""
+    rates = config.rope_base ** (-np.arange(0, config.head_width, 2) / config.head_width)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        turns = scaling.context * rates / (2 * np.pi)
+        kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        rates = rates * (kept + (1 - kept) / scaling.factor)
+    return rates.astype(np.float32)
 
 
 def llama(config: Config, *, remat: bool = False) -> Network:
@@ -156,7 +211,9 @@ def llama(config: Config, *, remat: bool = False) -> Network:
       x \leftarrow x + W_d\,\bigl(\mathrm{silu}(W_g r(x)) \odot W_u r(x)\bigr),$$
 
     where ``heads // kv_heads`` heads of queries share one of keys and values, and queries and keys
-    are rotated by the angles $t\,b^{-2i/d}$ of their position t [Su et al. 2021].
+    are rotated by the angles $t\,b^{-2i/d}$ of their position t [Su et al. 2021]. Layers that hold
+    ``query_bias``, ``key_bias`` and ``value_bias`` (Qwen2) or ``query_norm`` and ``key_norm``, of
+    each head (Qwen3), use them.
 
     Args:
         config: Sizes.
@@ -174,7 +231,7 @@ def llama(config: Config, *, remat: bool = False) -> Network:
     check_config(config)
     check_flag("remat", remat)
     heads, shared, size = config.heads, config.kv_heads, config.head_width
-    rates = (config.rope_base ** (-np.arange(0, size, 2) / size)).astype(np.float32)
+    rates = _rates(config)
 
     def network(params, inputs: Inputs, cache, keep: int):
         check_params(params, config)
@@ -191,9 +248,12 @@ def llama(config: Config, *, remat: bool = False) -> Network:
         def attention(x, weights, number, cache):
             """Keys and values of the inputs enter the cache; then queries see all of it."""
             query, key, value = (
-                _dense(x, weights[name]).reshape(batch, length, -1, size)
-                for name in ("query", "key", "value")
+                _dense(x, weights[n], weights.get(f"{n}_bias")).reshape(batch, length, -1, size)
+                for n in ("query", "key", "value")
             )
+            if "query_norm" in weights:
+                query = _norm(query, weights["query_norm"], config.eps)
+                key = _norm(key, weights["key_norm"], config.eps)
             cache = tuple(
                 lax.dynamic_update_slice(
                     held, jnp.swapaxes(new, 1, 2)[None], (number, 0, 0, inputs.offset, 0)
@@ -242,7 +302,10 @@ def llama(config: Config, *, remat: bool = False) -> Network:
 def check_config(config: Any) -> None:
     check_instance("config", config, Config, "a Config, as read_gguf(...).config is")
     for name, value in config._asdict().items():
-        if name in ("rope_base", "eps"):
+        if name == "rope_scaling":
+            if value is not None:
+                check_instance("config.rope_scaling", value, RopeScaling, "a RopeScaling or None")
+        elif name in ("rope_base", "eps"):
             check_number(f"config.{name}", value)
         else:
             check_count(f"config.{name}", value)
@@ -265,7 +328,8 @@ def check_params(params: Any, config: Config) -> None:
     table = (config.vocabulary, config.width)
     shapes = {"embedding": table, "norm": (config.width,), "logits": table}
     leaves = {f"params[{n!r}]": (params[n], shapes[n]) for n in shapes if n in params}
-    for name, shape in layer_shapes.items():
+    optional = {name: shape for name, shape in _optional(config).items() if name in layers}
+    for name, shape in (layer_shapes | optional).items():
         leaves[f"params['layers'][{name!r}]"] = layers[name], (config.layers, *shape)
     for name, (leaf, shape) in leaves.items():
         dtype = getattr(leaf, "dtype", None)
@@ -300,6 +364,13 @@ def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "up": (width, hidden),
         "down": (hidden, width),
     }
+
+
+def _optional(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a block may have beside."""
+    shapes = _shapes(config)
+    biases = {f"{name}_bias": shapes[name][-1:] for name in ("query", "key", "value")}
+    return {**biases, "query_norm": (config.head_width,), "key_norm": (config.head_width,)}
 
 
 def check_dtype(dtype: Any) -> Any:
