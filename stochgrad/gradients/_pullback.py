@@ -92,11 +92,10 @@ def mixed_precision(target: Target, dtype: Any = jnp.bfloat16) -> Target:
         ...     lambda w: jnp.zeros(()), lambda w, x: -((x - w) ** 2),
         ...     3 * jnp.ones(8, jnp.bfloat16), order="full")
         >>> wide = stochgrad.mixed_precision(target)
-        >>> slow = optax.adam(1e-3)
-        >>> fits = [stochgrad.fit(t, jax.random.key(0), 200, optimizer=slow, init=w)
-        ...     for t, w in ((target, jnp.bfloat16(1)), (wide, jnp.float32(1)))]
-        >>> [round(float(fit.position), 1) for fit in fits]
-        [1.0, 1.2]
+        >>> fit = stochgrad.fit(
+        ...     wide, jax.random.key(0), 200, optimizer=optax.adam(1e-3), init=jnp.float32(1))
+        >>> round(float(fit.position), 1)  # in bfloat16 it would be 1.0 still
+        1.2
     """
     try:
         narrow = jnp.dtype(dtype)
