@@ -19,6 +19,8 @@ from stochgrad.federated._gaussians import LowRank as LowRank
 from stochgrad.federated._gaussians import Precision as Precision
 from stochgrad.federated._gaussians import Surrogates as Surrogates
 from stochgrad.federated._posterior import posterior as posterior
+from stochgrad.federated._precautions import StabilityWarning as StabilityWarning
+from stochgrad.federated._precautions import warn_of_own_effects as warn_of_own_effects
 from stochgrad.federated._qlsd import qlsd as qlsd
 from stochgrad.federated._reference import Reference as Reference
 from stochgrad.federated._reference import find_reference as find_reference
@@ -27,10 +29,8 @@ from stochgrad.federated._sample import sample as sample
 from stochgrad.federated._schedule import set_share as set_share
 from stochgrad.federated._schedule import visiting as visiting
 from stochgrad.federated._stability import Stability as Stability
-from stochgrad.federated._stability import StabilityWarning as StabilityWarning
 from stochgrad.federated._stability import capped as capped
 from stochgrad.federated._stability import stability as stability
-from stochgrad.federated._stability import warn_of_own_effects as warn_of_own_effects
 from stochgrad.federated._surrogates import exact as exact
 from stochgrad.federated._surrogates import fisher_merge as fisher_merge
 from stochgrad.federated._surrogates import gaussian as gaussian
