@@ -19,7 +19,6 @@ from stochgrad.federated._gaussians import LowRank as LowRank
 from stochgrad.federated._gaussians import Precision as Precision
 from stochgrad.federated._gaussians import Surrogates as Surrogates
 from stochgrad.federated._posterior import posterior as posterior
-from stochgrad.federated._precautions import StabilityWarning as StabilityWarning
 from stochgrad.federated._precautions import warn_of_own_effects as warn_of_own_effects
 from stochgrad.federated._qlsd import qlsd as qlsd
 from stochgrad.federated._reference import Reference as Reference
@@ -28,6 +27,7 @@ from stochgrad.federated._reference import maximize_over_clients as maximize_ove
 from stochgrad.federated._sample import sample as sample
 from stochgrad.federated._schedule import set_share as set_share
 from stochgrad.federated._schedule import visiting as visiting
+from stochgrad.federated._spread import StabilityWarning as StabilityWarning
 from stochgrad.federated._stability import Stability as Stability
 from stochgrad.federated._stability import capped as capped
 from stochgrad.federated._stability import stability as stability

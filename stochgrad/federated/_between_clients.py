@@ -1,5 +1,6 @@
 """Whether draws are alike at all clients, as those of a chain in equilibrium are."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 from scipy import stats as laws
 
 from stochgrad.core import Draws, evenly
-from stochgrad.federated._spread import coordinate_names
+from stochgrad.federated._spread import StabilityWarning, coordinate_names
 
 _BLOCKS, _LEAST_BLOCKS, _MOST_COORDINATES, _MOST_DRAWS = 20, 10, 64, 5000
 _CHANCE = 1e-4
@@ -142,12 +143,12 @@ def share_reasons(
         shares: Of visits, one for each client.
         clients: Their names.
     """
-    new = np.diff(visits, axis=1, prepend=0) > 0
-    counts = np.bincount(client[new], minlength=len(shares))
+    steps = np.diff(visits.astype(np.int64), axis=1, prepend=0)
+    counts = np.bincount(client[steps > 0], minlength=len(shares))
     total = counts.sum()
     reasons = []
     never = [clients[int(s)] for s in np.flatnonzero(counts == 0)]
-    if never:
+    if never and steps[:, 1:].max(initial=0) <= 1:
         reasons.append(
             f"{len(never)} of {len(clients)} clients were never seen in {total} visits "
             f"({', '.join(never[:5])}{' and others' if len(never) > 5 else ''}): the draws know "
@@ -184,15 +185,18 @@ def coordinates_of(draws: Draws) -> tuple[list[str], np.ndarray]:
 
 
 def with_visit_notes(
-    draws: Draws, shares: np.ndarray, clients: Sequence[str], *, random: bool
+    draws: Draws, shares: np.ndarray, clients: Sequence[str], *, random: bool, stacklevel: int = 3
 ) -> Draws:
     """The draws, with what their visits say against them in ``notes``, for the verdict.
+
+    A bias is warned of as well.
 
     Args:
         draws: Draws whose ``stats`` have ``client`` and ``visits``.
         shares: The share of steps of each client.
         clients: Their names.
         random: Whether visits are drawn at random with these shares.
+        stacklevel: Of the warnings.
     """
     healthy = np.asarray(draws.first_bad) < 0
     of = np.asarray(draws.stats["client"])
@@ -206,6 +210,9 @@ def with_visit_notes(
         notes.append(describe_differences(found, clients))
     if random and of.size:
         notes += share_reasons(of, np.asarray(draws.stats["visits"]), shares, clients)
+    for note in notes:
+        if "were never seen" not in note:
+            warnings.warn(note, StabilityWarning, stacklevel=stacklevel)
     realized = np.bincount(of.ravel(), minlength=len(shares)) / max(of.size, 1)
     attrs: dict[str, Any] = {**draws.attrs, "realized_shares": realized.round(6).tolist()}
     return replace(draws, attrs=attrs, notes=(*draws.notes, *notes))

@@ -14,7 +14,13 @@ from stochgrad.federated._clients import require_clients
 from stochgrad.federated._curvature import hessian, precisions
 from stochgrad.federated._gaussians import Full, Surrogates
 from stochgrad.federated._matrices import MOST_EXACT_DIAGONALS, Curvatures, fits_matrices
-from stochgrad.federated._spread import Spread, diagonal_spread, spread_of_draws, step_time
+from stochgrad.federated._spread import (
+    Spread,
+    StabilityWarning,
+    diagonal_spread,
+    spread_of_draws,
+    step_time,
+)
 from stochgrad.federated._stability import (
     Margins,
     curvatures_about,
@@ -29,10 +35,6 @@ _SPREAD = 1.1
 _ENOUGH = 1.05
 """The same, up to which surrogates of first order are taken by default."""
 _RANKS = (4, 16)
-
-
-class StabilityWarning(UserWarning):
-    """Long visits to some client are unstable, or make the draws too wide or narrow."""
 
 
 def visit_times(posterior: Posterior, kernel: Kernel) -> np.ndarray | None:
@@ -86,8 +88,10 @@ def enforce_stability(
     messages = []
     long = clients.steps.max() > 1
     if long and not (surrogates.precision is None and tree_size(origin) > _MOST_DIMENSIONS):
-        surrogates, message = _drawn_back(margins(), surrogates, on_unsafe, times)
+        drawn_back, message = _drawn_back(margins(), surrogates, on_unsafe, times)
         messages += [message] if message else []
+        if drawn_back is not surrogates:
+            surrogates, spread = drawn_back, spread_of(drawn_back)
     if spread is not None and too_wide(spread):
         known = surrogates.precision is not None
         messages.append(describe_spread(spread, f"client {spread.client}", curved=known))

@@ -1,7 +1,6 @@
 """Sampling from the posterior of data that stay with their owners, in one call."""
 
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +46,7 @@ from stochgrad.federated._conducive import conducive
 from stochgrad.federated._costs import CLIENT_DATA, carried_bytes, with_communication
 from stochgrad.federated._fald import fald, fald_costs
 from stochgrad.federated._gaussians import Surrogates
-from stochgrad.federated._precautions import StabilityWarning, check_on_unsafe, enforce_stability
+from stochgrad.federated._precautions import check_on_unsafe, enforce_stability
 from stochgrad.federated._qlsd import qlsd, qlsd_costs
 from stochgrad.federated._reference import Reference, find_reference
 from stochgrad.federated._schedule import Selection, visiting
@@ -249,10 +248,7 @@ def _compared(draws: Draws, target: Posterior) -> Draws:
     clients = require_clients(target)
     random = clients.probabilities is not None and np.ptp(clients.steps) == 0
     names = [f"client {s}" for s in range(clients.count)]
-    compared = with_visit_notes(draws, clients.shares, names, random=random)
-    for note in compared.notes[len(draws.notes) :]:
-        warnings.warn(note, StabilityWarning, stacklevel=3)
-    return compared
+    return with_visit_notes(draws, clients.shares, names, random=random, stacklevel=4)
 
 
 def _made(kernel: Callable[[Gradient], Kernel], gradient: Posterior | Gradient) -> Kernel:

@@ -24,6 +24,10 @@ _DIRECT = 20
 """Dimensions up to which the law's linear equations are solved by a matrix of their own."""
 
 
+class StabilityWarning(UserWarning):
+    """Long visits to some client are unstable, or make the draws too wide or narrow."""
+
+
 class Spread(NamedTuple):
     """The direction in which the spread of the draws is most wrong, by the curvatures at a point.
 
