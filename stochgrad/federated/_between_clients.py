@@ -126,9 +126,8 @@ def describe_differences(found: Sequence[Difference], clients: Sequence[str]) ->
         f"draws depend on the client that is visited: {worst.coordinate} {what} while "
         f"{clients[worst.client]} is visited, against elsewhere ({worst.z:.2g} standard errors)"
         f"{more} (at {', '.join(names[:5])}{' and others' if len(names) > 5 else ''}). Visits are "
-        "too long for the surrogates, so that standard deviations are wrong: take "
-        "surrogate='global_quadratic', fewer local_steps or a smaller step_size. Or what a client "
-        "sends is not of its data."
+        "too long for the surrogates, so that standard deviations are wrong: take fewer "
+        "local_steps, a smaller step_size, or surrogates that know the curvature."
     )
 
 

@@ -17,6 +17,7 @@ from stochgrad.federated._gaussians import Full, Precision
 
 _MOST_DIMENSIONS, _MOST_NUMBERS = 100, 2e7
 _FLOOR = 1e-6
+_RADII = (1.0, 3.0, 10.0)
 MOST_EXACT_DIAGONALS = 500
 """Dimensions up to which diagonals of Hessians are exact, and not by random probes."""
 
@@ -37,10 +38,10 @@ class Curvatures(NamedTuple):
         return Curvatures(self.own[point], self.prior[point])
 
 
-def fits_matrices(posterior: Posterior, origin: Any) -> bool:
-    """Whether a matrix for each client is small enough: at most 100 dimensions."""
+def fits_matrices(posterior: Posterior, origin: Any, most: int = _MOST_DIMENSIONS) -> bool:
+    """Whether a matrix for each client is small enough: by default, at most 100 dimensions."""
     d = tree_size(origin)
-    return d <= _MOST_DIMENSIONS and require_clients(posterior).count * d**2 <= _MOST_NUMBERS
+    return d <= most and require_clients(posterior).count * d**2 <= _MOST_NUMBERS
 
 
 def curvature_matrices(posterior: Posterior, origin: Any, points: np.ndarray) -> Curvatures:
@@ -107,10 +108,10 @@ def diagonals(posterior: Posterior, origin: Any, kind: str) -> tuple[np.ndarray,
 
 
 def second_points(posterior: Posterior, origin: Any, here: Curvatures | None) -> np.ndarray:
-    r"""Raveled positions at the rim of where draws are, by the curvatures at the origin.
+    r"""Raveled positions at the rim of where draws are, and beyond, by the origin's curvatures.
 
-    All coordinates of the whitened position are moved at once, by $1 + 3/\sqrt d$ to either side:
-    a draw is that far from the mode three times in a thousand.
+    All coordinates of the whitened position are moved at once, by $1 + 3/\sqrt d$ to either side,
+    where a draw is three times in a thousand; and by three and ten times as much.
     """
     flat = np.asarray(ravel_pytree(origin)[0], np.float64)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(2, flat.size))
@@ -124,7 +125,7 @@ def second_points(posterior: Posterior, origin: Any, here: Curvatures | None) ->
         values, vectors = np.linalg.eigh(here.prior + here.own.sum(axis=0))
         values = np.maximum(np.abs(values), _FLOOR * max(np.abs(values).max(), 1e-30))
         moves = (moves / np.sqrt(values)) @ vectors.T
-    return flat + np.concatenate([moves, -moves])
+    return flat + np.concatenate([r * m for r in _RADII for m in (moves, -moves)])
 
 
 def own_products(posterior: Posterior) -> Any:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -13,7 +14,12 @@ from stochgrad.core import Kernel, Posterior, check_choice, tree_size
 from stochgrad.federated._clients import require_clients
 from stochgrad.federated._curvature import hessian, precisions
 from stochgrad.federated._gaussians import Full, Surrogates
-from stochgrad.federated._matrices import MOST_EXACT_DIAGONALS, Curvatures, fits_matrices
+from stochgrad.federated._matrices import (
+    MOST_EXACT_DIAGONALS,
+    Curvatures,
+    curvature_matrices,
+    fits_matrices,
+)
 from stochgrad.federated._spread import (
     Spread,
     StabilityWarning,
@@ -21,13 +27,7 @@ from stochgrad.federated._spread import (
     spread_of_draws,
     step_time,
 )
-from stochgrad.federated._stability import (
-    Margins,
-    curvatures_about,
-    margins_by_matrices,
-    margins_by_products,
-    safe_scale,
-)
+from stochgrad.federated._stability import Margins, margins_about, safe_scale
 
 _MOST_DIMENSIONS = 1000
 _SPREAD = 1.1
@@ -68,14 +68,12 @@ def enforce_stability(
     if clients.count == 1 or (on_unsafe == "ignore" and not choose):
         return surrogates, chosen
     time, times = step_time(kernel), visit_times(posterior, kernel)
-    about = curvatures_about(posterior, origin) if fits_matrices(posterior, origin) else None
-    here = None if about is None else about.at(0)
+    here = None
+    if fits_matrices(posterior, origin):
+        flat = np.asarray(ravel_pytree(origin)[0])
+        here = curvature_matrices(posterior, origin, flat[None]).at(0)
     spread_of = lambda made: None if time is None else spread_of_draws(posterior, made, time, here)
-    margins = (
-        (lambda: margins_by_products(posterior, origin))
-        if about is None
-        else (lambda: margins_by_matrices(posterior, origin, about))
-    )
+    margins = cache(lambda: margins_about(posterior, origin))
     spread = spread_of(surrogates)
     if choose and _needs_curvature(spread, time, clients.steps):
         chosen, surrogates = with_curvature(posterior, surrogates, here, spread_of)

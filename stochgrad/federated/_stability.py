@@ -24,7 +24,11 @@ from stochgrad.federated._matrices import (
 )
 from stochgrad.federated._rows import hessian_product
 
-_TOLERANCE, _SHRINK, _ROUNDS, _GROWTH = 1e-3, 0.7, 40, 0.1
+_TOLERANCE, _SHRINK, _ROUNDS = 1e-3, 0.7, 40
+_MOST_DIMENSIONS = 300
+"""Dimensions up to which eigenvalues are those of matrices, beyond by Lanczos iterations."""
+_GROWTH = 0.5
+"""What a position may grow by in a visit, as a logarithm, where positions are rarely."""
 _MOST_DIMENSIONS = 1000
 _SPREAD = 1.1
 """Error in standard deviations, as a factor, from which on visits are too long."""
@@ -46,9 +50,10 @@ class Stability(NamedTuple):
 
     $$\Lambda_0 + \sum_t \Lambda_t + \frac{H_s - \Lambda_s}{f_s},$$
 
-    with the prior's $\Lambda_0$ and the client's own $H_s$. It is looked at at the reference and at
-    four positions at the rim of where draws are: the likelihood of a logistic regression, say, runs
-    straighter there, and what its $H_s$ lacks of $\Lambda_s$ counts for $1/f_s$ of itself.
+    with the prior's $\Lambda_0$ and the client's own $H_s$. It is measured at the reference, and at
+    positions at the rim of where draws are, at three and at ten times that distance: far away the
+    likelihood of a logistic regression, say, is straight, and what its $H_s$ lacks of $\Lambda_s$
+    counts for $1/f_s$ of itself. Where likelihoods are Gaussian, all are the same.
 
     Attributes:
         margin: The smallest eigenvalue at the reference, for each client. Below zero, positions
@@ -64,7 +69,7 @@ class Stability(NamedTuple):
     def unsafe(self, *, far: bool = True, times: np.ndarray | None = None) -> np.ndarray:
         """Which clients' surrogates are unsafe, at the reference or (``far``) away from it.
 
-        With the ``times`` of visits, in which a position may grow by a tenth.
+        With the ``times`` of visits, in which a position may grow as $e^{1/2}$.
         """
         least = np.minimum(self.margin, self.far_margin) if far else self.margin
         allowed = _TOLERANCE * np.abs(self.largest)
@@ -86,7 +91,7 @@ class Stability(NamedTuple):
 def stability(posterior: Posterior, surrogates: Surrogates) -> Stability:
     """The stability of visits to each client, by products of Hessians with vectors.
 
-    In up to 100 dimensions by matrices, beyond by Lanczos iterations. A client works on its own
+    In up to 300 dimensions by matrices, beyond by Lanczos iterations. A client works on its own
     data alone.
 
     Args:
@@ -98,17 +103,17 @@ def stability(posterior: Posterior, surrogates: Surrogates) -> Stability:
     """
     check_federated(posterior)
     check_surrogates(posterior, surrogates)
-    return _margins(posterior, surrogates.origin)(surrogates.precision)
+    return margins_about(posterior, surrogates.origin)(surrogates.precision)
 
 
 Margins: TypeAlias = Callable[[Precision | None], Stability]
 
 
-def _margins(posterior: Posterior, origin: Any) -> Margins:
+def margins_about(posterior: Posterior, origin: Any) -> Margins:
     """The stability of precisions about an origin, with all else computed once."""
-    if fits_matrices(posterior, origin):
-        return margins_by_matrices(posterior, origin, curvatures_about(posterior, origin))
-    return margins_by_products(posterior, origin)
+    if fits_matrices(posterior, origin, _MOST_DIMENSIONS):
+        return _margins_by_matrices(posterior, origin, curvatures_about(posterior, origin))
+    return _margins_by_products(posterior, origin)
 
 
 def curvatures_about(posterior: Posterior, origin: Any) -> Curvatures:
@@ -120,20 +125,23 @@ def curvatures_about(posterior: Posterior, origin: Any) -> Curvatures:
     return Curvatures(*(np.concatenate(pair) for pair in zip(here, there, strict=True)))
 
 
-def margins_by_matrices(posterior: Posterior, origin: Any, found: Curvatures) -> Margins:
+def _margins_by_matrices(posterior: Posterior, origin: Any, found: Curvatures) -> Margins:
     clients = require_clients(posterior)
     over = clients.shares[:, None, None]
     bare = found.prior[:, None] + found.own / over
+    finite = np.asarray(np.isfinite(bare).all(axis=(2, 3), keepdims=True))
 
     def of(precision):
         known = surrogate_matrices(precision, clients.count, origin)
-        values = np.linalg.eigvalsh(bare + known.sum(axis=0) - known / over)
-        return Stability(values[0, :, 0], values[1:, :, 0].min(axis=0), values[0, :, -1])
+        curvature = bare + known.sum(axis=0) - known / over
+        values = np.linalg.eigvalsh(np.where(finite, curvature, 0))
+        least = np.where(finite[..., 0], values[..., :1], np.inf)[1:, :, 0].min(axis=0)
+        return Stability(values[0, :, 0], np.minimum(least, values[0, :, 0]), values[0, :, -1])
 
     return of
 
 
-def margins_by_products(posterior: Posterior, origin: Any) -> Margins:
+def _margins_by_products(posterior: Posterior, origin: Any) -> Margins:
     clients = require_clients(posterior)
     shares = clients.shares.astype(np.float32)
     flat, unravel = ravel_pytree(origin)
@@ -159,12 +167,12 @@ def margins_by_products(posterior: Posterior, origin: Any) -> Margins:
 
         return extreme_eigenvalues(product, flat.size)
 
-    rim = jnp.asarray(second_points(posterior, origin, None)[:2], flat.dtype)
+    points = jnp.asarray(second_points(posterior, origin, None)[::2], flat.dtype)
 
     def of(precision):
         numbers = range(clients.count)
         near = np.array([extremes(precision, s, flat) for s in numbers])
-        far = np.array([min(extremes(precision, s, x)[0] for x in rim) for s in numbers])
+        far = np.array([min(extremes(precision, s, x)[0] for x in points) for s in numbers])
         return Stability(near[:, 0], far, near[:, 1])
 
     return of
@@ -187,7 +195,7 @@ def capped(posterior: Posterior, surrogates: Surrogates, *, far: bool = True) ->
     far = check_flag("far", far)
     if surrogates.precision is None:
         return surrogates
-    margins = _margins(posterior, surrogates.origin)
+    margins = margins_about(posterior, surrogates.origin)
     return surrogates.scaled(safe_scale(margins, surrogates, far=far))
 
 
