@@ -1,5 +1,6 @@
 """Sampling from the posterior of data that stay with their owners."""
 
+from stochgrad.federated._between_clients import visit_notes as visit_notes
 from stochgrad.federated._client_sums import likelihood_sum as likelihood_sum
 from stochgrad.federated._client_sums import prior_only as prior_only
 from stochgrad.federated._clients import Clients as Clients
@@ -28,6 +29,7 @@ from stochgrad.federated._sample import sample as sample
 from stochgrad.federated._schedule import set_share as set_share
 from stochgrad.federated._schedule import visiting as visiting
 from stochgrad.federated._spread import StabilityWarning as StabilityWarning
+from stochgrad.federated._spread import step_time as step_time
 from stochgrad.federated._stability import Stability as Stability
 from stochgrad.federated._stability import capped as capped
 from stochgrad.federated._stability import stability as stability

@@ -183,19 +183,23 @@ def coordinates_of(draws: Draws) -> tuple[list[str], np.ndarray]:
     return [names[int(i)] for i in chosen], flat[:, :, chosen]
 
 
-def with_visit_notes(
-    draws: Draws, shares: np.ndarray, clients: Sequence[str], *, random: bool, stacklevel: int = 3
-) -> Draws:
-    """The draws, with what their visits say against them in ``notes``, for the verdict.
+class VisitNotes(NamedTuple):
+    """What visits say against draws, in sentences, and what is told of them anyway."""
 
-    A bias is warned of as well.
+    notes: tuple[str, ...]
+    attrs: dict[str, Any]
+
+
+def visit_notes(
+    draws: Draws, shares: np.ndarray, clients: Sequence[str], *, random: bool
+) -> VisitNotes:
+    """What the visits say against draws.
 
     Args:
         draws: Draws whose ``stats`` have ``client`` and ``visits``.
         shares: The share of steps of each client.
         clients: Their names.
         random: Whether visits are drawn at random with these shares.
-        stacklevel: Of the warnings.
     """
     healthy = np.asarray(draws.first_bad) < 0
     of = np.asarray(draws.stats["client"])
@@ -209,9 +213,16 @@ def with_visit_notes(
         notes.append(describe_differences(found, clients))
     if random and of.size:
         notes += share_reasons(of, np.asarray(draws.stats["visits"]), shares, clients)
+    realized = np.bincount(of.ravel(), minlength=len(shares)) / max(of.size, 1)
+    return VisitNotes(tuple(notes), {"realized_shares": realized.round(6).tolist()})
+
+
+def with_visit_notes(
+    draws: Draws, shares: np.ndarray, clients: Sequence[str], *, random: bool, stacklevel: int = 3
+) -> Draws:
+    """The draws with what their visits say against them in ``notes``; a bias is warned of."""
+    notes, attrs = visit_notes(draws, shares, clients, random=random)
     for note in notes:
         if "were never seen" not in note:
             warnings.warn(note, StabilityWarning, stacklevel=stacklevel)
-    realized = np.bincount(of.ravel(), minlength=len(shares)) / max(of.size, 1)
-    attrs: dict[str, Any] = {**draws.attrs, "realized_shares": realized.round(6).tolist()}
-    return replace(draws, attrs=attrs, notes=(*draws.notes, *notes))
+    return replace(draws, attrs={**draws.attrs, **attrs}, notes=(*draws.notes, *notes))

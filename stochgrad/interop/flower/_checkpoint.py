@@ -25,7 +25,12 @@ def check_checkpoint_path(checkpoint: Any) -> Path:
 
 
 def save_run(
-    path: Path, identity: dict, rows: dict[str, int], likelihoods: Likelihoods, chains: list[Chain]
+    path: Path,
+    identity: dict,
+    rows: dict[str, int],
+    likelihoods: Likelihoods,
+    chains: list[Chain],
+    gone: dict[str, str],
 ) -> None:
     """Write all that the run needs to go on; a full disk costs a warning, not the run."""
     notes = {
@@ -33,6 +38,7 @@ def save_run(
         "clients": [c.clients for c in chains],
         "minibatches": [c.minibatches for c in chains],
         "rows": rows,
+        "gone": gone,
         "setup": likelihoods.setup_bytes,
     }
     join = lambda *parts: np.concatenate(parts)
