@@ -65,7 +65,7 @@ class Reach(NamedTuple):
         if not distance <= allowed * scale:
             raise Refused(
                 f"a position {distance / scale:.3g} standard deviations away is not one that a "
-                f"visit leads to, {allowed:.3g} are the most"
+                f"visit leads to, {allowed:.3g} are the most (most_move={self.most:g})"
             )
         momentum = getattr(state, "momentum", None)
         if momentum is not None and self.unit_mass:
@@ -124,15 +124,16 @@ def slope_reason(answers: list[Answer]) -> str | None:
     """Why a client's slopes are not those of its log likelihood; None where they may be.
 
     Between two positions of the search the log likelihood changes by something between what the
-    slopes at either say, or near it.
+    slopes at either say, or near it, as far as rounding lets it be seen.
     """
     wrong = total = 0
     for a, b in pairwise(answers):
         move = b.position - a.position
-        if not np.any(move):
-            continue
         ends = sorted((float(a.slope @ move), float(b.slope @ move)))
-        slack = (ends[1] - ends[0]) + _ROUNDING * (abs(a.value) + abs(b.value) + 1)
+        rounding = _ROUNDING * (abs(a.value) + abs(b.value) + 1)
+        if max(map(abs, ends)) < 10 * rounding:
+            continue
+        slack = ends[1] - ends[0] + rounding
         total += 1
         wrong += not ends[0] - slack <= b.value - a.value <= ends[1] + slack
     if total >= 2 and 2 * wrong > total:
@@ -168,7 +169,7 @@ def check_rows(rows: Mapping[str, int], most: Mapping[str, int]) -> None:
 def rows_reason(clients: list[str], shares: np.ndarray, visits: int) -> str | None:
     """What is wrong where some clients will hardly be visited, and others mostly."""
     few = [clients[int(s)] for s in np.flatnonzero(visits * shares < 1)]
-    if not few:
+    if not few or visits < 2 * len(clients):
         return None
     most = int(np.argmax(shares))
     return (

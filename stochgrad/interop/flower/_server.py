@@ -221,18 +221,12 @@ def federate(
         chains = [Chain(None, [], [], [0] * len(clients)) for _ in range(num_chains)]
     save = None
     if path is not None:
-        save = lambda chains: save_run(
-            path, identity, network.rows, likelihoods, chains, network.gone
-        )
+        save = lambda chains: save_run(path, identity, network, likelihoods, chains)
         if not path.exists():
             save(chains)
     rows = np.array([network.rows[c] for c in clients])
-    told = (
-        []
-        if shares is not None
-        else [rows_reason(clients, rows / rows.sum(), num_visits * num_chains)]
-    )
-    shares = rows / rows.sum() if shares is None else shares
+    by_rows, shares = shares is None, rows / rows.sum() if shares is None else shares
+    told = [rows_reason(clients, shares, num_visits * num_chains)] if by_rows else []
     if settings["form"] == "none":
         slopes = likelihoods.slopes
         warn_of_own_effects(clients, slopes, shares, rows, example, local_steps)
@@ -242,7 +236,7 @@ def federate(
     visits = Visits(network, settings, likelihoods, shares, position, state, limits, reach, save)
     chains = visits.run(chains, jax.random.fold_in(key, 2), num_visits)
     draws = visits.as_draws(chains, num_visits, likelihoods.setup_bytes)
-    told = [] if reason is None else [reason]
+    told = [reason for reason in told if reason is not None]
     return with_fault_notes(draws, clients, shares, visits.faults(), told)
 
 
