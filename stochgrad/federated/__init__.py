@@ -19,8 +19,10 @@ from stochgrad.federated._gaussians import Full as Full
 from stochgrad.federated._gaussians import LowRank as LowRank
 from stochgrad.federated._gaussians import Precision as Precision
 from stochgrad.federated._gaussians import Surrogates as Surrogates
+from stochgrad.federated._matrices import rim as rim
 from stochgrad.federated._posterior import posterior as posterior
 from stochgrad.federated._precautions import warn_of_own_effects as warn_of_own_effects
+from stochgrad.federated._precautions import warn_of_unstable_visits as warn_of_unstable_visits
 from stochgrad.federated._qlsd import qlsd as qlsd
 from stochgrad.federated._reference import Reference as Reference
 from stochgrad.federated._reference import find_reference as find_reference

@@ -114,18 +114,22 @@ def second_points(posterior: Posterior, origin: Any, here: Curvatures | None) ->
     where a draw is three times in a thousand; and by three and ten times as much.
     """
     flat = np.asarray(ravel_pytree(origin)[0], np.float64)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(2, flat.size))
-    moves = (1 + 3 / np.sqrt(flat.size)) * signs
-    if here is None:
-        own, prior = diagonals(posterior, origin, "fisher")
-        total = prior + own.sum(axis=0)
-        total = np.maximum(total, _FLOOR * max(total.max(), 1e-30))
-        moves = moves / np.sqrt(total)
-    else:
-        values, vectors = np.linalg.eigh(here.prior + here.own.sum(axis=0))
-        values = np.maximum(np.abs(values), _FLOOR * max(np.abs(values).max(), 1e-30))
-        moves = (moves / np.sqrt(values)) @ vectors.T
-    return flat + np.concatenate([r * m for r in _RADII for m in (moves, -moves)])
+    if here is not None:
+        return rim(flat, here.prior + here.own.sum(axis=0))
+    own, prior = diagonals(posterior, origin, "fisher")
+    total = prior + own.sum(axis=0)
+    return rim(flat, total)
+
+
+def rim(origin: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """The same by a total curvature, a matrix or a diagonal: nearest first, in opposite pairs."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(2, origin.size))
+    moves = (1 + 3 / np.sqrt(origin.size)) * signs
+    values, vectors = (total, None) if total.ndim == 1 else np.linalg.eigh(total)
+    values = np.maximum(np.abs(values), _FLOOR * max(np.abs(values).max(), 1e-30))
+    moves = moves / np.sqrt(values)
+    moves = moves if vectors is None else moves @ vectors.T
+    return origin + np.concatenate([r * m for r in _RADII for m in (moves, -moves)])
 
 
 def own_products(posterior: Posterior) -> Any:

@@ -27,7 +27,7 @@ from stochgrad.federated._spread import (
     spread_of_draws,
     step_time,
 )
-from stochgrad.federated._stability import Margins, margins_about, safe_scale
+from stochgrad.federated._stability import Margins, Stability, margins_about, safe_scale
 
 _MOST_DIMENSIONS = 1000
 _SPREAD = 1.1
@@ -199,6 +199,41 @@ def warn_of_own_effects(
         message = describe_spread(spread, f"client {clients[spread.client]}")
         warnings.warn(
             f"if each row counts for a precision of one, {message}", StabilityWarning, stacklevel=3
+        )
+
+
+def warn_of_unstable_visits(
+    clients: Sequence[str],
+    own: np.ndarray,
+    precision: np.ndarray,
+    shares: np.ndarray,
+    kernel: Kernel,
+    local_steps: int,
+) -> None:
+    """Warn of clients whose visits run away, where curvatures are known as matrices.
+
+    Args:
+        clients: Names.
+        own: Of each client's log likelihood, at the reference and at other points
+            (points, clients, d, d).
+        precision: Of the surrogates (clients, d, d).
+        shares: The shares of steps.
+        kernel: The dynamics.
+        local_steps: Steps of a visit.
+    """
+    over = shares[:, None, None]
+    values = np.linalg.eigvalsh(precision.sum(axis=0) + (own - precision) / over)
+    report = Stability(values[0, :, 0], values[:, :, 0].min(axis=0), values[0, :, -1])
+    time = step_time(kernel)
+    times = None if time is None else np.full(len(clients), time * local_steps)
+    unsafe = report.unsafe(times=times)
+    if unsafe.any():
+        named = ", ".join(clients[int(s)] for s in np.flatnonzero(unsafe)[:5])
+        warnings.warn(
+            f"long local runs are unstable at {report.describe(times=times)}, which are {named}: "
+            "take fewer local_steps or a smaller step_size.",
+            StabilityWarning,
+            stacklevel=3,
         )
 
 

@@ -4,9 +4,12 @@ import json
 import warnings
 from functools import cache
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import stochgrad
 from stochgrad import federated
 from tests.federated.toys import log_likelihood, log_prior, rows
 from tests.interop.test_flower import INIT, NAMES, SIZES, grid, kernel, run
@@ -235,3 +238,48 @@ def test_honest_runs_are_not_refused():
 def test_limits_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         run(grid(), **options)
+
+
+@pytest.mark.slow
+def test_visits_that_run_away_are_warned_of_before_they_do():
+    """Bernoulli rows, straight far away, with an effect for each client; not normal ones."""
+
+    def bernoulli(p, batch):
+        y, s = batch
+        z = p[s]
+        return y * z - jnp.logaddexp(jnp.zeros_like(z), z)
+
+    def normal(p, batch):
+        y, s = batch
+        return -0.5 * (y - p[s]) ** 2
+
+    def go(likelihood):
+        def of_node(context):
+            s = NAMES.index(context.node_config["name"])
+            y = np.arange(SIZES[s]) % 3 == 0
+            data = (y.astype(np.float32), np.full(SIZES[s], s))
+            return federated.posterior(log_prior, likelihood, [data], batch_size=5)
+
+        start = jnp.zeros(3)
+        quick = lambda gradient: stochgrad.sgld(gradient, 0.005)
+        made = flower.client_app(of_node, quick, start)
+        nodes = {i: (made, {"name": name}) for i, name in enumerate(NAMES)}
+        return flower.federate(
+            flower.LoopbackGrid(nodes),
+            quick,
+            start,
+            jax.random.key(0),
+            clients=NAMES,
+            num_visits=2,
+            num_chains=3,
+            local_steps=50,
+            thin=50,
+            poll=0.0,
+            surrogate="global_quadratic",
+        )
+
+    with pytest.warns(federated.StabilityWarning, match="unstable at .* which are north"):
+        go(bernoulli)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", federated.StabilityWarning)
+        go(normal)

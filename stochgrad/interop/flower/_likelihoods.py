@@ -3,15 +3,17 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
-from stochgrad.core import Position
-from stochgrad.federated import maximize_over_clients
+from stochgrad.core import Kernel, Position
+from stochgrad.federated import maximize_over_clients, rim, warn_of_unstable_visits
 from stochgrad.interop.flower._network import Network, log
 from stochgrad.interop.flower._plausible import Answer, slope_reason
 
+_MOST_DIMENSIONS = 100
 _ROUNDING = 1e-4
 """Relative difference of log likelihoods and slopes from which on the data are others."""
 
@@ -66,6 +68,41 @@ def measure_likelihoods(
     return Likelihoods(
         reference=reference, total=total, values=values, slopes=slopes, setup_bytes=setup_bytes
     )
+
+
+def warn_of_runaways(
+    network: Network,
+    like: PyTree,
+    found: Likelihoods,
+    settings: dict[str, Any],
+    shares: np.ndarray,
+    kernel: Kernel,
+) -> int:
+    """Warn where visits run away, by each client's Hessian at the reference and at two points.
+
+    For surrogates with full matrices, up to a hundred dimensions: the points are at three and ten
+    times the distance of the rim of where draws are.
+
+    Returns:
+        Bytes that the clients sent for it.
+    """
+    flat, unravel = ravel_pytree(jax.tree.map(jnp.asarray, found.reference))
+    full = settings["form"] == "full" and flat.size <= _MOST_DIMENSIONS
+    if not full or settings["steps"] == 1 or len(network.clients) == 1:
+        return 0
+    total = np.asarray(found.total["precision"].matrices, np.float64)
+    points = [flat, *(jnp.asarray(x, flat.dtype) for x in rim(np.asarray(flat), total)[4::4])]
+
+    def measured(x, curvature):
+        position = jax.tree.map(np.asarray, unravel(x))
+        answers = network.ask(position, like, "full", curvature)
+        return np.stack([tree["precision"].matrices for _, tree in answers.values()])
+
+    own = np.stack([measured(x, "hessian") for x in points]).astype(np.float64)
+    fisher = settings["curvature"] == "fisher"
+    precision = measured(points[0], "fisher").astype(np.float64) if fisher else own[0]
+    warn_of_unstable_visits(network.clients, own, precision, shares, kernel, settings["steps"])
+    return flat.dtype.itemsize * (own.size + fisher * precision.size)
 
 
 def _check_slopes(told: dict[str, list[Answer]]) -> None:

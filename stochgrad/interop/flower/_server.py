@@ -38,7 +38,11 @@ from stochgrad.interop.flower._checkpoint import (
     save_run,
 )
 from stochgrad.interop.flower._faults import with_fault_notes
-from stochgrad.interop.flower._likelihoods import measure_again, measure_likelihoods
+from stochgrad.interop.flower._likelihoods import (
+    measure_again,
+    measure_likelihoods,
+    warn_of_runaways,
+)
 from stochgrad.interop.flower._network import Network
 from stochgrad.interop.flower._plausible import (
     check_most_rows,
@@ -106,7 +110,9 @@ def federate(
     lies as if it had other data cannot be told from one that has them.
 
     With surrogates of first order, visits that are too long for what some clients alone inform are
-    warned of (``stochgrad.federated.StabilityWarning``), from slopes and numbers of rows.
+    warned of (``stochgrad.federated.StabilityWarning``), from slopes and numbers of rows; with
+    ``"global_quadratic"``, in up to a hundred dimensions, visits that run away, from the clients'
+    Hessians at the reference and at two points far from it.
 
     Args:
         grid: What Flower gives the server, or a ``stochgrad.flower.LoopbackGrid``.
@@ -230,12 +236,15 @@ def federate(
     if settings["form"] == "none":
         slopes = likelihoods.slopes
         warn_of_own_effects(clients, slopes, shares, rows, example, local_steps)
+    sent = likelihoods.setup_bytes
+    if not network.gone:
+        sent += warn_of_runaways(network, position, likelihoods, settings, shares, example)
     limits = Limits(most_failures, deadline, most_refusals, on_absent)
     precision = likelihoods.total["precision"]
     reach = reach_of_visits(likelihoods.reference, precision, example, local_steps, most_move)
     visits = Visits(network, settings, likelihoods, shares, position, state, limits, reach, save)
     chains = visits.run(chains, jax.random.fold_in(key, 2), num_visits)
-    draws = visits.as_draws(chains, num_visits, likelihoods.setup_bytes)
+    draws = visits.as_draws(chains, num_visits, sent)
     told = [reason for reason in told if reason is not None]
     return with_fault_notes(draws, clients, shares, visits.faults(), told)
 
