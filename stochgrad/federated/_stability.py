@@ -27,7 +27,7 @@ from stochgrad.federated._rows import hessian_product
 _TOLERANCE, _SHRINK, _ROUNDS = 1e-3, 0.7, 40
 _MOST_DIMENSIONS = 300
 """Dimensions up to which eigenvalues are those of matrices, beyond by Lanczos iterations."""
-_GROWTH = 0.5
+_GROWTH = 0.25
 """What a position may grow by in a visit, as a logarithm, where positions are rarely."""
 _MOST_DIMENSIONS = 1000
 _SPREAD = 1.1
@@ -69,7 +69,7 @@ class Stability(NamedTuple):
     def unsafe(self, *, far: bool = True, times: np.ndarray | None = None) -> np.ndarray:
         """Which clients' surrogates are unsafe, at the reference or (``far``) away from it.
 
-        With the ``times`` of visits, in which a position may grow as $e^{1/2}$.
+        With the ``times`` of visits, in which a position may grow as $e^{1/4}$.
         """
         least = np.minimum(self.margin, self.far_margin) if far else self.margin
         allowed = _TOLERANCE * np.abs(self.largest)
