@@ -1,5 +1,6 @@
 """Federated sampling over a network, on Flower. Needs the extra ``[flower]``."""
 
+from stochgrad.interop.flower import FederationWarning as FederationWarning
 from stochgrad.interop.flower import LoopbackGrid as LoopbackGrid
 from stochgrad.interop.flower import client_app as client_app
 from stochgrad.interop.flower import federate as federate

@@ -1,5 +1,6 @@
 """Sampling from the posterior of data that stay with their owners."""
 
+from stochgrad.federated._between_clients import visit_notes as visit_notes
 from stochgrad.federated._client_sums import likelihood_sum as likelihood_sum
 from stochgrad.federated._client_sums import prior_only as prior_only
 from stochgrad.federated._clients import Clients as Clients
@@ -18,7 +19,10 @@ from stochgrad.federated._gaussians import Full as Full
 from stochgrad.federated._gaussians import LowRank as LowRank
 from stochgrad.federated._gaussians import Precision as Precision
 from stochgrad.federated._gaussians import Surrogates as Surrogates
+from stochgrad.federated._matrices import rim as rim
 from stochgrad.federated._posterior import posterior as posterior
+from stochgrad.federated._precautions import warn_of_own_effects as warn_of_own_effects
+from stochgrad.federated._precautions import warn_of_unstable_visits as warn_of_unstable_visits
 from stochgrad.federated._qlsd import qlsd as qlsd
 from stochgrad.federated._reference import Reference as Reference
 from stochgrad.federated._reference import find_reference as find_reference
@@ -26,11 +30,11 @@ from stochgrad.federated._reference import maximize_over_clients as maximize_ove
 from stochgrad.federated._sample import sample as sample
 from stochgrad.federated._schedule import set_share as set_share
 from stochgrad.federated._schedule import visiting as visiting
+from stochgrad.federated._spread import StabilityWarning as StabilityWarning
+from stochgrad.federated._spread import step_time as step_time
 from stochgrad.federated._stability import Stability as Stability
-from stochgrad.federated._stability import StabilityWarning as StabilityWarning
 from stochgrad.federated._stability import capped as capped
 from stochgrad.federated._stability import stability as stability
-from stochgrad.federated._stability import warn_of_own_effects as warn_of_own_effects
 from stochgrad.federated._surrogates import exact as exact
 from stochgrad.federated._surrogates import fisher_merge as fisher_merge
 from stochgrad.federated._surrogates import gaussian as gaussian

@@ -150,10 +150,12 @@ def precisions(
         rank: Of what rank, if that is a low one.
     """
     if form == "full":
-        return Full(for_each_client(posterior, lambda s: _matrix(posterior, curvature, s, at(s))))
+        return Full(
+            for_each_client(posterior, lambda s: curvature_matrix(posterior, curvature, s, at(s)))
+        )
     if form == "diagonal":
         return Diagonal(
-            for_each_client(posterior, lambda s: _diagonal(posterior, curvature, s, at(s)))
+            for_each_client(posterior, lambda s: curvature_diagonal(posterior, curvature, s, at(s)))
         )
     return LowRank(
         *for_each_client(posterior, lambda s: _low_rank(posterior, curvature, s, at(s), rank))
@@ -170,14 +172,16 @@ def _flat_product(posterior, curvature, client, position):
     return times, flat, unravel
 
 
-def _matrix(posterior, curvature, client, position):
+def curvature_matrix(posterior, curvature, client, position):
+    """A client's curvature as a matrix."""
     times, flat, _ = _flat_product(posterior, curvature, client, position)
     basis = jnp.eye(flat.size, dtype=flat.dtype)
     matrix = lax.map(times, basis, batch_size=min(_TOGETHER, flat.size))
     return (matrix + matrix.T) / 2
 
 
-def _diagonal(posterior, curvature, client, position):
+def curvature_diagonal(posterior, curvature, client, position):
+    """The diagonal of a client's curvature: a position; by random probes beyond 500 dimensions."""
     if curvature.diagonal is not None:
         return likelihood_sum(posterior, curvature.diagonal)(client, position)
     times, flat, unravel = _flat_product(posterior, curvature, client, position)
@@ -203,7 +207,7 @@ def _low_rank(posterior, curvature, client, position, rank):
     values, vectors = jnp.linalg.eigh((small + small.T) / 2)
     largest = jnp.argsort(-jnp.abs(values))[:rank]
     values, factors = values[largest], vectors.T[largest] @ q
-    diagonal = ravel_pytree(_diagonal(posterior, curvature, client, position))[0]
+    diagonal = ravel_pytree(curvature_diagonal(posterior, curvature, client, position))[0]
     rest = jnp.maximum(diagonal - jnp.einsum("r,rd,rd->d", values, factors, factors), 0)
     return factors, values, rest
 

@@ -87,10 +87,12 @@ class LowRank(NamedTuple):
 
         return _flat(product, v)
 
-    def conducive_parameters(self, shares: Float[np.ndarray, " clients"]) -> "LowRank | Full":
+    def conducive_parameters(
+        self, shares: Float[np.ndarray, " clients"]
+    ) -> "LowRank | TotalLessOwn":
         count, rank, d = self.factors.shape
         if count * rank >= d:
-            return self.full().conducive_parameters(shares)
+            return TotalLessOwn(self.matrix_of_all(), self.scaled(1 / shares))
         own = np.eye(count)[:, :, None] / shares[:, None, None]
         values = jnp.asarray(1 - own, self.values.dtype) * self.values[None]
         return LowRank(
@@ -99,10 +101,10 @@ class LowRank(NamedTuple):
             _conducive_parameters(self.diagonal, shares),
         )
 
-    def full(self) -> Full:
-        """The same as full matrices."""
-        low = jnp.einsum("srd,sr,sre->sde", self.factors, self.values, self.factors)
-        return Full(low + jax.vmap(jnp.diag)(self.diagonal))
+    def matrix_of_all(self) -> Float[Array, "d d"]:
+        """The sum over clients as one matrix."""
+        low = jnp.einsum("srd,sr,sre->de", self.factors, self.values, self.factors)
+        return low + jnp.diag(jnp.sum(self.diagonal, axis=0))
 
     def total(self, v: Position) -> Position:
         def product(x):
@@ -117,6 +119,18 @@ class LowRank(NamedTuple):
             self.values * _each(by, self.values),
             self.diagonal * _each(by, self.values),
         )
+
+
+class TotalLessOwn(NamedTuple):
+    r"""$\sum_t \Lambda_t - \Lambda_s / f_s$ as one matrix for all, and each client's own part."""
+
+    total: Float[Array, "d d"]
+    own: LowRank
+
+    def times(self, client: Int[Array, ""], v: Position) -> Position:
+        """The product of a client's matrix with a vector."""
+        all_ = _flat(lambda x: self.total @ x, v)
+        return jax.tree.map(jnp.subtract, all_, self.own.times(client, v))
 
 
 Precision: TypeAlias = Diagonal | Full | LowRank

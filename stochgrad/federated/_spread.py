@@ -4,23 +4,28 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from stochgrad.core import Kernel, Posterior, hoisted_jit, tree_size
-from stochgrad.federated._client_sums import likelihood_sum, prior_only
+from stochgrad.core import Kernel, Posterior, tree_size
 from stochgrad.federated._clients import require_clients
-from stochgrad.federated._curvature import fisher, hessian, precisions
-from stochgrad.federated._gaussians import Diagonal, Full, Precision, Surrogates
-from stochgrad.federated._rows import hessian_product
+from stochgrad.federated._gaussians import Surrogates
+from stochgrad.federated._matrices import (
+    MOST_EXACT_DIAGONALS,
+    Curvatures,
+    curvature_matrices,
+    diagonals,
+    fits_matrices,
+    precision_diagonals,
+    surrogate_matrices,
+)
 
-_DENSE = 100
-"""Dimensions up to which curvatures are matrices, and not diagonals of the Fisher information."""
+_DIRECT = 20
+"""Dimensions up to which the law's linear equations are solved by a matrix of their own."""
 
-_RADII = (0.3, 3.0, 30.0)
-"""Distances from the reference at which a constant curvature is looked at."""
+
+class StabilityWarning(UserWarning):
+    """Long visits to some client are unstable, or make the draws too wide or narrow."""
 
 
 class Spread(NamedTuple):
@@ -57,7 +62,10 @@ def step_time(kernel: Kernel) -> float | None:
 
 
 def spread_of_draws(
-    posterior: Posterior, surrogates: Surrogates, time_of_step: float
+    posterior: Posterior,
+    surrogates: Surrogates,
+    time_of_step: float,
+    here: Curvatures | None = None,
 ) -> Spread | None:
     r"""The spread that draws have, of Langevin dynamics between Gaussian clients.
 
@@ -68,50 +76,75 @@ def spread_of_draws(
     N is felt during its own visits only, the variance is too large by about
     $h N T\,(1 - f_s)/f_s$ of itself, as long as that is small.
 
-    Beyond 100 dimensions only diagonals are compared, of the empirical Fisher information, and of
-    surrogates of first order alone.
+    Beyond 100 dimensions only diagonals are compared: of the empirical Fisher information for
+    surrogates of first order, of the Hessian for others.
+
+    Args:
+        posterior: A posterior of data that clients own, visited as it will be.
+        surrogates: The surrogates.
+        time_of_step: Time of a step, as ``step_time`` gives it.
+        here: The curvatures at the surrogates' origin, where they are known already.
 
     Returns:
-        The worst direction; None where it is not known.
+        The worst direction, infinitely wide where visits drive it apart; None where the posterior
+        has no positive curvature, or the law was not found.
     """
-    clients = require_clients(posterior)
+    clients, origin = require_clients(posterior), surrogates.origin
     p = np.full(clients.count, 1 / clients.count)
     p = p if clients.probabilities is None else clients.probabilities
     times = time_of_step * clients.steps.astype(np.float64)
-    if tree_size(surrogates.origin) > _DENSE:
-        if surrogates.precision is not None:
-            return None
-        own, prior = _diagonals(posterior, surrogates)
-        return diagonal_spread(surrogates.origin, own, prior, clients.shares, p, times)
-    own, prior, known = _matrices(posterior, surrogates)
+    if not fits_matrices(posterior, origin):
+        return _spread_by_diagonals(posterior, surrogates, p, times)
+    if here is None:
+        flat = np.asarray(ravel_pytree(origin)[0])
+        here = curvature_matrices(posterior, origin, flat[None]).at(0)
+    own, prior = here
+    known = surrogate_matrices(surrogates.precision, surrogates.count, origin)
     exact = prior + own.sum(axis=0)
     if not np.all(np.isfinite(own)) or np.linalg.eigvalsh(exact)[0] <= 0:
         return None
     visits = prior + known.sum(axis=0) + (own - known) / clients.shares[:, None, None]
+    root = np.linalg.cholesky(exact)
     covariance = stationary_covariance(visits, p, times)
     if covariance is None:
         return None
-    root = np.linalg.cholesky(exact)
+    if not np.isfinite(covariance).all():
+        least = [np.linalg.eigh(a) for a in visits]
+        worst = min(least, key=lambda pair: pair[0][0])[1][:, 0]
+        coordinate = int(np.argmax(worst**2))
+        informed = np.diagonal(own, axis1=1, axis2=2)[:, coordinate]
+        return _worst(origin, np.inf, coordinate, informed, times)
     values, vectors = np.linalg.eigh(root.T @ covariance @ root)
     worst = int(np.argmax(np.abs(np.log(np.maximum(values, 1e-12)))))
     v = np.linalg.solve(root.T, vectors[:, worst])
-    weights = v**2 * np.diagonal(exact)
-    return _worst(
-        surrogates.origin,
-        float(np.sqrt(values[worst])),
-        int(np.argmax(weights)),
-        np.diagonal(own, axis1=1, axis2=2)[:, np.argmax(weights)],
-        times,
-    )
+    coordinate = int(np.argmax(v**2 * np.diagonal(exact)))
+    informed = np.diagonal(own, axis1=1, axis2=2)[:, coordinate]
+    return _worst(origin, float(np.sqrt(values[worst])), coordinate, informed, times)
 
 
-def diagonal_spread(origin: Any, own, prior, shares, p, times) -> Spread | None:
+def _spread_by_diagonals(posterior, surrogates: Surrogates, p, times) -> Spread | None:
+    origin, shares = surrogates.origin, require_clients(posterior).shares
+    if surrogates.precision is None:
+        own, prior = diagonals(posterior, origin, "fisher")
+        return diagonal_spread(origin, own, prior, shares, p, times)
+    if tree_size(origin) > MOST_EXACT_DIAGONALS:
+        return None
+    own, prior = diagonals(posterior, origin, "hessian")
+    known = precision_diagonals(surrogates.precision, surrogates.count, origin)
+    return diagonal_spread(origin, own, prior, shares, p, times, known)
+
+
+def diagonal_spread(
+    origin: Any, own, prior, shares, p, times, surrogate: Any = 0.0
+) -> Spread | None:
     """The worst coordinate of curvatures (clients, d) that have no others than diagonals."""
     exact = prior + own.sum(axis=0)
     known = exact > 0
     if not known.any():
         return None
-    visits = np.maximum(prior + own / shares[:, None], 1e-12)
+    surrogate = np.broadcast_to(surrogate, own.shape)
+    visits = prior + surrogate.sum(axis=0) + (own - surrogate) / shares[:, None]
+    visits = np.maximum(visits, 1e-12)
     variance = _stationary_variance(visits, p, times)
     ratio = np.where(known, np.sqrt(variance * np.where(known, exact, 1)), 1.0)
     worst = int(np.argmax(np.abs(np.log(ratio))))
@@ -119,19 +152,22 @@ def diagonal_spread(origin: Any, own, prior, shares, p, times) -> Spread | None:
 
 
 def stationary_covariance(visits: np.ndarray, p: np.ndarray, times: np.ndarray):
-    """The covariance, averaged over time, of visits of these curvatures; None if there is none."""
+    """The covariance, averaged over time, of visits of these curvatures.
+
+    Infinite where visits drive positions apart; None where it is not found.
+    """
     from scipy.sparse.linalg import LinearOperator, gmres
 
     values, vectors = np.linalg.eigh(visits)
     rates = values[:, :, None] + values[:, None, :]
     reach = rates * times[:, None, None]
+    size = visits.shape[1]
     if np.min(reach) < -50:
-        return None
+        return np.full((size, size), np.inf)
     decay, mean = np.exp(-reach), _mean_decay(reach)
     growth = np.stack([np.diag(2 * t * np.diag(m)) for t, m in zip(times, mean, strict=True)])
     turn = lambda x: np.einsum("sji,jk,skl->sil", vectors, x, vectors)
     back = lambda x, weights: np.einsum("s,sij,sjk,slk->il", weights, vectors, x, vectors)
-    size = visits.shape[1]
 
     def rest(flat):
         m = flat.reshape(size, size)
@@ -142,12 +178,16 @@ def stationary_covariance(visits: np.ndarray, p: np.ndarray, times: np.ndarray):
         matvec=rest,  # pyright: ignore
         dtype=np.float64,  # pyright: ignore
     )
-    start, failed = gmres(operator, back(growth, p).ravel(), rtol=1e-5, restart=60, maxiter=20)
+    if size <= _DIRECT:
+        matrix = np.stack([rest(unit) for unit in np.eye(size**2)], axis=1)
+        start, failed = np.linalg.lstsq(matrix, back(growth, p).ravel())[0], 0
+    else:
+        start, failed = gmres(operator, back(growth, p).ravel(), rtol=1e-5, restart=60, maxiter=20)
     if failed or not np.all(np.isfinite(start)):
         return None
     start = start.reshape(size, size)
     if np.linalg.eigvalsh((start + start.T) / 2)[0] < 0:
-        return None
+        return np.full((size, size), np.inf)
     inside = mean * turn(start)
     for s, (rate, t) in enumerate(zip(values, times, strict=True)):
         inside[s] += np.diag(2 * t * _mean_growth(2 * rate * t))
@@ -174,65 +214,6 @@ def _mean_growth(x: np.ndarray) -> np.ndarray:
     """The mean of $(1 - e^{-xu})/x$ over u from zero to one."""
     small = np.abs(x) < 1e-4
     return np.where(small, 0.5 - x / 6, (1 - _mean_decay(x)) / np.where(small, 1, x))
-
-
-def curvature_is_constant(posterior: Posterior, origin: Any) -> bool:
-    """Whether each client's likelihood is a Gaussian function of the position, as far as is seen.
-
-    Products of its curvature with one vector are compared at points near the origin and far away.
-    """
-    flat, unravel = ravel_pytree(origin)
-    bend = likelihood_sum(posterior, hessian_product(posterior))
-    random = np.random.default_rng(0)
-    v = jnp.asarray(random.normal(size=flat.size), flat.dtype)
-    directions = random.choice([-1.0, 1.0], size=(len(_RADII), flat.size))
-    moves = np.concatenate([np.zeros((1, flat.size)), np.array(_RADII)[:, None] * directions])
-    numbers = np.arange(require_clients(posterior).count, dtype=np.int32)
-
-    def products(points):
-        of = lambda s, x: ravel_pytree(bend(s, unravel(x), unravel(v)))[0]
-        return lax.map(lambda s: lax.map(lambda x: of(s, x), points), numbers)
-
-    points = flat[None] + jnp.asarray(moves, flat.dtype)
-    found = np.asarray(hoisted_jit(products)(points), np.float64)
-    gap = np.max(np.abs(found[:, 1:] - found[:, :1]), axis=(1, 2))
-    return bool(np.all(gap <= 1e-3 * np.max(np.abs(found[:, 0]), axis=1)))
-
-
-def _matrices(posterior: Posterior, surrogates: Surrogates):
-    """Curvatures of the clients' likelihoods, of the prior, and of the surrogates."""
-    origin = surrogates.origin
-    own = precisions(posterior, hessian(posterior), lambda _: origin, "full", 1)
-    assert isinstance(own, Full)
-    flat, unravel = ravel_pytree(origin)
-    basis = jnp.eye(flat.size, dtype=flat.dtype)
-    product = prior_only(posterior, hessian_product(posterior))
-    prior = hoisted_jit(
-        lambda basis: lax.map(lambda v: ravel_pytree(product(origin, unravel(v)))[0], basis)
-    )(basis)
-    known = _as_matrices(surrogates.precision, surrogates.count, basis, unravel)
-    return tuple(np.asarray(x, np.float64) for x in (own.matrices, prior, known))
-
-
-def _as_matrices(precision: Precision | None, count: int, basis: Any, unravel: Any):
-    if precision is None:
-        return np.zeros((count, *basis.shape))
-    if isinstance(precision, Full):
-        return precision.matrices
-    row = lambda s, v: ravel_pytree(precision.times(s, unravel(v)))[0]
-    return jax.vmap(lambda s: jax.vmap(lambda v: row(s, v))(basis))(jnp.arange(count))
-
-
-def _diagonals(posterior: Posterior, surrogates: Surrogates):
-    """Diagonals of the clients' empirical Fisher information, and of the prior's curvature."""
-    origin = surrogates.origin
-    own = precisions(posterior, fisher(posterior), lambda _: origin, "diagonal", 1)
-    assert isinstance(own, Diagonal)
-    flat = jax.vmap(lambda x: ravel_pytree(x)[0])(own.values)
-    product = prior_only(posterior, hessian_product(posterior))
-    ones = jax.tree.map(jnp.ones_like, origin)
-    prior = ravel_pytree(hoisted_jit(product)(origin, ones))[0]
-    return np.asarray(flat, np.float64), np.maximum(np.asarray(prior, np.float64), 0)
 
 
 def _worst(origin: Any, ratio: float, coordinate: int, curvatures, times) -> Spread:

@@ -63,6 +63,7 @@ def test_fald_drifts_as_its_closed_form_says(local_steps, bias):
 @pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["FSGLD", "DSGLD", "FALD", "VR-FALD*", "QLSD++"])
+@pytest.mark.filterwarnings("ignore:draws depend:stochgrad.federated.StabilityWarning")  # DSGLD
 def test_every_method_samples_the_posterior_where_it_has_no_bias(method):
     target, _, mean = gaussian_mean(sizes=(8, 12, 20), batch_size=4)
     draws = federated.sample(

@@ -1,6 +1,7 @@
 """The bridge to Flower."""
 
 from stochgrad.interop.flower._client import client_app as client_app
+from stochgrad.interop.flower._faults import FederationWarning as FederationWarning
 from stochgrad.interop.flower._loopback import LoopbackGrid as LoopbackGrid
 from stochgrad.interop.flower._server import federate as federate
 from stochgrad.interop.flower._server import server_app as server_app

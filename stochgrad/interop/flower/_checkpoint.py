@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from stochgrad.core import CheckpointWarning, check_path, load_notes, load_tree, save_tree
 from stochgrad.interop.flower._likelihoods import Likelihoods
+from stochgrad.interop.flower._network import Network
 from stochgrad.interop.flower._protocol import sum_shapes
 from stochgrad.interop.flower._visits import Chain
 
@@ -25,14 +26,19 @@ def check_checkpoint_path(checkpoint: Any) -> Path:
 
 
 def save_run(
-    path: Path, identity: dict, rows: dict[str, int], likelihoods: Likelihoods, chains: list[Chain]
+    path: Path,
+    identity: dict,
+    network: Network,
+    likelihoods: Likelihoods,
+    chains: list[Chain],
 ) -> None:
     """Write all that the run needs to go on; a full disk costs a warning, not the run."""
     notes = {
         "run": identity,
         "clients": [c.clients for c in chains],
         "minibatches": [c.minibatches for c in chains],
-        "rows": rows,
+        "rows": network.rows,
+        "gone": network.gone,
         "setup": likelihoods.setup_bytes,
     }
     join = lambda *parts: np.concatenate(parts)

@@ -3,13 +3,17 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
-from stochgrad.core import Position
-from stochgrad.federated import maximize_over_clients
+from stochgrad.core import Kernel, Position
+from stochgrad.federated import maximize_over_clients, rim, warn_of_unstable_visits
 from stochgrad.interop.flower._network import Network, log
+from stochgrad.interop.flower._plausible import Answer, slope_reason
 
+_MOST_DIMENSIONS = 100
 _ROUNDING = 1e-4
 """Relative difference of log likelihoods and slopes from which on the data are others."""
 
@@ -37,16 +41,26 @@ def measure_likelihoods(
 ) -> Likelihoods:
     """Find the reference, and each client's log likelihood there."""
     curvature = settings["curvature"]
+    told: dict[str, list[Answer]] = {name: [] for name in network.clients}
+
+    def listen(position, answers):
+        flat = np.asarray(ravel_pytree(position)[0], np.float64)
+        for name, (value, tree) in answers.items():
+            slope = np.asarray(ravel_pytree(tree["slope"])[0], np.float64)
+            told[name].append(Answer(flat, value, slope))
 
     def score(position):
         answers = network.ask(position, like, "none", curvature, network.clients[0])
+        listen(position, answers)
         value = sum(value for value, _ in answers.values())
         slopes = [tree["slope"] for _, tree in answers.values()]
         return value, jax.tree.map(lambda *x: np.sum(x, axis=0), *slopes)
 
     mode = maximize_over_clients(score, init, len(network.clients), max_rounds, 1e-3)
     reference = jax.tree.map(np.asarray, mode.position)
+    _check_slopes(told)
     answers = network.ask(reference, like, settings["form"], curvature)
+    _check_repeated(reference, answers, told)
     trees = [tree for _, tree in answers.values()]
     total = jax.tree.map(lambda *x: np.sum(x, axis=0), *trees)
     setup_bytes = mode.bytes_up + sum(x.nbytes for x in jax.tree.leaves(trees))
@@ -54,6 +68,68 @@ def measure_likelihoods(
     return Likelihoods(
         reference=reference, total=total, values=values, slopes=slopes, setup_bytes=setup_bytes
     )
+
+
+def warn_of_runaways(
+    network: Network,
+    like: PyTree,
+    found: Likelihoods,
+    settings: dict[str, Any],
+    shares: np.ndarray,
+    kernel: Kernel,
+) -> int:
+    """Warn where visits run away, by each client's Hessian at the reference and at two points.
+
+    For surrogates with full matrices, up to a hundred dimensions: the points are at three and ten
+    times the distance of the rim of where draws are.
+
+    Returns:
+        Bytes that the clients sent for it.
+    """
+    flat, unravel = ravel_pytree(jax.tree.map(jnp.asarray, found.reference))
+    full = settings["form"] == "full" and flat.size <= _MOST_DIMENSIONS
+    if not full or settings["steps"] == 1 or len(network.clients) == 1:
+        return 0
+    total = np.asarray(found.total["precision"].matrices, np.float64)
+    points = [flat, *(jnp.asarray(x, flat.dtype) for x in rim(np.asarray(flat), total)[4::4])]
+
+    def measured(x, curvature):
+        position = jax.tree.map(np.asarray, unravel(x))
+        answers = network.ask(position, like, "full", curvature)
+        return np.stack([tree["precision"].matrices for _, tree in answers.values()])
+
+    own = np.stack([measured(x, "hessian") for x in points]).astype(np.float64)
+    fisher = settings["curvature"] == "fisher"
+    precision = measured(points[0], "fisher").astype(np.float64) if fisher else own[0]
+    warn_of_unstable_visits(network.clients, own, precision, shares, kernel, settings["steps"])
+    return flat.dtype.itemsize * (own.size + fisher * precision.size)
+
+
+def _check_slopes(told: dict[str, list[Answer]]) -> None:
+    """Raise a ValueError that names a client whose slopes are not of its log likelihood."""
+    for name, answers in told.items():
+        reason = slope_reason(answers)
+        if reason is not None:
+            raise ValueError(
+                f"client {name!r} does not send slopes of a log likelihood: {reason}. Surrogates "
+                "made of them would move the posterior: find out why, or leave it out of clients."
+            )
+
+
+def _check_repeated(reference: Position, answers: dict, told: dict[str, list[Answer]]) -> None:
+    """The same for slopes at the reference, which the search has seen; with the prior at one."""
+    flat = np.asarray(ravel_pytree(reference)[0], np.float64)
+    for name, (_, tree) in list(answers.items())[1:]:
+        before = [a for a in told[name] if np.array_equal(a.position, flat)]
+        slope = np.asarray(ravel_pytree(tree["slope"])[0], np.float64)
+        if not before:
+            continue
+        gap = float(np.max(np.abs(slope - before[-1].slope)))
+        if gap > 1e-3 * max(float(np.max(np.abs(before[-1].slope))), 1.0):
+            raise ValueError(
+                f"client {name!r} does not send slopes of a log likelihood: at one position they "
+                f"differ by {gap:.3g} the second time. Find out why, or leave it out of clients."
+            )
 
 
 def measure_again(
@@ -64,7 +140,11 @@ def measure_again(
     Raises:
         ValueError: they differ by more than rounding: a client has other data.
     """
-    values, slopes = _values_and_slopes(network.ask(before.reference, like, "none", curvature))
+    answers = network.ask(before.reference, like, "none", curvature)
+    for s in [s for s, name in enumerate(network.clients) if name in network.gone]:
+        own = {"slope": jax.tree.map(lambda x: x[s], before.slopes)}
+        answers[network.clients[s]] = (float(before.values[s]), own)
+    values, slopes = _values_and_slopes({name: answers[name] for name in network.clients})
     scale = max(float(np.max(np.abs(x))) for x in jax.tree.leaves(before.slopes))
     leaves = list(zip(jax.tree.leaves(before.slopes), jax.tree.leaves(slopes), strict=True))
     for s, client in enumerate(network.clients):

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from stochgrad.interop.flower._protocol import sum_shapes
 from stochgrad.interop.flower._wire import (
+    Lost,
     Refused,
     check_reply,
     metadata,
@@ -29,6 +30,10 @@ class Network:
     Attributes:
         nodes: The node of each client that is connected.
         rows: The number of rows of each client.
+        refusals: How many replies of each client were not what they should be.
+        left: Clients that went away while the run was on.
+        gone: Clients that are not waited for any more, and why.
+        second_nodes: Nodes that were not taken in, as another had their client's name.
     """
 
     def __init__(self, grid: Grid, clients: list[str], timeout: float, poll: float):
@@ -37,7 +42,10 @@ class Network:
         self.nodes: dict[str, int] = {}
         self.rows: dict[str, int] = {}
         self._greeted: set[int] = set()
-        self._rivals: set[tuple[str, int]] = set()
+        self.refusals = dict.fromkeys(clients, 0)
+        self.left: set[str] = set()
+        self.gone: dict[str, str] = {}
+        self.second_nodes: set[tuple[str, int]] = set()
 
     def refresh_nodes(self, *, starting: bool = False) -> None:
         """Ask nodes that were not there before for their names; forget those that are gone.
@@ -76,6 +84,7 @@ class Network:
             nodes[name] = node
         for name in self.nodes.keys() - nodes.keys():
             log.warning("client %s is gone; its visits wait for it", name)
+            self.left.add(name)
         self.nodes = nodes
 
     def _refuse_second(self, name: str, first: int, second: int, starting: bool) -> None:
@@ -85,18 +94,22 @@ class Network:
         )
         if starting:
             raise ValueError(f"{message}.")
-        if (name, second) not in self._rivals:
+        if (name, second) not in self.second_nodes:
             log.warning(
                 "%s; node %s is not taken in while node %s is there", message, second, first
             )
-            self._rivals.add((name, second))
+            self.second_nodes.add((name, second))
+
+    def missing(self) -> list[str]:
+        """Clients that are waited for."""
+        return [c for c in self.clients if c not in self.nodes and c not in self.gone]
 
     def barrier(self, *, starting: bool = False) -> None:
         """Wait until every client is there."""
         end = time.monotonic() + self.timeout
         while True:
             self.refresh_nodes(starting=starting)
-            missing = [c for c in self.clients if c not in self.nodes]
+            missing = self.missing()
             if not missing:
                 return
             if time.monotonic() > end:
@@ -126,13 +139,14 @@ class Network:
     def ask(
         self, position: PyTree, like: PyTree, form: str, curvature: str, prior_of: str = ""
     ) -> dict[str, tuple[float, PyTree]]:
-        """Every client's log likelihood at a position; one that fails is asked again."""
+        """The log likelihood at a position of all clients that are not gone, asked up to thrice."""
         total = sum_shapes(like, form)
         shapes = {"slope": total["slope"], "precision": _with_axis(total["precision"])}
         answers: dict[str, tuple[float, PyTree]] = {}
+        asked = [c for c in self.clients if c not in self.gone]
         for _ in range(3):
             requests = {}
-            for name in [c for c in self.clients if c not in answers]:
+            for name in [c for c in asked if c not in answers]:
                 settings: dict[str, Any] = {"form": form, "curvature": curvature}
                 settings["prior"] = name == prior_of
                 node, trees = self.nodes[name], {"position": position}
@@ -151,11 +165,12 @@ class Network:
                     answers[name] = (value, tree)
                 except Refused as reason:
                     log.warning("client %s is asked again: %s", name, reason)
-            if len(answers) == len(self.clients):
-                return {name: answers[name] for name in self.clients}
+                    self.refusals[name] += not isinstance(reason, Lost)
+            if len(answers) == len(asked):
+                return {name: answers[name] for name in asked}
             self.refresh_nodes()
             self.barrier()
-        missing = [c for c in self.clients if c not in answers]
+        missing = [c for c in asked if c not in answers]
         raise TimeoutError(
             f"clients {missing} did not send their log likelihoods; the log says why, and their "
             "own logs in more words."

@@ -37,8 +37,19 @@ from stochgrad.interop.flower._checkpoint import (
     load_run_notes,
     save_run,
 )
-from stochgrad.interop.flower._likelihoods import measure_again, measure_likelihoods
+from stochgrad.interop.flower._faults import with_fault_notes
+from stochgrad.interop.flower._likelihoods import (
+    measure_again,
+    measure_likelihoods,
+    warn_of_runaways,
+)
 from stochgrad.interop.flower._network import Network
+from stochgrad.interop.flower._plausible import (
+    check_most_rows,
+    check_rows,
+    reach_of_visits,
+    rows_reason,
+)
 from stochgrad.interop.flower._protocol import (
     digest_of,
     kernel_settings,
@@ -47,7 +58,7 @@ from stochgrad.interop.flower._protocol import (
     program_digest,
     state_shapes,
 )
-from stochgrad.interop.flower._visits import Chain, Visits
+from stochgrad.interop.flower._visits import Chain, Limits, Visits
 
 FORMS = {"global_first_order": "none", "global_diagonal": "diagonal", "global_quadratic": "full"}
 
@@ -73,6 +84,10 @@ def federate(
     poll: float = 0.2,
     most_failures: int = 20,
     deadline: float = 3600.0,
+    most_refusals: int = 5,
+    most_move: float = 10.0,
+    most_rows: int | Mapping[str, int] | None = None,
+    on_absent: str = "stop",
     checkpoint: str | Path | None = None,
     resume: bool = False,
 ) -> Draws:
@@ -87,11 +102,17 @@ def federate(
     chain, is logged and tried again from the chain's last state, at the client that was drawn and
     with the same key: a visit to another one in its place would bias the draws. A client whose node
     is gone is waited for, until a node with its name is there again. After ``most_failures``
-    failures or ``deadline`` seconds the run stops. The draws do not depend on how often visits
-    failed.
+    failures or ``deadline`` seconds the run stops, or goes on with the client's surrogate in place
+    of its data. The draws do not depend on how often visits failed.
+
+    Answers that no honest client gives are refused: slopes that do not go with values of the log
+    likelihood, states farther away than a visit leads, more rows than are allowed. A client that
+    lies as if it had other data cannot be told from one that has them.
 
     With surrogates of first order, visits that are too long for what some clients alone inform are
-    warned of (``stochgrad.federated.StabilityWarning``), from slopes and numbers of rows.
+    warned of (``stochgrad.federated.StabilityWarning``), from slopes and numbers of rows; with
+    ``"global_quadratic"``, in up to a hundred dimensions, visits that run away, from the clients'
+    Hessians at the reference and at two points far from it.
 
     Args:
         grid: What Flower gives the server, or a ``stochgrad.flower.LoopbackGrid``.
@@ -114,6 +135,15 @@ def federate(
         most_failures: How often one visit may fail before the run stops. The pause before each
             attempt is twice that of the last, from ``poll`` to a minute.
         deadline: Seconds for all attempts at one visit, after which the run stops.
+        most_refusals: How many replies of one client in a row may be refused, before it is visited
+            no more.
+        most_move: How far from the reference a visit may end, in standard deviations over
+            $\frac32\sqrt d$: of the surrogates where they have curvature, else of the diffusion of
+            a visit. Farther replies are refused. Infinite for no bound.
+        most_rows: The most rows that a client may declare, one number or one for each by name.
+        on_absent: What to do where a client fails for good or is refused too often: ``"stop"``,
+            or ``"surrogate"``, which goes on with the client's surrogate in place of its data:
+            nearly right with ``"global_quadratic"``, too wide with ``"global_first_order"``.
         checkpoint: A file for the state of the run, written whole after each visit.
         resume: Whether to go on from it, if it is there. Kernel, settings and clients must be those
             of before: clients are asked for their log likelihood and its slope at the reference,
@@ -121,15 +151,21 @@ def federate(
 
     Returns:
         Draws, with the ``client``, the number of ``visits`` and the ``bytes_up`` and ``bytes_down``
-        of states and draws in ``stats``, and ``lost_visits`` in ``attrs``.
+        of states and draws in ``stats``. ``attrs`` have the ``realized_shares`` of visits, and by
+        client how many visits were lost (``lost_visits_of``) and replies refused (``refusals_of``),
+        who left (``left_and_waited_for``), of whom there were two nodes (``second_nodes_of``) and
+        who is ``gone``; refusals and what bears on the draws are in one warning at the end, the
+        latter in the verdict too.
 
     Raises:
         TypeError: the key is not a typed PRNG key; an argument is of the wrong kind.
-        ValueError: a number is out of range; two nodes report the name of one client; the
-            checkpoint is of another run: another kernel, other settings, or clients with other
-            data.
+        ValueError: a number is out of range; a client declares more rows than ``most_rows``, or
+            sends slopes that are not those of its log likelihood; two nodes report the name of one
+            client; the checkpoint is of another run: another kernel, other settings, or clients
+            with other data.
         TimeoutError: a client is not there, or does not answer during the preparations.
-        RuntimeError: a visit fails again and again, or its client stays away.
+        RuntimeError: a visit fails again and again, its client stays away, or its replies are
+            refused, and ``on_absent`` is ``"stop"``.
         OSError: the checkpoint's directory is not there.
     """
     check_instance("grid", grid, Grid, "Flower's Grid or a stochgrad.flower.LoopbackGrid")
@@ -151,6 +187,11 @@ def federate(
     timeout, poll = check_number("timeout", timeout), check_number("poll", poll, zero=True)
     most_failures = check_count("most_failures", most_failures, least=0)
     deadline = check_number("deadline", deadline)
+    most_refusals = check_count("most_refusals", most_refusals, least=0)
+    if most_move != np.inf:
+        most_move = check_number("most_move", most_move)
+    row_limits = check_most_rows(most_rows, clients)
+    check_choice("on_absent", on_absent, ("stop", "surrogate"))
     resume = check_flag("resume", resume)
     if resume and checkpoint is None:
         raise ValueError("resume=True needs checkpoint, the file to resume from.")
@@ -174,30 +215,38 @@ def federate(
     if path is not None and path.exists():
         name, notes = f"checkpoint={str(path)!r}", load_run_notes(path)
         check_same_run(name, notes["run"], identity, resume)
-        network.rows = dict(notes["rows"])
+        network.rows, network.gone = dict(notes["rows"]), dict(notes.get("gone", {}))
         network.barrier(starting=True)
         form, per_visit = settings["form"], local_steps // thin
         likelihoods, chains = load_run(path, notes, position, state, form, per_visit)
         likelihoods = measure_again(name, network, position, likelihoods, curvature)
     else:
         network.barrier(starting=True)
+        check_rows(network.rows, row_limits)
         likelihoods = measure_likelihoods(network, init, position, settings, max_rounds)
         chains = [Chain(None, [], [], [0] * len(clients)) for _ in range(num_chains)]
     save = None
     if path is not None:
-        save = lambda chains: save_run(path, identity, network.rows, likelihoods, chains)
+        save = lambda chains: save_run(path, identity, network, likelihoods, chains)
         if not path.exists():
             save(chains)
     rows = np.array([network.rows[c] for c in clients])
-    shares = rows / rows.sum() if shares is None else shares
+    by_rows, shares = shares is None, rows / rows.sum() if shares is None else shares
+    told = [rows_reason(clients, shares, num_visits * num_chains)] if by_rows else []
     if settings["form"] == "none":
         slopes = likelihoods.slopes
         warn_of_own_effects(clients, slopes, shares, rows, example, local_steps)
-    visits = Visits(
-        network, settings, likelihoods, shares, position, state, most_failures, deadline, save
-    )
+    sent = likelihoods.setup_bytes
+    if not network.gone:
+        sent += warn_of_runaways(network, position, likelihoods, settings, shares, example)
+    limits = Limits(most_failures, deadline, most_refusals, on_absent)
+    precision = likelihoods.total["precision"]
+    reach = reach_of_visits(likelihoods.reference, precision, example, local_steps, most_move)
+    visits = Visits(network, settings, likelihoods, shares, position, state, limits, reach, save)
     chains = visits.run(chains, jax.random.fold_in(key, 2), num_visits)
-    return visits.as_draws(chains, num_visits, likelihoods.setup_bytes)
+    draws = visits.as_draws(chains, num_visits, sent)
+    told = [reason for reason in told if reason is not None]
+    return with_fault_notes(draws, clients, shares, visits.faults(), told)
 
 
 def server_app(

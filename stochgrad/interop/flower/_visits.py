@@ -10,10 +10,13 @@ from flwr.app import Message
 from jaxtyping import PyTree
 
 from stochgrad.core import Draws, PRNGKey, key_words
+from stochgrad.interop.flower._faults import Faults
 from stochgrad.interop.flower._likelihoods import Likelihoods
 from stochgrad.interop.flower._network import Network, log
+from stochgrad.interop.flower._plausible import Reach
 from stochgrad.interop.flower._protocol import OTHER_KERNEL, digest_of
 from stochgrad.interop.flower._wire import (
+    Lost,
     Refused,
     check_reply,
     metadata,
@@ -56,12 +59,29 @@ class Attempt(NamedTuple):
 
 
 class Away(NamedTuple):
-    """A chain that a message has taken to a client's node, and when to give it up."""
+    """A chain at a client's node, when to give it up, and the version of what nodes were told."""
 
     chain: int
     client: int
     node: int
     end: float
+    version: int
+
+
+class Limits(NamedTuple):
+    """What is put up with, and what is done when it is not any more.
+
+    Attributes:
+        failures: Failures of one visit.
+        seconds: Seconds for all attempts at one visit.
+        refusals: Replies in a row of one client that are not what they should be.
+        absent: ``"stop"``, or ``"surrogate"`` to go on with it in place of the client's data.
+    """
+
+    failures: int
+    seconds: float
+    refusals: int
+    absent: str
 
 
 class Visits:
@@ -75,25 +95,49 @@ class Visits:
         shares: np.ndarray,
         position: PyTree,
         state: PyTree,
-        most_failures: int,
-        deadline: float,
+        limits: Limits,
+        reach: Reach,
         save: Callable[[list[Chain]], None] | None,
     ):
-        self.network, self.settings, self.shares = network, settings, shares
+        self.network, self.settings, self.assumed = network, settings, shares
         self.sums = {"origin": likelihoods.reference, "total": likelihoods.total}
-        arrays = [x.tobytes() for x in jax.tree.leaves((*self.sums.values(), shares))]
-        self.version = int(digest_of((repr(settings), arrays))[:7], 16)
+        self.gone = network.gone
+        self.set_shares()
         draws = settings["steps"] // settings["thin"]
         self.state = state
         self.draws = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((draws, *s.shape), s.dtype), position
         )
         self.limit = tree_limit(self.state, self.draws)
-        self.most_failures, self.deadline, self.save = most_failures, deadline, save
-        self.prepared: set[int] = set()
+        self.limits, self.reach, self.save = limits, reach, save
         self.away: dict[str, Away] = {}
         self.attempts: dict[int, Attempt] = {}
-        self.lost = 0
+        self.lost = dict.fromkeys(network.clients, 0)
+        self.refused = dict.fromkeys(network.clients, 0)
+
+    def set_shares(self) -> None:
+        """Divide visits among the clients that are not gone, and tell nodes of it."""
+        there = np.array([c not in self.gone for c in self.network.clients])
+        self.shares = np.where(there, self.assumed, 0.0)
+        if not self.shares.any():
+            raise RuntimeError(f"no client is left: {self.describe_gone()}.")
+        self.shares = self.shares / self.shares.sum()
+        arrays = [x.tobytes() for x in jax.tree.leaves((*self.sums.values(), self.shares))]
+        self.version = int(digest_of((repr(self.settings), arrays))[:7], 16)
+        self.prepared: set[int] = set()
+
+    def describe_gone(self) -> str:
+        """Which clients are gone, and why."""
+        return "; ".join(f"client {name} ({why})" for name, why in self.gone.items())
+
+    def go_on_without(self, client: int, why: str) -> None:
+        """From now on the surrogate of a client stands for its data."""
+        name = self.network.clients[client]
+        log.warning("client %s is not visited any more: %s", name, why)
+        self.gone[name] = why
+        self.set_shares()
+        for number in [n for n in self.attempts if n not in {a.chain for a in self.away.values()}]:
+            self.attempts.pop(number)
 
     def run(self, chains: list[Chain], key: PRNGKey, num_visits: int) -> list[Chain]:
         """The chains after so many visits of each."""
@@ -107,17 +151,27 @@ class Visits:
             replies = list(network.grid.pull_messages(list(self.away))) if self.away else []
             for reply in replies:
                 away = self.away.pop(reply.metadata.reply_to_message_id)
+                name = network.clients[away.client]
+                if away.version != self.version:
+                    self.attempts.pop(away.chain, None)
+                    continue
                 try:
                     chains[away.chain] = self.after_visit(reply, chains[away.chain], away.client)
                     self.attempts.pop(away.chain, None)
-                except Refused as reason:
+                    self.refused[name] = 0
+                except Lost as reason:
                     self.fail(away, str(reason))
+                except Refused as reason:
+                    network.refusals[name] += 1
+                    self.refused[name] += 1
+                    self.fail(away, str(reason))
+                    self.quarantine(chains, away, str(reason))
             if replies and self.save is not None:
                 self.save(chains)
             now = time.monotonic()
             for message in [i for i, away in self.away.items() if now > away.end]:
                 self.fail(self.away.pop(message), "no reply in time")
-            complete = len(network.nodes) == len(network.clients)
+            complete = not network.missing()
             if now - refreshed > max(5.0 if complete else 0.1, network.poll):
                 network.refresh_nodes()
                 refreshed = time.monotonic()
@@ -134,16 +188,44 @@ class Visits:
             client, turn = self.next_client(number, chains[number], key)
             attempt = self.attempts.setdefault(number, Attempt(now))
             seconds = now - attempt.since
-            if attempt.failures > self.most_failures or seconds > self.deadline:
-                if self.save is not None:
-                    self.save(chains)
-                raise RuntimeError(self.why_stop(number, client, seconds))
+            if attempt.failures > self.limits.failures or seconds > self.limits.seconds:
+                self.give_up(chains, client, self.why_stop(number, client, seconds))
+                continue
             node = self.network.nodes.get(self.network.clients[client])
             if node is None or now < attempt.after:
                 continue
             message = self.request(number, chains[number], client, node, turn)
             (sent,) = self.network.grid.push_messages([message])
-            self.away[sent] = Away(number, client, node, now + self.network.timeout)
+            end = now + self.network.timeout
+            self.away[sent] = Away(number, client, node, end, self.version)
+
+    def quarantine(self, chains: list[Chain], away: Away, reason: str) -> None:
+        """Visit a client no more whose replies are refused again and again."""
+        name = self.network.clients[away.client]
+        if self.refused[name] > self.limits.refusals and name not in self.gone:
+            why = (
+                f"{self.refused[name]} replies of client {name} in a row were refused, at last "
+                f"because of {reason}"
+            )
+            self.give_up(chains, away.client, why)
+
+    def give_up(self, chains: list[Chain], client: int, why: str) -> None:
+        """Stop, or go on with the client's surrogate in place of its data."""
+        if self.limits.absent == "surrogate":
+            self.go_on_without(client, why)
+            return
+        if self.save is not None:
+            self.save(chains)
+        rest = (
+            "There was no checkpoint: with checkpoint= what was drawn would be kept."
+            if self.save is None
+            else "The checkpoint has all visits until now, and resume=True goes on from it."
+        )
+        raise RuntimeError(
+            f"{why}: the run stops here, as a visit to another client in its place would bias the "
+            "draws. on_absent='surrogate' goes on with the surrogate in place of the client's "
+            f"data; without the client, it would be another posterior. {rest}"
+        )
 
     def next_client(self, number: int, chain: Chain, key: PRNGKey) -> tuple[int, PRNGKey]:
         """The client of a chain's next visit, by the shares, and the visit's key."""
@@ -187,6 +269,8 @@ class Visits:
         minibatches[client] = metadata(content, minibatches=int)["minibatches"]
         if not chain.minibatches[client] <= minibatches[client] < 2**32:
             raise Refused("its number of minibatches is none")
+        start = self.sums["origin"] if chain.state is None else chain.state.position
+        self.reach.check(start, state, draws)
         return Chain(state, [*chain.draws, draws], [*chain.clients, client], minibatches)
 
     def fail(self, away: Away, reason: str) -> None:
@@ -195,7 +279,7 @@ class Visits:
         log.warning(
             "the visit of chain %d to client %s is tried again: %s", away.chain, name, reason
         )
-        self.lost += 1
+        self.lost[name] += 1
         self.prepared.discard(away.node)
         self.network.refresh_nodes()
         attempt = self.attempts[away.chain]
@@ -206,16 +290,16 @@ class Visits:
     def why_stop(self, number: int, client: int, seconds: float) -> str:
         """That a visit has failed too often or for too long."""
         failures, reason = self.attempts[number].failures, self.attempts[number].reason
-        rest = (
-            "There was no checkpoint: with checkpoint= what was drawn would be kept."
-            if self.save is None
-            else "The checkpoint has all visits until now, and resume=True goes on from it."
-        )
         return (
             f"the visit of chain {number} to client {self.network.clients[client]} failed "
-            f"{failures} times within {seconds:.3g} s, at last because {reason}: the run stops "
-            f"here, as a visit to another client in its place would bias the draws. {rest}"
+            f"{failures} times within {seconds:.3g} s, at last because {reason}"
         )
+
+    def faults(self) -> Faults:
+        """What went wrong until now."""
+        network = self.network
+        second = sorted({name for name, _ in network.second_nodes})
+        return Faults(self.lost, network.refusals, sorted(network.left), second, self.gone)
 
     def as_draws(self, chains: list[Chain], num_visits: int, setup_bytes: int) -> Draws:
         """The draws of the first visits of all chains."""
@@ -239,7 +323,6 @@ class Visits:
         attrs = {
             "method": "FSGLD",
             **self.settings,
-            "lost_visits": self.lost,
             "setup_bytes_up": setup_bytes,
         }
         bad = np.full(len(chains), -1, np.int32)

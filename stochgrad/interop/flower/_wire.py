@@ -23,6 +23,10 @@ class Refused(Exception):
     """A message that is not what it should be; says why."""
 
 
+class Lost(Refused):
+    """No reply, or one that says no more than that the client failed."""
+
+
 def pack(trees: Mapping[str, PyTree], metadata: Mapping[str, Any]) -> RecordDict:
     """Trees of arrays, leaf by leaf, and a record of numbers and words."""
     content: dict[str, Any] = {METADATA: ConfigRecord({**metadata})}
@@ -70,9 +74,9 @@ def check_reply(reply: Message | None, action: str, limit: int) -> RecordDict:
         Refused: there is no reply, the client failed, or it holds unknown records or too much.
     """
     if reply is None:
-        raise Refused("no reply")
+        raise Lost("no reply")
     if reply.has_error():
-        raise Refused(f"error {reply.error.code}")
+        raise Lost(f"error {reply.error.code}")
     content = reply.content
     unknown = set(content) - {METADATA, *TREES[action]}
     if unknown:
@@ -87,7 +91,7 @@ def check_reply(reply: Message | None, action: str, limit: int) -> RecordDict:
         raise Refused(f"it has {size:,} bytes where {limit:,} are the most")
     status = metadata(content, status=str)["status"]
     if status != "done":
-        raise Refused(f"the client says {status[:40]!r}")
+        raise Lost(f"the client says {status[:40]!r}")
     return content
 
 
