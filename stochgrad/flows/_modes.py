@@ -183,30 +183,35 @@ def fit_modes(
     target = full_target(log_density, places)
     kernel = chains(target)
     check_instance("the result of chains", kernel, Kernel, "a stochgrad Kernel")
-    per_step = evaluations_per_step(
-        chains, log_density, places, min((num_warmup + num_draws) * thin, _COUNTED_STEPS)
-    )
+    counted = min((num_warmup + num_draws) * thin, _COUNTED_STEPS)
+    per_step = evaluations_per_step(chains, log_density, places, counted)
+    evaluations = round(counted * per_step)
     held_out = np.arange(num_chains) % _HELD_OUT == _HELD_OUT - 1
     options: dict[str, Any] = {"num_chains": num_chains, "progress": progress}
 
     rounds: list[Agreement] = []
-    evaluations, position = 0, None
-    for number in range(most_rounds):
-        keys = jax.random.split(jax.random.fold_in(key, number + 1), 4)
+    position = None
+    made: Any = None if callable(flow) else flow
+    labels: Any = None
+    while True:
+        keys = jax.random.split(jax.random.fold_in(key, len(rounds) + 1), 4)
         tempered = _run_chains(
             keys[0], kernel, places, num_samples=num_draws, num_warmup=num_warmup, thin=thin,
             **options,
         )  # fmt: skip
-        evaluations += round(num_chains * (num_warmup + num_draws) * thin * per_step)
+        steps = (num_warmup + num_draws) * thin
+        evaluations += num_chains * (round(steps * per_step) + 1)  # a run looks at its start first
         x = jnp.asarray(tempered.positions)
         training, others = (x[rows].reshape(-1, *x.shape[2:]) for rows in (~held_out, held_out))
-        if number == 0:
-            flow = flow(training) if callable(flow) else flow
-            check_density(flow, log_density, None)
-            modes = default_modes(flow, training) if modes is None else check_modes(modes, training)
-        judge = jeffreys(flow, log_density, others, num_samples=num_weighted // _LOOKS)
+        if labels is None:
+            made = flow(training) if callable(flow) else flow
+            check_density(made, log_density, None)
+            labels = (
+                default_modes(made, training) if modes is None else check_modes(modes, training)
+            )
+        judge = jeffreys(made, log_density, others, num_samples=num_weighted // _LOOKS)
         objective = jeffreys(
-            flow, log_density, training, batch_size=min(batch_size, len(training)),
+            made, log_density, training, batch_size=min(batch_size, len(training)),
             num_samples=num_samples,
         )  # fmt: skip
         trained = fit(
@@ -214,23 +219,24 @@ def fit_modes(
             held_out=judge, held_out_draws=1, every=math.ceil(num_steps / _LOOKS),
             progress=progress,
         )  # fmt: skip
-        position, looks = trained.position, trained.held_out.shape[1] + 1
-        scores = num_chains * num_draws if isinstance(unwrap_flow(flow), AbstractTransformed) else 0
-        evaluations += num_steps * _in_rows(flow, num_samples) + scores
-        evaluations += looks * _in_rows(flow, num_weighted // _LOOKS)
+        model, position = trained.model, trained.position
+        looks = trained.held_out.shape[1]
+        scores = num_chains * num_draws if isinstance(unwrap_flow(made), AbstractTransformed) else 0
+        evaluations += scores + looks * trained.every * _in_rows(made, num_samples)
+        evaluations += (looks + 1) * _in_rows(made, num_weighted // _LOOKS)
         moved = _run_chains(
-            keys[2], metropolis(trained, log_density), x[:, -1], num_samples=num_metropolis,
+            keys[2], metropolis(model, log_density), x[:, -1], num_samples=num_metropolis,
             **options,
         )  # fmt: skip
         places = jnp.asarray(moved.positions)[:, -1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WeightsWarning)
-            weighted = sample(trained, keys[3], num_weighted, log_density)
-        ess_target = ess_under_target(trained, others, log_density)
+            weighted = sample(model, keys[3], num_weighted, log_density)
+        ess_target = ess_under_target(model, others, log_density)
         evaluations += num_chains * (num_metropolis + 1) + num_weighted + len(others)
         moved = moved[num_metropolis // 2 :]
-        rounds.append(agreement(weighted, moved, ess_target, modes, tolerance, evaluations))
-        if not rounds[-1].reasons:
+        rounds.append(agreement(weighted, moved, ess_target, labels, tolerance, evaluations))
+        if not rounds[-1].reasons or len(rounds) == most_rounds:
             break
     reasons = rounds[-1].reasons
     if reasons:
@@ -242,7 +248,7 @@ def fit_modes(
             stacklevel=2,
         )
     draws = replace(moved, posterior=target, notes=(*moved.notes, *reasons))
-    return ModesFit(trained.model, weighted, draws, tuple(rounds), evaluations, reasons)
+    return ModesFit(model, weighted, draws, tuple(rounds), evaluations, reasons)
 
 
 def _starts(init: Any, num_chains: int, key: PRNGKey) -> Float[Array, "n ..."]:
