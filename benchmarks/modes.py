@@ -100,7 +100,7 @@ def many_well(wells=16):
         a = jnp.interp(uniform, below, jnp.asarray(grid, jnp.float32))
         return jnp.concatenate([a, jax.random.normal(other, (count, wells))], 1)
 
-    interleaved = RationalQuadraticSpline(knots=12, interval=4)
+    spline = RationalQuadraticSpline(knots=12, interval=4)
     return Problem(
         "many-well, d = 32",
         log_density,
@@ -111,11 +111,11 @@ def many_well(wells=16):
         float(wells * (np.log(z) + 9 + 0.5 * np.log(2 * np.pi))),
         samples,
         lambda x: alternating(
-            StandardNormal((2 * wells,)), interleaved, 4, jax.random.key(1), True, shrink=0.1
+            StandardNormal((2 * wells,)), spline, 2, jax.random.key(1), True, shrink=0.01
         ),
         (0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2),
         (1.0, 1.5, 2.2, 3.3, 5.0, 7.0, 10.0),
-        {"num_steps": 2000, "learning_rate": 3e-3, "num_samples": 64, "num_chains": 64},
+        {"num_steps": 2500, "learning_rate": 3e-3, "num_samples": 64, "num_chains": 64},
     )
 
 

@@ -1,13 +1,12 @@
 """Jeffreys' divergence: forward and reverse Kullback-Leibler divergence together."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
-from flowjax.distributions import AbstractDistribution, AbstractTransformed
+from flowjax.distributions import AbstractDistribution
 from jaxtyping import Array, Float
 
-from stochgrad.core import Gradient
-from stochgrad.flows._draw import unwrap_flow
+from stochgrad.core import Gradient, check_choice
 from stochgrad.flows._forward import forward_kl
 from stochgrad.flows._objective import LogDensity
 from stochgrad.flows._reverse import reverse_kl
@@ -17,6 +16,8 @@ def jeffreys(
     flow: AbstractDistribution,
     log_density: LogDensity,
     samples: Float[Array, "n ..."],
+    forward: Literal["path", "ml"] = "path",
+    reverse: Literal["path", "total", "score", "auto"] | float = "path",
     *,
     batch_size: int | None = None,
     num_samples: int = 64,
@@ -28,16 +29,17 @@ def jeffreys(
     $$J = \mathrm{KL}(p\|q_\theta) + \mathrm{KL}(q_\theta\|p).$$
 
     The first, from samples of the density, sees the modes that the flow misses; the second, from
-    draws of the flow, the places that it has too much of. Both by path gradients: ``forward_kl``'s,
-    where the flow has layers, else maximum likelihood, and ``reverse_kl``'s. The value that is
-    climbed is $-J$ but for a constant, the mean log likelihood of the samples plus the evidence
-    lower bound.
+    draws of the flow, the places that it has too much of. The value that is climbed is $-J$ but for
+    a constant, the mean log likelihood of the samples plus the evidence lower bound.
 
     Args:
         flow: A flowjax distribution.
         log_density: ``x -> scalar``, unnormalized.
-        samples: Samples of the density, of shape (n, \*shape). Its gradient is evaluated once at
-            each.
+        samples: Samples of the density, of shape (n, \*shape).
+        forward: Estimator of ``forward_kl``. ``"path"``, which evaluates the density's gradient
+            once at each sample, has no noise where the flow fits; far from there, between steep
+            modes above all, ``"ml"`` gets further.
+        reverse: Estimator of ``reverse_kl``.
         batch_size: Samples of a minibatch; all of them by default.
         num_samples: Draws of the flow in a step.
         order: Of the minibatches, as in ``forward_kl``.
@@ -58,21 +60,21 @@ def jeffreys(
         >>> fit.model.loc.round()
         Array([1., 1.], dtype=float32)
     """
-    reverse = reverse_kl(flow, log_density, num_samples=num_samples, condition=condition)
-    layered = isinstance(unwrap_flow(flow), AbstractTransformed)
-    forward = forward_kl(
+    check_choice("forward", forward, ("path", "ml"))
+    below = reverse_kl(flow, log_density, reverse, num_samples=num_samples, condition=condition)
+    above = forward_kl(
         flow,
         samples,
-        jax.grad(log_density) if layered else None,
-        "path" if layered else "ml",
+        jax.grad(log_density) if forward == "path" else None,
+        forward,
         batch_size=batch_size,
         order=order,
         condition=condition,
     )
 
     def next(key, position, state):
-        down, _ = reverse.next(key, position, ())
-        up, state = forward.next(key, position, state)
+        down, _ = below.next(key, position, ())
+        up, state = above.next(key, position, state)
 
         def score(position):
             one, other = up(position), down(position)
@@ -80,4 +82,4 @@ def jeffreys(
 
         return score, state
 
-    return forward._replace(next=next, posterior=None)
+    return above._replace(next=next, posterior=None)

@@ -6,22 +6,27 @@ import numpy as np
 from flowjax.distributions import Normal, VmapMixture
 from jaxtyping import Array, Float
 
-from stochgrad.core import check_count, check_finite
+from stochgrad.core import check_count, check_finite, check_number
 from stochgrad.flows._forward import points
 
 _ROUNDS = 20
 _LEAST_SCALE = 1e-3
 
 
-def mixture_of_normals(samples: Float[Array, "n d"], num_components: int) -> VmapMixture:
+def mixture_of_normals(
+    samples: Float[Array, "n d"], num_components: int, defensive: float = 0.1
+) -> VmapMixture:
     """A mixture of diagonal normals, one for each cluster of some samples, with trained weights.
 
     Clusters by k-means, from centers of which each is the sample furthest from those before. It is
-    a start and no fit: for a flow's base, or a flow by itself.
+    a start and no fit: for a flow's base, or a flow by itself. One more component is as wide as all
+    samples: without it the flow has next to nothing between the clusters, and the few points of the
+    density there have weights without bound (a defensive mixture, Hesterberg 1995).
 
     Args:
         samples: Of shape (n, d).
         num_components: How many clusters.
+        defensive: Share of the wide component at the start; without it where this is 0.
 
     Raises:
         ValueError: the samples are no matrix, or fewer than the components.
@@ -29,12 +34,13 @@ def mixture_of_normals(samples: Float[Array, "n d"], num_components: int) -> Vma
     Example:
         >>> import jax.numpy as jnp, stochgrad
         >>> x = jnp.array([[-5.1], [-4.9], [4.9], [5.1]])
-        >>> mixture = stochgrad.flows.mixture_of_normals(x, 2)
+        >>> mixture = stochgrad.flows.mixture_of_normals(x, 2, defensive=0.0)
         >>> float(jnp.exp(mixture.log_prob(jnp.array([5.0]))).round(1))
         2.0
     """
     array = points("samples", samples)
     count = check_count("num_components", num_components)
+    defensive = check_number("defensive", defensive, zero=True, most=0.99)
     if array.ndim != 2 or len(array) < count:
         raise ValueError(
             f"samples must have shape (n, d) with n >= num_components={count}, got {array.shape}."
@@ -47,11 +53,16 @@ def mixture_of_normals(samples: Float[Array, "n d"], num_components: int) -> Vma
     scale = np.broadcast_to(within, centers.shape).copy()
     for k in np.flatnonzero(share > 1):
         scale[k] = x[nearest == k].std(0)
+    weights = (1 - defensive) * np.maximum(share, 0.5) / np.sum(np.maximum(share, 0.5))
+    if defensive:
+        centers = np.vstack([centers, x.mean(0)])
+        scale = np.vstack([scale, x.std(0)])
+        weights = np.append(weights, defensive)
     scale = np.maximum(scale, np.maximum(_LEAST_SCALE * x.std(0), np.finfo(np.float32).tiny))
     components = eqx.filter_vmap(Normal)(
         jnp.asarray(centers, array.dtype), jnp.asarray(scale, array.dtype)
     )
-    return VmapMixture(components, weights=jnp.asarray(np.maximum(share, 0.5), array.dtype))
+    return VmapMixture(components, weights=jnp.asarray(weights, array.dtype))
 
 
 def _clusters(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,12 +4,12 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flowjax.distributions import AbstractDistribution, AbstractTransformed
+from flowjax.distributions import AbstractDistribution
 from jaxtyping import Array, Float
 
 from stochgrad.core import (
@@ -91,6 +91,7 @@ def fit_modes(
     learning_rate: float = 1e-3,
     batch_size: int = 256,
     num_samples: int = 64,
+    forward: Literal["ml", "path"] = "ml",
     num_metropolis: int = 64,
     num_weighted: int = 4096,
     modes: Callable[[Array], Array] | None = None,
@@ -131,6 +132,8 @@ def fit_modes(
         learning_rate: As in ``stochgrad.fit``.
         batch_size: Samples of a training step.
         num_samples: Draws of the flow in a training step.
+        forward: Estimator of the forward divergence, as in ``jeffreys``: ``"path"`` for a flow
+            with layers that is near the density.
         num_metropolis: Metropolis steps of a chain and round, of which the first half is discarded.
         num_weighted: Draws of the flow to weight.
         modes: ``x -> array`` of numbers between 0 and 1, whose means are the weights of the modes:
@@ -209,9 +212,9 @@ def fit_modes(
             labels = (
                 default_modes(made, training) if modes is None else check_modes(modes, training)
             )
-        judge = jeffreys(made, log_density, others, num_samples=num_weighted // _LOOKS)
+        judge = jeffreys(made, log_density, others, "ml", num_samples=num_weighted // _LOOKS)
         objective = jeffreys(
-            made, log_density, training, batch_size=min(batch_size, len(training)),
+            made, log_density, training, forward, batch_size=min(batch_size, len(training)),
             num_samples=num_samples,
         )  # fmt: skip
         trained = fit(
@@ -221,7 +224,7 @@ def fit_modes(
         )  # fmt: skip
         model, position = trained.model, trained.position
         looks = trained.held_out.shape[1]
-        scores = num_chains * num_draws if isinstance(unwrap_flow(made), AbstractTransformed) else 0
+        scores = len(training) if forward == "path" else 0
         evaluations += scores + looks * trained.every * _in_rows(made, num_samples)
         evaluations += (looks + 1) * _in_rows(made, num_weighted // _LOOKS)
         moved = _run_chains(

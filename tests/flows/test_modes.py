@@ -78,7 +78,7 @@ def test_jeffreys_has_no_noise_where_a_flow_fits(key):
 
 def test_a_mixture_starts_at_the_clusters():
     x = np.array([[-5.0, 0.0], [-5.2, 0.2], [7.0, 1.0], [7.4, 1.4], [7.2, 1.2]])
-    mixture = flows.unwrap_flow(flows.mixture_of_normals(x, 2))
+    mixture = flows.unwrap_flow(flows.mixture_of_normals(x, 2, defensive=0.0))
     normal = mixture.dist.bijection
     order = np.argsort(normal.loc[:, 0])
     weights = np.exp(mixture.log_normalized_weights)[order]
@@ -86,6 +86,15 @@ def test_a_mixture_starts_at_the_clusters():
     np.testing.assert_allclose(normal.loc[order], [[-5.1, 0.1], [7.2, 1.2]], rtol=1e-4)
     sd = np.sqrt(0.08 / 3)
     np.testing.assert_allclose(normal.scale[order], [[0.1] * 2, [sd] * 2], rtol=1e-3)
+
+
+def test_a_defensive_component_is_as_wide_as_all_samples():
+    x = np.array([[-5.0], [-5.2], [7.0], [7.2]])
+    mixture = flows.unwrap_flow(flows.mixture_of_normals(x, 2, defensive=0.25))
+    weights = np.exp(mixture.log_normalized_weights)
+    np.testing.assert_allclose(weights, [0.375, 0.375, 0.25], rtol=1e-5)
+    np.testing.assert_allclose(mixture.dist.bijection.loc[2], x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(mixture.dist.bijection.scale[2], x.std(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("x", "count"), [(np.zeros(3), 1), (np.zeros((2, 2)), 3)])
@@ -152,12 +161,13 @@ def test_evaluations_are_those_made(layers, key):
         return two_modes(x)
 
     def flow(x):
-        mixture = flows.mixture_of_normals(x, 3)
+        mixture = flows.mixture_of_normals(x, 2)
         return Transformed(mixture, bij.Affine(jnp.zeros(2), jnp.ones(2))) if layers else mixture
 
     found = FIT(
         flow, counted, key, num_chains=8, num_draws=4, num_warmup=2, thin=6, num_steps=20,
         num_samples=4, num_metropolis=6, num_weighted=100, most_rounds=1, tolerance=1.0,
+        forward="path" if layers else "ml",
     )  # fmt: skip
     jax.effects_barrier()
     assert found.evaluations == count
