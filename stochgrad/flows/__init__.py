@@ -22,9 +22,9 @@ from stochgrad.flows._modes import fit_modes as fit_modes
 from stochgrad.flows._objective import LogDensity as LogDensity
 from stochgrad.flows._objective import beyond_reach as beyond_reach
 from stochgrad.flows._reverse import reverse_kl as reverse_kl
-from stochgrad.flows._sample import WeightedDraws as WeightedDraws
-from stochgrad.flows._sample import WeightsWarning as WeightsWarning
 from stochgrad.flows._sample import ess_under_target as ess_under_target
 from stochgrad.flows._sample import metropolis as metropolis
 from stochgrad.flows._sample import sample as sample
 from stochgrad.flows._sample import through as through
+from stochgrad.flows._weighted import WeightedDraws as WeightedDraws
+from stochgrad.flows._weighted import WeightsWarning as WeightsWarning

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from stochgrad.core import Draws, describe, evenly, first_line
 from stochgrad.flows._draw import unwrap_flow
-from stochgrad.flows._sample import WeightedDraws
 from stochgrad.flows._strata import mixture_of
+from stochgrad.flows._weighted import WeightedDraws
 
 _ERRORS = 4.0
 _LEAST_RATIO = 0.5

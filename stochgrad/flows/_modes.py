@@ -31,14 +31,9 @@ from stochgrad.flows._draw import unwrap_flow
 from stochgrad.flows._evaluations import evaluations_per_step, full_target
 from stochgrad.flows._jeffreys import jeffreys
 from stochgrad.flows._objective import LogDensity, check_density
-from stochgrad.flows._sample import (
-    WeightedDraws,
-    WeightsWarning,
-    ess_under_target,
-    metropolis,
-    sample,
-)
+from stochgrad.flows._sample import ess_under_target, metropolis, sample
 from stochgrad.flows._strata import mixture_of
+from stochgrad.flows._weighted import WeightedDraws, WeightsWarning
 from stochgrad.kernels import fit
 
 _HELD_OUT = 4

@@ -50,6 +50,7 @@ FIT = partial(
 LAYERED = Transformed(StandardNormal((2,)), bij.Affine(jnp.ones(2), jnp.full(2, 1.5)))
 
 
+@pytest.mark.slow
 def test_jeffreys_is_the_sum_of_both_divergences(key):
     """Values and gradients, draw by draw, with the same keys."""
     x = jax.random.normal(key, (6, 2))
@@ -68,6 +69,7 @@ def test_jeffreys_is_the_sum_of_both_divergences(key):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_jeffreys_has_no_noise_where_a_flow_fits(key):
     x = jax.random.normal(key, (5, 2)) * 1.5 + 1.0
     objective = flows.jeffreys(LAYERED, LAYERED.log_prob, x, num_samples=4)
