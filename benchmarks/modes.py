@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flowjax.bijections import RationalQuadraticSpline
-from flowjax.distributions import StandardNormal
+from flowjax.bijections import RationalQuadraticSpline, Vmap
+from flowjax.distributions import StandardNormal, Transformed
 from flows import affine, alternating, hamiltonian, phi4
 from jax.scipy.special import logsumexp
 
@@ -100,7 +101,8 @@ def many_well(wells=16):
         a = jnp.interp(uniform, below, jnp.asarray(grid, jnp.float32))
         return jnp.concatenate([a, jax.random.normal(other, (count, wells))], 1)
 
-    spline = RationalQuadraticSpline(knots=12, interval=4)
+    each = eqx.filter_vmap(lambda _: RationalQuadraticSpline(knots=16, interval=4))
+    splines = Vmap(each(jnp.arange(2 * wells)), in_axes=eqx.if_array(0))
     return Problem(
         "many-well, d = 32",
         log_density,
@@ -110,12 +112,10 @@ def many_well(wells=16):
         np.full(wells, right),
         float(wells * (np.log(z) + 9 + 0.5 * np.log(2 * np.pi))),
         samples,
-        lambda x: alternating(
-            StandardNormal((2 * wells,)), spline, 2, jax.random.key(1), True, shrink=0.01
-        ),
+        lambda x: Transformed(StandardNormal((2 * wells,)), splines),
         (0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2),
         (1.0, 1.5, 2.2, 3.3, 5.0, 7.0, 10.0),
-        {"num_steps": 2500, "learning_rate": 3e-3, "num_samples": 64, "num_chains": 64},
+        {"num_steps": 2000, "learning_rate": 1e-2, "num_samples": 64, "num_chains": 64},
     )
 
 

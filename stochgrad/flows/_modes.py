@@ -9,24 +9,24 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flowjax.distributions import AbstractDistribution
-from jaxtyping import Array, Float
+from flowjax.distributions import AbstractDistribution, AbstractTransformed, StandardNormal
+from jaxtyping import Array
 
 from stochgrad.core import (
-    ConvergenceWarning,
     Draws,
     Kernel,
     Posterior,
     PRNGKey,
-    check_array,
     check_callable,
+    check_choice,
     check_count,
+    check_flag,
     check_instance,
     check_key,
     check_number,
 )
-from stochgrad.core import sample as run
 from stochgrad.flows._agreement import Agreement, agreement, check_modes, default_modes
+from stochgrad.flows._chains import run_chains, starts
 from stochgrad.flows._draw import unwrap_flow
 from stochgrad.flows._evaluations import evaluations_per_step, full_target
 from stochgrad.flows._jeffreys import jeffreys
@@ -39,6 +39,7 @@ from stochgrad.kernels import fit
 _HELD_OUT = 4
 _LOOKS = 10
 _COUNTED_STEPS = 240
+_NEAR = 0.1
 
 
 class ModesWarning(UserWarning):
@@ -86,7 +87,7 @@ def fit_modes(
     learning_rate: float = 1e-3,
     batch_size: int = 256,
     num_samples: int = 64,
-    forward: Literal["ml", "path"] = "ml",
+    forward: Literal["auto", "ml", "path"] = "auto",
     num_metropolis: int = 64,
     num_weighted: int = 4096,
     modes: Callable[[Array], Array] | None = None,
@@ -127,8 +128,9 @@ def fit_modes(
         learning_rate: As in ``stochgrad.fit``.
         batch_size: Samples of a training step.
         num_samples: Draws of the flow in a training step.
-        forward: Estimator of the forward divergence, as in ``jeffreys``: ``"path"`` for a flow
-            with layers that is near the density.
+        forward: Estimator of the forward divergence, as in ``jeffreys``; ``"auto"`` is ``"path"``
+            for a flow with layers whose effective sample size by the other chains was above 0.1 in
+            the round before, else ``"ml"``.
         num_metropolis: Metropolis steps of a chain and round, of which the first half is discarded.
         num_weighted: Draws of the flow to weight.
         modes: ``x -> array`` of numbers between 0 and 1, whose means are the weights of the modes:
@@ -175,9 +177,13 @@ def fit_modes(
     for name, (value, least) in counts.items():
         check_count(name, value, least=least)
     tolerance = check_number("tolerance", tolerance, most=1.0)
-    if not callable(flow):
-        check_density(flow, log_density, None)
-    places = _starts(init, num_chains, jax.random.fold_in(key, 0))
+    check_number("learning_rate", learning_rate)
+    check_choice("forward", forward, ("auto", "ml", "path"))
+    check_flag("progress", progress)
+    shape = None if callable(flow) else unwrap_flow(flow).shape
+    places = starts(init, num_chains, shape, jax.random.fold_in(key, 0))
+    check_density(StandardNormal(places.shape[1:]) if callable(flow) else flow, log_density, None)
+    labels = None if modes is None else check_modes(modes, places)
     target = full_target(log_density, places)
     kernel = chains(target)
     check_instance("the result of chains", kernel, Kernel, "a stochgrad Kernel")
@@ -189,11 +195,10 @@ def fit_modes(
 
     rounds: list[Agreement] = []
     position = None
-    made: Any = None if callable(flow) else flow
-    labels: Any = None
+    made: Any = None
     while True:
         keys = jax.random.split(jax.random.fold_in(key, len(rounds) + 1), 4)
-        tempered = _run_chains(
+        tempered = run_chains(
             keys[0], kernel, places, num_samples=num_draws, num_warmup=num_warmup, thin=thin,
             **options,
         )  # fmt: skip
@@ -201,15 +206,14 @@ def fit_modes(
         evaluations += num_chains * (round(steps * per_step) + 1)  # a run looks at its start first
         x = jnp.asarray(tempered.positions)
         training, others = (x[rows].reshape(-1, *x.shape[2:]) for rows in (~held_out, held_out))
-        if labels is None:
+        if made is None:
             made = flow(training) if callable(flow) else flow
             check_density(made, log_density, None)
-            labels = (
-                default_modes(made, training) if modes is None else check_modes(modes, training)
-            )
+            labels = labels or default_modes(made, training)
         judge = jeffreys(made, log_density, others, "ml", num_samples=num_weighted // _LOOKS)
+        way = _way(forward, made, rounds)
         objective = jeffreys(
-            made, log_density, training, forward, batch_size=min(batch_size, len(training)),
+            made, log_density, training, way, batch_size=min(batch_size, len(training)),
             num_samples=num_samples,
         )  # fmt: skip
         trained = fit(
@@ -219,10 +223,10 @@ def fit_modes(
         )  # fmt: skip
         model, position = trained.model, trained.position
         looks = trained.held_out.shape[1]
-        scores = len(training) if forward == "path" else 0
+        scores = len(training) if way == "path" else 0
         evaluations += scores + looks * trained.every * _in_rows(made, num_samples)
         evaluations += (looks + 1) * _in_rows(made, num_weighted // _LOOKS)
-        moved = _run_chains(
+        moved = run_chains(
             keys[2], metropolis(model, log_density), x[:, -1], num_samples=num_metropolis,
             **options,
         )  # fmt: skip
@@ -249,31 +253,12 @@ def fit_modes(
     return ModesFit(model, weighted, draws, tuple(rounds), evaluations, reasons)
 
 
-def _starts(init: Any, num_chains: int, key: PRNGKey) -> Float[Array, "n ..."]:
-    if callable(init):
-        init = jnp.stack([jnp.asarray(init(k)) for k in jax.random.split(key, num_chains)])
-    places = jnp.asarray(check_array("init", init))
-    if not jnp.issubdtype(places.dtype, jnp.floating) or places.shape[:1] != (num_chains,):
-        raise ValueError(
-            f"init must be floating-point positions of shape (num_chains={num_chains}, ...) or a "
-            f"function key -> position, got {places.dtype} of shape {places.shape}."
-        )
-    return places
-
-
-def _run_chains(key, kernel, places, **options) -> Draws:
-    each = iter(places)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the rounds' own checks are sharper
-        draws = run(key, kernel, init=lambda key: next(each), **options)
-    if draws.num_draws < options["num_samples"]:
-        raise KeyboardInterrupt
-    if np.any(draws.first_bad >= 0):
-        raise ValueError(
-            f"chains: {int(np.sum(draws.first_bad >= 0))} of {len(places)} diverged (left the "
-            "finite numbers): take smaller steps, or stochgrad.mala, which refuses such moves."
-        )
-    return draws
+def _way(forward: Any, flow: Any, rounds: list[Agreement]) -> Any:
+    """The estimator of the forward divergence in the next round."""
+    if forward != "auto":
+        return forward
+    near = bool(rounds) and rounds[-1].ess_target > _NEAR
+    return "path" if near and isinstance(unwrap_flow(flow), AbstractTransformed) else "ml"
 
 
 def _in_rows(flow: Any, count: int) -> int:
