@@ -135,7 +135,7 @@ def lattice(kappa, size=6):
         lambda x: alternating(flows.mixture_of_normals(x, 2), affine(), 6, jax.random.key(1), True),
         (0.15, 0.2, 0.3, 0.4),
         (1.0, 1.4, 2.0, 3.0),
-        {"num_steps": 1500, "learning_rate": 2e-3, "num_samples": 64, "num_chains": 64},
+        {"num_steps": 1500, "learning_rate": 2e-3, "num_chains": 64, "forward": "ml"},
     )
 
 

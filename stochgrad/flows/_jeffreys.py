@@ -17,7 +17,7 @@ def jeffreys(
     log_density: LogDensity,
     samples: Float[Array, "n ..."],
     forward: Literal["path", "ml"] = "path",
-    reverse: Literal["path", "total", "score", "auto"] | float = "path",
+    reverse: Literal["path", "total", "score", "auto"] = "path",
     *,
     batch_size: int | None = None,
     num_samples: int = 64,
@@ -61,6 +61,7 @@ def jeffreys(
         Array([1., 1.], dtype=float32)
     """
     check_choice("forward", forward, ("path", "ml"))
+    check_choice("reverse", reverse, ("path", "total", "score", "auto"))
     below = reverse_kl(flow, log_density, reverse, num_samples=num_samples, condition=condition)
     above = forward_kl(
         flow,

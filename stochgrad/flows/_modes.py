@@ -183,7 +183,7 @@ def fit_modes(
     shape = None if callable(flow) else unwrap_flow(flow).shape
     places = starts(init, num_chains, shape, jax.random.fold_in(key, 0))
     check_density(StandardNormal(places.shape[1:]) if callable(flow) else flow, log_density, None)
-    labels = None if modes is None else check_modes(modes, places)
+    labels: Any = None if modes is None else check_modes(modes, places)
     target = full_target(log_density, places)
     kernel = chains(target)
     check_instance("the result of chains", kernel, Kernel, "a stochgrad Kernel")
