@@ -1,6 +1,7 @@
 """Densities of many modes: fit_modes, parallel tempering and SMC at equal energy evaluations.
 
     python benchmarks/modes.py [--target mixture] [--seeds 3] [--smoke]
+    python benchmarks/modes.py --page    # the table and docs/modes.png
 
 An energy evaluation is a log density, alone or with its gradient. SMC is annealed from a normal with
 temperatures by the effective sample size, systematic resampling and Langevin moves with Metropolis'
@@ -324,8 +325,10 @@ def work(name, seeds, smoke):
         options |= {"num_steps": 100, "num_chains": 16, "most_rounds": 1}
     log_z, log_z_error = problem.log_z, 0.0
     if log_z is None:
-        long = [smc(problem, jax.random.key(9000 + i), 1000 if smoke else 20_000) for i in range(4)]
-        each = [one["log_z"] for one in long]
+        longest = [
+            smc(problem, jax.random.key(9000 + i), 1000 if smoke else 20_000) for i in range(4)
+        ]
+        each = [one["log_z"] for one in longest]
         log_z, log_z_error = float(np.mean(each)), float(np.std(each, ddof=1) / 2)
     places = jnp.zeros((1, *problem.shape))
     per_step = flows._evaluations.evaluations_per_step(
@@ -341,14 +344,87 @@ def work(name, seeds, smoke):
         alone = by_tempering(problem, seed, n, per_step, options["num_chains"])
         alone["seconds"] = time.perf_counter() - clock
         clock = time.perf_counter()
+        long = by_tempering(problem, seed, 10 * n, per_step, options["num_chains"])
+        long["seconds"] = time.perf_counter() - clock
+        clock = time.perf_counter()
         annealed = by_smc(problem, seed, n)
         annealed["seconds"] = time.perf_counter() - clock
         for one in (ours, annealed):
             one["log_z_off"] = one["log_z"] - log_z
-        row = {"flow": ours, "tempering": alone, "smc": annealed}
+        row = {"flow": ours, "tempering": alone, "tempering x 10": long, "smc": annealed}
         record["seeds"].append(row)
         print(problem.name, seed, json.dumps(row), flush=True)
     return record
+
+
+METHODS = {
+    "flow": ("fit_modes", "#b5341d", "o"),
+    "tempering": ("tempering alone", "#1f6f8b", "s"),
+    "tempering x 10": ("tempering alone, 10 times the evaluations", "#8fb8c6", "s"),
+    "smc": ("SMC", "#c08a1e", "^"),
+}
+
+
+def errors(record, method, name):
+    """Root of the mean square over seeds; None where the method gives none."""
+    values = [seed[method].get(name) for seed in record["seeds"]]
+    return None if None in values else float(np.sqrt(np.mean(np.square(values))))
+
+
+def table(saved):
+    """The page's table."""
+    lines = [
+        "| density | evaluations | forward ESS of the flow | error of mode weights: flow, its "
+        "Metropolis, tempering, tempering x 10, SMC | error of log Z: flow, SMC | seconds: flow, "
+        "tempering, tempering x 10, SMC |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in saved.values():
+        seeds = record["seeds"]
+        n = np.mean([seed["flow"]["evaluations"] for seed in seeds]) / 1e6
+        ess = ", ".join(f"{seed['flow']['ess_forward']:.2f}" for seed in seeds)
+        weights = [errors(record, "flow", "weights_rmse")]
+        weights += [errors(record, "flow", "weights_rmse_metropolis")]
+        weights += [errors(record, m, "weights_rmse") for m in list(METHODS)[1:]]
+        log_z = [errors(record, m, "log_z_off") for m in ("flow", "smc")]
+        seconds = [np.median([seed[m]["seconds"] for seed in seeds]) for m in METHODS]
+        lines.append(
+            f"| {record['name']} | {n:.2f} million | {ess} | "
+            f"{', '.join(f'{x:.4f}' for x in weights)} | {', '.join(f'{x:.3f}' for x in log_z)} | "
+            f"{', '.join(f'{x:.0f}' for x in seconds)} |"
+        )
+    return "\n".join(lines)
+
+
+def picture(saved, path):
+    """Errors of mode weights and of log Z, by density and method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    titles = {"weights_rmse": "error of the modes' weights", "log_z_off": "error of log Z"}
+    for ax, (name, title) in zip(axes, titles.items(), strict=True):
+        for method, (label, color, marker) in METHODS.items():
+            for row, record in enumerate(saved.values()):
+                value = errors(record, method, name)
+                if value is None:
+                    continue
+                each = [abs(seed[method][name]) for seed in record["seeds"]]
+                ax.plot(each, [row] * len(each), marker, color=color, alpha=0.3, ms=4, mec="none")
+                shown = label if row == 0 else None
+                ax.plot(value, row, marker, color=color, ms=9, label=shown, mec="white")
+        ax.set_xscale("log")
+        ax.set_xlabel(title)
+        ax.grid(axis="x", color="0.9")
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(saved)), [record["name"] for record in saved.values()])
+    axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncol=4, frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main():
@@ -357,9 +433,14 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a short run, nothing written")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--page", action="store_true", help="table and picture of what was run")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     saved = json.loads(options.output.read_text()) if options.output.exists() else {}
+    if options.page:
+        print(table(saved))
+        picture(saved, Path(__file__).parents[1] / "docs" / "modes.png")
+        return
     for name in [options.target] if options.target else PROBLEMS:
         record = work(name, 1 if options.smoke else options.seeds, options.smoke)
         if not options.smoke:
