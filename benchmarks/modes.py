@@ -416,6 +416,7 @@ def picture(saved, path):
                 shown = label if row == 0 else None
                 ax.plot(value, row, marker, color=color, ms=9, label=shown, mec="white")
         ax.set_xscale("log")
+        ax.set_xlim(2e-4, 0.6)
         ax.set_xlabel(title)
         ax.grid(axis="x", color="0.9")
         ax.set_axisbelow(True)
