@@ -31,6 +31,7 @@ from stochgrad.kernels import Fit as Fit
 from stochgrad.kernels import ascend as ascend
 from stochgrad.kernels import fit as fit
 from stochgrad.kernels import independence as independence
+from stochgrad.kernels import mala as mala
 from stochgrad.sgmcmc import Center as Center
 from stochgrad.sgmcmc import Precision as Precision
 from stochgrad.sgmcmc import StepSizeReport as StepSizeReport

@@ -91,6 +91,7 @@ from stochgrad.core._trees import tree_bytes as tree_bytes
 from stochgrad.core._trees import tree_dot as tree_dot
 from stochgrad.core._trees import tree_isfinite as tree_isfinite
 from stochgrad.core._trees import tree_size as tree_size
+from stochgrad.core._verdict import LEAST_EFFECTIVE_DRAWS as LEAST_EFFECTIVE_DRAWS
 from stochgrad.core._verdict import direction_name as direction_name
 from stochgrad.core._verdict import draw_reasons as draw_reasons
 from stochgrad.core._verdict import effective_draws as effective_draws

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,118 +14,21 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
 from stochgrad.core import (
-    Draws,
     Kernel,
     Position,
     Posterior,
     PRNGKey,
-    check_callable,
     check_count,
     check_finite,
     check_instance,
     check_key,
-    describe,
-    first_line,
 )
 from stochgrad.flows._draw import check_flow, unwrap_flow
+from stochgrad.flows._evaluations import full_target
 from stochgrad.flows._forward import points
 from stochgrad.flows._objective import LogDensity, check_density
-from stochgrad.kernels import Fit, independence, systematic
-
-
-class WeightsWarning(UserWarning):
-    """The weights of a flow's draws have too heavy a tail to be trusted."""
-
-
-class WeightedDraws(NamedTuple):
-    r"""Draws of a flow, weighted to a density $p$.
-
-    Attributes:
-        value: The draws, of shape (n, \*shape).
-        log_weight: $\log p - \log q$ at each, unnormalized.
-        smoothed: Log weights that sum to one, the largest smoothed by a Pareto tail.
-        khat: Shape of that tail. Below ``good_khat`` the weights can be trusted, above they cannot,
-            however high the effective sample size [Vehtari et al. 2024]. Weights that are all
-            the same have no tail, minus infinity; that of fewer than 25 is unknown, infinity.
-        log_z: Log of the normalizer of p from the raw weights, $\log\frac1n\sum_i w_i$, whose
-            exponential is unbiased.
-        log_z_error: Its standard error, by the delta method.
-        key: What ``resample`` draws with.
-    """
-
-    value: Float[Array, "n ..."]
-    log_weight: Float[Array, " n"]
-    smoothed: Float[Array, " n"]
-    khat: float
-    log_z: float
-    log_z_error: float
-    key: PRNGKey
-
-    @property
-    def good_khat(self) -> float:
-        r"""The largest k-hat to be trusted with n draws, $\min(0.7, 1 - 1/\log_{10}n)$."""
-        return _good_khat(len(self.log_weight))
-
-    @property
-    def ess(self) -> float:
-        r"""Relative effective sample size under q, $(\sum w)^2 / (n\sum w^2)$, between 0 and 1."""
-        return float(_ess(self.log_weight))
-
-    def expectation(self, function: Callable[[Array], Array]) -> Array:
-        """The weighted mean of a function of one draw, with the smoothed weights.
-
-        Args:
-            function: ``x -> array``; of a function that says yes or no it is the probability.
-
-        Raises:
-            ValueError: the function fails, or is not finite where there is weight.
-        """
-        check_callable("function", function, "a function of one draw")
-        try:
-            values = jax.vmap(function)(self.value)
-        except Exception as error:
-            raise ValueError(
-                f"function fails on a draw of shape {self.value.shape[1:]}: {first_line(error)}."
-            ) from error
-        if not isinstance(values, jax.Array):
-            raise TypeError(f"function must return one array, got {describe(values)}.")
-        if not jnp.issubdtype(values.dtype, jnp.inexact):
-            values = values.astype(self.smoothed.dtype)
-        weights = jnp.exp(self.smoothed).astype(values.dtype)
-        check_finite("function of the draws that have weight", values[weights > 0])
-        return jnp.tensordot(weights, values, 1)
-
-    def resample(self, num_samples: int | None = None) -> Float[Array, "n ..."]:
-        """Draws of the density, equally weighted: systematic resampling, in random order.
-
-        Args:
-            num_samples: How many; by default as many as there are.
-        """
-        count = len(self.value) if num_samples is None else check_count("num_samples", num_samples)
-        start_key, order_key = jax.random.split(self.key)
-        chosen = systematic(start_key, jnp.exp(self.smoothed), count)
-        return self.value[jax.random.permutation(order_key, chosen)]
-
-    def to_arviz(self, num_samples: int | None = None) -> Any:
-        """Resampled draws as one chain, in what the installed ArviZ takes.
-
-        The attributes have the effective sample size, k-hat and log Z.
-
-        Args:
-            num_samples: How many draws.
-        """
-        positions = np.asarray(self.resample(num_samples))[None]
-        finite = np.ones(positions.shape[:2], bool)
-        attrs = {
-            "method": "importance resampling",
-            "ess_q": self.ess,
-            "pareto_khat": self.khat,
-            "good_khat": self.good_khat,
-            "log_z": self.log_z,
-            "log_z_error": self.log_z_error,
-        }
-        draws = Draws(positions, {}, finite, np.array([-1]), attrs=attrs)
-        return draws.to_arviz()
+from stochgrad.flows._weighted import WeightedDraws, WeightsWarning, good_khat, heavy_tail
+from stochgrad.kernels import Fit, independence
 
 
 def sample(
@@ -176,25 +79,15 @@ def sample(
             "log_density finite where the flow draws?"
         )
     _warn_of_tail(float(khat), count)
-    return WeightedDraws(x, log_w, smoothed, float(khat), float(log_z), float(error), resample_key)
-
-
-def _good_khat(count: int) -> float:
-    return min(0.7, 1.0 - 1.0 / np.log10(count)) if count > 1 else -np.inf
+    numbers = (float(khat), float(log_z), float(error))
+    target = full_target(log_density, x)
+    return WeightedDraws(x, log_w, smoothed, *numbers, resample_key, target)
 
 
 def _warn_of_tail(khat: float, count: int) -> None:
     """As ArviZ warns of its Pareto k."""
-    limit = _good_khat(count)
-    if not khat <= limit:
-        warnings.warn(
-            f"k-hat of the weights is {khat:.2f}, above {limit:.2f}, the limit for {count} draws: "
-            f"{'their tail is too heavy' if np.isfinite(khat) else 'those are too few'} for log_z "
-            "and its error, for expectations and resampled draws. Train the flow further, draw "
-            "more, or take stochgrad.flows.metropolis.",
-            WeightsWarning,
-            stacklevel=3,
-        )
+    if not khat <= good_khat(count):
+        warnings.warn(heavy_tail(khat, count), WeightsWarning, stacklevel=3)
 
 
 @eqx.filter_jit
@@ -210,11 +103,6 @@ def _weigh(flow, key, count, log_density, condition):
     smoothed, khat = psis_weights(log_w)
     flat = jnp.isnan(khat) & (jnp.max(log_w) - jnp.min(log_w) < 1e-3)  # all equal, but for rounding
     return x, log_w, mean, spread, smoothed, jnp.where(flat, -jnp.inf, khat)
-
-
-def _ess(log_weight):
-    twice = 2 * logsumexp(log_weight) - logsumexp(2 * log_weight)
-    return jnp.exp(twice) / log_weight.size
 
 
 def ess_under_target(

@@ -13,6 +13,10 @@ from stochgrad.kernels._independence import independence as independence
 from stochgrad.kernels._linear_maps import LinearMaps as LinearMaps
 from stochgrad.kernels._linear_maps import joint_maps as joint_maps
 from stochgrad.kernels._linear_maps import mode_maps as mode_maps
+from stochgrad.kernels._mala import MALAInfo as MALAInfo
+from stochgrad.kernels._mala import MALAState as MALAState
+from stochgrad.kernels._mala import mala as mala
+from stochgrad.kernels._mala import on_all_rows as on_all_rows
 from stochgrad.kernels._noise_exposed import Affine as Affine
 from stochgrad.kernels._noise_exposed import KernelFactory as KernelFactory
 from stochgrad.kernels._noise_exposed import NoiseExposedStep as NoiseExposedStep

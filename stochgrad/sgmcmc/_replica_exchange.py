@@ -21,6 +21,7 @@ from stochgrad.core import (
     number,
 )
 from stochgrad.gradients import as_gradient
+from stochgrad.kernels import on_all_rows
 from stochgrad.sgmcmc._common import make_kernel
 from stochgrad.sgmcmc._kernel import StepInfo, step_counter, successor
 
@@ -75,9 +76,10 @@ def replica_exchange(
         step_size: h, one number or one for each temperature.
         temperatures: Two or more, rising. The first is that of the draws.
         swap_every: Steps between two attempts; even and odd pairs take turns.
-        energy_batches: n, minibatches for an energy difference, at least 2. They are drawn from a
-            stream of their own in the target's order; ``order="iid"`` is what the variance assumes,
-            others make the correction a little too strong.
+        energy_batches: n, minibatches for an energy difference, at least 2, or 1 where the target
+            takes all rows at every step and energies have no noise. They are drawn from a stream of
+            their own in the target's order; ``order="iid"`` is what the variance assumes, others
+            make the correction a little too strong.
 
     Raises:
         ValueError: there is one temperature only, they do not rise, or a number is out of range;
@@ -108,7 +110,7 @@ def replica_exchange(
     if len(steps) != len(heats):
         raise ValueError(f"step_size must be one number, or {len(heats)}, got {len(steps)}.")
     swap_every = check_count("swap_every", swap_every)
-    n = check_count("energy_batches", energy_batches, least=2)
+    n = check_count("energy_batches", energy_batches, least=1 if on_all_rows(target) else 2)
     energy = as_gradient(target)
     kernels = [make_kernel(kernel_factory, target, h, t) for h, t in zip(steps, heats, strict=True)]
 
@@ -136,7 +138,8 @@ def replica_exchange(
             keys = jax.random.split(jax.random.fold_in(pair_key, 0), n)
             energy_state, values = lax.scan(difference, energy_state, keys)
             tau = 1 / heats[i] - 1 / heats[i + 1]
-            chi = number(tau**2, values.dtype) * jnp.var(values, ddof=1) / n
+            spread = jnp.var(values, ddof=1) if n > 1 else jnp.zeros((), values.dtype)
+            chi = number(tau**2, values.dtype) * spread / n
             penalty = chi / 2 + chi**2 / (4 * (n + 1)) + chi**3 / (3 * (n + 1) * (n + 3))
             log_probability = jnp.minimum(number(tau, values.dtype) * jnp.mean(values) - penalty, 0)
             uniform = jax.random.uniform(jax.random.fold_in(pair_key, 1), (), values.dtype)

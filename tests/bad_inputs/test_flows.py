@@ -118,6 +118,19 @@ def set_up(**arguments):
     numpyro.handlers.seed(guide, 0)()
 
 
+def chains(target):
+    return stochgrad.mala(target, 0.1)
+
+
+MODES = {
+    "flow": FLOW, "log_density": density, "key": KEY, "chains": chains, "init": jnp.zeros((8, 2)),
+    "num_chains": 8, "progress": False,
+}  # fmt: skip
+COUNTS = (
+    "num_draws", "thin", "num_steps", "batch_size", "num_samples", "num_metropolis",
+    "num_weighted", "most_rounds",
+)  # fmt: skip
+NOT_MADE = {k: v for k, v in NO_FLOW.items() if k not in ("function", "class")}
 DRAWS = flows.sample(FLOW, KEY, 200, density)
 ELBO = PathGradientELBO()
 REVERSE = {"flow": FLOW, "log_density": density, "estimator": "path", "num_samples": 4}
@@ -149,6 +162,35 @@ CALLS = [
         flows.forward_kl, {"flow": FLOW, "samples": jnp.ones((3, 2))},
         {"score_of_target": {"None": None, "fails": fails, "scalar": density, "text": TEXT,
                              "rows": jnp.ones((2, 2)), "NaN": jnp.full((3, 2), jnp.nan)}},
+    ),
+    (
+        flows.jeffreys,
+        {"flow": FLOW, "log_density": density, "samples": jnp.ones((3, 2)), "forward": "ml"},
+        OF_REVERSE | {"samples": NO_SAMPLES, "forward": {"auto": "auto", "None": None},
+                      "reverse": {"name": "stl", "None": None}, "batch_size": {"many": 9}},
+    ),
+    (
+        flows.fit_modes, MODES,
+        dict.fromkeys(COUNTS, NO_COUNT)
+        | {"flow": NOT_MADE, "log_density": NO_DENSITY, "key": NO_KEY, "num_chains": NO_COUNT,
+           "chains": NO_FUNCTION | {"none": lambda target: None},
+           "init": {"None": None, "text": TEXT, "shape": jnp.zeros((8, 3)), "fails": fails,
+                    "one": jnp.zeros(2), "NaN": jnp.full((8, 2), jnp.nan)},
+           "learning_rate": NO_NUMBER, "forward": {"name": "total", "None": None},
+           "modes": {"number": 3.0, "text": TEXT, "fails": fails, "numbers": lambda x: x + 2.0,
+                     "pair": lambda x: (x, x)},
+           "tolerance": NO_NUMBER | {"above": 2.0}, "progress": NO_FLAG},
+    ),
+    (
+        flows.mixture_of_normals, {"samples": jnp.ones((3, 2)), "num_components": 2},
+        {"samples": {k: v for k, v in NO_SAMPLES.items() if k != "columns"},
+         "num_components": NO_COUNT | {"many": 4},
+         "defensive": NO_NUMBER | {"one": 1.0, "negative": -0.1}},
+    ),
+    (
+        stochgrad.mala, {"target": POSTERIOR, "step_size": 0.1},
+        {"target": NO_TARGET | {"gradient": HILL}, "step_size": NO_NUMBER | {"zero": 0.0},
+         "temperature": NO_NUMBER | {"zero": 0.0}},
     ),
     (
         flows.draw_with_score, {"flow": FLOW, "key": KEY, "num_samples": 3},

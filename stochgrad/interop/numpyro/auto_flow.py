@@ -1,11 +1,13 @@
 """Any flowjax flow as a numpyro autoguide."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from flowjax.bijections import AbstractBijection
@@ -16,11 +18,12 @@ from numpyro.distributions.transforms import Transform
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
 
-from stochgrad.core import check_callable, check_instance, describe, first_line
-from stochgrad.flows import beyond_reach, check_flow, split_flow, unwrap_flow
+from stochgrad.core import Draws, check_callable, check_instance, describe, first_line
+from stochgrad.flows import beyond_reach, check_flow, sample, split_flow, unwrap_flow
 from stochgrad.gradients import Pushed, push_score
 from stochgrad.interop.numpyro._guide_sites import is_fixed
 from stochgrad.interop.numpyro._guide_strata import Components, components_of, is_stratified
+from stochgrad.interop.numpyro._model import from_numpyro
 
 
 class FlowTransform(Transform):
@@ -243,6 +246,49 @@ class AutoFlow(AutoContinuous):
             *args, sample_shape=sample_shape, **kwargs
         )
         return self._unpack_and_constrain(latent, params)
+
+    def to_draws(self, rng_key, params, num_samples: int, *args, **kwargs) -> Draws:
+        """Draws of the guide, weighted to the model's posterior and resampled, with a verdict.
+
+        As ``stochgrad.sample`` returns draws, with ArviZ's groups by ``to_datatree``; ``attrs``
+        have k-hat of the weights, their effective sample size, and the log evidence ``log_z``.
+
+        Args:
+            rng_key: A PRNG key.
+            params: Parameters, as ``svi.run`` returns them.
+            num_samples: How many draws, both of the guide and of the result.
+            *args: Arguments of the model, with all its data.
+            **kwargs: Keyword arguments likewise.
+
+        Raises:
+            ValueError: the guide has not been set up by ``svi.init``, the parameters are not its
+                own, or the model has parameters itself.
+
+        Warns:
+            stochgrad.flows.WeightsWarning: k-hat is too large for the weights to be trusted.
+        """
+        name = f"{self.prefix}_flow"
+        if self.prototype_trace is None or not isinstance(params, Mapping) or name not in params:
+            raise ValueError(
+                f"params must be those of svi.run with this guide, with {name!r} among them, got "
+                f"{describe(params)}."
+            )
+        posterior = from_numpyro(self.model, *args, order="full", **kwargs)
+        condition = None
+        if self._condition is not None:
+            with numpyro.handlers.block(), numpyro.handlers.seed(rng_seed=0):
+                substituted = numpyro.handlers.substitute(self._conditioned, dict(params))
+                condition = substituted(*args, **kwargs)
+
+        def log_density(x):
+            return posterior.log_density(self._unpack_latent(x), posterior.batches.full)
+
+        flow = self._made(params[name])
+        weighted = sample(flow, rng_key, num_samples, log_density, condition)
+        draws = weighted.to_draws()
+        unpack = jax.jit(jax.vmap(jax.vmap(self._unpack_latent)))
+        positions = jax.tree.map(np.asarray, unpack(jnp.asarray(draws.positions)))
+        return replace(draws, positions=positions, posterior=posterior)
 
 
 def _without_gradient(arrays: Any, names: list[str], site: str) -> Any:
