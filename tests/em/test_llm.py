@@ -10,6 +10,7 @@ import pytest
 
 import stochgrad
 from stochgrad import em, llm
+from tests.em.logits import logits_of
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
@@ -153,19 +154,6 @@ def test_a_tiny_llama_is_what_numpy_computes(tmp_path, key, tied):
     np.testing.assert_allclose(drawn.log_prob, forced, rtol=0, atol=1e-5)
     rest = [np.asarray(t)[np.asarray(m)] for t, m in zip(drawn.tokens, drawn.mask, strict=True)]
     np.testing.assert_allclose(forced, scored(tensors, RAGGED, rest), rtol=0, atol=1e-4)
-
-
-def logits_of(model, tokens):
-    """Logits at every token."""
-    n = len(tokens)
-    inputs = em.Inputs(
-        jnp.asarray(tokens, jnp.int32)[None],
-        jnp.arange(n)[None],
-        jnp.asarray(np.tri(n, dtype=bool))[None],
-        jnp.int32(0),
-    )
-    cache = llm.llama_cache(model.config)(1, n)
-    return np.asarray(llm.llama(model.config)(model.params, inputs, cache, n)[0][0])
 
 
 def test_logits_of_every_token(tmp_path):

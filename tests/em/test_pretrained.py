@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from stochgrad import em, llm
+from tests.em.logits import logits_of
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
@@ -25,18 +25,6 @@ TALK = [
     {"role": "assistant", "content": "d"},
     {"role": "user", "content": "e"},
 ]
-
-
-def logits_of(model, tokens):
-    n = len(tokens)
-    inputs = em.Inputs(
-        jnp.asarray(tokens, jnp.int32)[None],
-        jnp.arange(n)[None],
-        jnp.asarray(np.tri(n, dtype=bool))[None],
-        jnp.int32(0),
-    )
-    cache = llm.llama_cache(model.config)(1, n)
-    return np.asarray(llm.llama(model.config)(model.params, inputs, cache, n)[0][0])
 
 
 def expected(kind):
