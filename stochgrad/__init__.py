@@ -75,13 +75,18 @@ _PLACES = {
     "infer": "stochgrad.inference",
     "nuts": "stochgrad.inference",
 }
+_MODULES = ("diagnostics", "flower", "flows", "llm", "numpyro", "potentials")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs numpyro or ArviZ on first use, so that importing stochgrad stays cheap."""
     if name in _PLACES:
         return getattr(import_module(_PLACES[name]), name)
-    if name in ("diagnostics", "flower", "flows", "llm", "numpyro", "potentials"):
+    if name in _MODULES:
         try:
             return import_module(f"stochgrad.{name}")
         except ModuleNotFoundError as error:

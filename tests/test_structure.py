@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import stochgrad
+
 PACKAGE = Path(__file__).parents[1] / "stochgrad"
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path.read_text()
@@ -57,3 +59,11 @@ def test_a_folder_may_import_its_own_modules():
     source = "from stochgrad.flows._draw import check_flow"
     assert not foreign_private_imports("stochgrad.flows._reverse", source)
     assert not foreign_private_imports("stochgrad.flows.__init__", source)
+
+
+def test_names_that_come_on_first_use_are_listed_and_there():
+    listed = set(dir(stochgrad))
+    wanted = {"from_numpyro", "infer", "numpyro", "flows", "potentials", "diagnostics", "llm"}
+    assert wanted <= listed
+    for name in listed:
+        assert getattr(stochgrad, name) is not None or name.startswith("__")
