@@ -29,7 +29,7 @@ from stochgrad.core._trees import (
 
 _BUFFER_BYTES = 2**25
 _MOST_DRAWS = 1024
-_GROUP, _GROUP_BYTES = 4, 2**30
+_GROUP, _GROUP_BYTES, _GROUP_OPERATIONS = 4, 2**28, 1250
 
 
 class Carry(NamedTuple):
@@ -181,10 +181,11 @@ def _build(
         """The same for a number that is known, where operations cost their launch.
 
         What steps of a group do not need of each other, their keys and minibatches, is computed
-        for all of them at once.
+        for all of them at once. Steps that are long to compile, or to run, gain nothing.
         """
-        bytes_of_step = traced.largest * (1 if share else num_chains)
-        size = _GROUP if _GROUP * bytes_of_step <= _GROUP_BYTES else 1
+        bytes_of_group = _GROUP * traced.largest * (1 if share else num_chains)
+        short = bytes_of_group <= _GROUP_BYTES and traced.operations <= _GROUP_OPERATIONS
+        size = _GROUP if short else 1
 
         def keys_of(first, count):
             numbers = first + lax.iota(np.int32, count)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.core import eval_jaxpr
+from jax.extend.core import jaxprs_in_params
 from jaxtyping import PyTree
 
 from stochgrad.core._jit import remember
@@ -22,6 +23,7 @@ class Traced(NamedTuple):
         state: Shapes of the state, without what is constant.
         info: Shapes of the info.
         largest: Bytes of the largest array that a step makes.
+        operations: How many operations a step is written in, those of inner programs included.
         jaxpr: The trace.
         constants: What it closes over: the data, mostly.
     """
@@ -31,6 +33,7 @@ class Traced(NamedTuple):
     state: PyTree
     info: PyTree
     largest: int
+    operations: int
     jaxpr: Any
     constants: list
 
@@ -85,7 +88,13 @@ def _trace(init: Callable, step: Callable, example: tuple[Any, tuple, Any], stre
 
     made = (out.aval for equation in closed.jaxpr.eqns for out in equation.outvars)
     largest = max(map(tree_bytes, made), default=0)
-    return Traced(start, replay, state, info, largest, closed.jaxpr, closed.consts)
+    operations = _count(closed.jaxpr)
+    return Traced(start, replay, state, info, largest, operations, closed.jaxpr, closed.consts)
+
+
+def _count(jaxpr: Any) -> int:
+    inner = (x for equation in jaxpr.eqns for x in jaxprs_in_params(equation.params))
+    return len(jaxpr.eqns) + sum(map(_count, inner))
 
 
 def form_of(tree: PyTree) -> Any:
