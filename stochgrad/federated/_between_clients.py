@@ -12,7 +12,8 @@ from scipy import stats as laws
 from stochgrad.core import Draws, evenly
 from stochgrad.federated._spread import StabilityWarning, coordinate_names
 
-_BLOCKS, _LEAST_BLOCKS, _MOST_COORDINATES, _MOST_DRAWS = 20, 10, 64, 5000
+_BLOCKS, _LEAST_BLOCKS, _LEAST_LENGTH = 20, 10, 5
+_MOST_COORDINATES, _MOST_DRAWS = 64, 5000
 _CHANCE = 1e-4
 _VARIANCE, _MEAN = 1.4, 0.25
 
@@ -44,7 +45,8 @@ def differences_between_clients(
     the mean of all, are compared by their ratio, means by their difference, with standard errors by
     a jackknife over twenty blocks or more of successive draws. What is less than 40% in variance
     and a quarter of a standard deviation in mean, or could come by chance once in ten thousand
-    runs, is not told.
+    runs, is not told; nor is anything of clients visited fewer than ten times, or of runs whose
+    blocks have fewer than five draws.
 
     Args:
         values: Draws (chains, draws, coordinates).
@@ -58,7 +60,7 @@ def differences_between_clients(
     chains, draws, size = values.shape
     per_chain = -(-_BLOCKS // chains)
     length = draws // per_chain
-    if length < 2 or not size or count < 2:
+    if length < _LEAST_LENGTH or not size or count < 2:
         return []
     kept = per_chain * length
     x = values[:, draws - kept :].reshape(chains * per_chain, length, size)
@@ -73,7 +75,10 @@ def differences_between_clients(
         numbers[:, s] = here.sum(axis=(1, 2))
         first[:, s] = (x * here).sum(axis=1)
         second[:, s] = (x**2 * here).sum(axis=1)
-    used = (numbers > 0).sum(axis=0)
+    # blocks of one visit are as dependent as its draws
+    starts = np.diff(client[:, draws - kept :], axis=1, prepend=-1) != 0
+    visits = np.bincount(client[:, draws - kept :][starts], minlength=count)
+    used = np.minimum((numbers > 0).sum(axis=0), visits)
     tested = np.flatnonzero((used >= _LEAST_BLOCKS) & (numbers.sum(axis=0) < numbers.sum()))
     if not tested.size:
         return []

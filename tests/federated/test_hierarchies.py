@@ -145,3 +145,18 @@ def test_shares_that_are_not_the_assumed_ones_are_told():
     never, biased = share_reasons(drifted, visits, shares, names)
     assert "1 of 3 clients were never seen in 1200 visits (west)" in never
     assert "the draws are biased" in biased
+
+
+@pytest.mark.parametrize(("chains", "draws", "stay"), [(3, 16, 20), (3, 40, 20), (8, 20, 1)])
+def test_few_visits_of_slow_chains_are_no_evidence(chains, draws, stay):
+    """Chains in equilibrium, with an autocorrelation of 0.98 from draw to draw."""
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        noise = np.sqrt(1 - 0.98**2) * rng.normal(size=(chains, draws, 6))
+        x = np.empty_like(noise)
+        x[:, 0] = rng.normal(size=(chains, 6))
+        for n in range(1, draws):
+            x[:, n] = 0.98 * x[:, n - 1] + noise[:, n]
+        visits = rng.integers(0, 3, size=(chains, -(-draws // stay)))
+        client = np.repeat(visits, stay, axis=1)[:, :draws]
+        assert not differences_between_clients(x, client, list("abcdef"), 3)
