@@ -14,11 +14,13 @@ from stochgrad.core import (
     Observations,
     Posterior,
     Target,
+    at_least_float32,
     by_name,
     check_callable,
     check_position,
     chosen_leaves,
     describe,
+    initial_of,
     split_leaves,
 )
 from stochgrad.gradients._like import check_like
@@ -109,16 +111,13 @@ def mixed_precision(target: Target, dtype: Any = jnp.bfloat16) -> Target:
     to = lambda tree, dtype: jax.tree.map(
         lambda x: jnp.asarray(x).astype(dtype) if floating(x) else x, tree
     )
-    initial = getattr(target, "initial", None)
-    if initial is None and isinstance(target, Gradient) and target.posterior is not None:
-        initial = target.posterior.initial
+    initial = initial_of(target)
     start = None if initial is None else lambda key: to(initial(key), jnp.float32)
     return _through(target, lambda position: to(position, narrow), start)
 
 
 def _check_params(target: Target, params: PyTree) -> None:
-    posterior = target if isinstance(target, Posterior) else getattr(target, "posterior", None)
-    initial = getattr(target, "initial", None) or getattr(posterior, "initial", None)
+    initial = initial_of(target)
     if initial is not None:
         like = jax.eval_shape(initial, jax.random.key(0))
         check_like("params", params, like, "the target's position")
@@ -141,7 +140,7 @@ def _through(target: Target, function: Callable, initial: Callable | None) -> Ta
             inner, pull = jax.vjp(function, position)
             value, slope = score(inner)
             slope = jax.tree.map(_cotangent, inner, slope)
-            return value.astype(jnp.float32), pull(slope)[0]
+            return _wide(value), pull(slope)[0]
 
         return own_score, state
 
@@ -153,6 +152,10 @@ def _through(target: Target, function: Callable, initial: Callable | None) -> Ta
         initial,
         lambda position: named(function(position)),
     )
+
+
+def _wide(value: Any) -> Any:
+    return value.astype(at_least_float32(value.dtype))
 
 
 def _cotangent(leaf: Any, slope: Any) -> Any:
@@ -167,7 +170,7 @@ def _posterior_through(
 ) -> Posterior:
     constrain, observations = posterior.constrain, posterior.observations
     return posterior._replace(
-        log_density=lambda q, batch: posterior.log_density(function(q), batch).astype(jnp.float32),
+        log_density=lambda q, batch: _wide(posterior.log_density(function(q), batch)),
         initial=initial,
         constrain=constrain and (lambda q: constrain(function(q))),
         unconstrain=None,

@@ -205,13 +205,13 @@ def fit(
 
 
 def _warn_of_narrow_weights(position: Position) -> None:
-    narrow = [name for name, x in by_name(position).items() if x.dtype.itemsize < 4]
+    narrow = {name: x.dtype for name, x in by_name(position).items() if x.dtype.itemsize < 4}
     if narrow:
-        dtype = by_name(position)[narrow[0]].dtype
-        least = float(jnp.finfo(dtype).eps) / 2
+        dtype = next(iter(narrow.values()))
+        some, least = ", ".join(list(narrow)[:3]), float(jnp.finfo(dtype).eps) / 2
         warnings.warn(
-            f"init has weights of type {dtype} ({', '.join(narrow[:3])}), which do not move by "
-            f"less than {least:.2g} of themselves: begin at float32 weights and climb "
+            f"init has weights of type {dtype} ({some}), which do not move by less "
+            f" than {least:.2g} of themselves: begin at float32 weights and climb "
             f"stochgrad.mixed_precision(objective, jnp.{dtype}).",
             PrecisionWarning,
             stacklevel=3,

@@ -133,6 +133,20 @@ def test_the_narrow_gradient_is_that_at_the_rounded_weights(key):
                 np.testing.assert_array_equal(x, np.asarray(y, np.float32))
 
 
+def test_double_precision_stays_so(key):
+    with jax.enable_x64(True):
+        params = {"a": jnp.zeros(2), "deep": {"b": jnp.array(0.5)}, "c": jnp.array(2.0)}
+        whole = stochgrad.posterior(
+            log_prior, log_likelihood, X.astype(np.float64), batch_size=None, order="full"
+        )
+        for make in (lambda t: t, minibatch):
+            free = stochgrad.trainable(make(whole), params, lambda name: name == "a")
+            free = minibatch(free) if isinstance(free, stochgrad.Posterior) else free
+            start = {"a": params["a"]}
+            value, slope = free.next(key, start, free.init(key, start))[0](start)
+            assert value.dtype == slope["a"].dtype == jnp.float64
+
+
 def test_likelihoods_of_rows_are_those_of_the_whole(key):
     free = free_of(target())
     start = free.initial(key)
