@@ -10,10 +10,10 @@ import numpy as np
 from flowjax.distributions import AbstractTransformed
 from jaxtyping import Array, Float
 
-from stochgrad.core import Draws, describe, evenly, first_line
+from stochgrad.core import Draws, evenly
 from stochgrad.flows._draw import unwrap_flow
 from stochgrad.flows._strata import mixture_of
-from stochgrad.flows._weighted import WeightedDraws
+from stochgrad.flows._weighted import WeightedDraws, mapped
 
 _ERRORS = 4.0
 _LEAST_RATIO = 0.5
@@ -179,15 +179,7 @@ def default_modes(flow: Any, positions: Float[Array, "n ..."]) -> Callable[[Arra
 
 def check_modes(modes: Any, positions: Float[Array, "n ..."]) -> Callable[[Array], Array]:
     """A caller's function of what the modes are, as one of floating-point numbers."""
-    try:
-        values = jax.vmap(modes)(positions)
-    except Exception as error:
-        raise ValueError(
-            f"modes fails on a point of shape {positions.shape[1:]}: {first_line(error)}."
-        ) from error
-    if not isinstance(values, jax.Array):
-        raise TypeError(f"modes must return one array, got {describe(values)}.")
-    array = np.asarray(values, np.float64)
+    array = np.asarray(mapped("modes", modes, positions, "point"), np.float64)
     if not (np.isfinite(array).all() and np.min(array) >= 0 and np.max(array) <= 1):
         raise ValueError(
             "modes must return numbers between 0 and 1, got "

@@ -73,14 +73,7 @@ class WeightedDraws(NamedTuple):
             ValueError: the function fails, or is not finite where there is weight.
         """
         check_callable("function", function, "a function of one draw")
-        try:
-            values = jax.vmap(function)(self.value)
-        except Exception as error:
-            raise ValueError(
-                f"function fails on a draw of shape {self.value.shape[1:]}: {first_line(error)}."
-            ) from error
-        if not isinstance(values, jax.Array):
-            raise TypeError(f"function must return one array, got {describe(values)}.")
+        values = mapped("function", function, self.value, "draw")
         if not jnp.issubdtype(values.dtype, jnp.inexact):
             values = values.astype(self.smoothed.dtype)
         weights = jnp.exp(self.smoothed).astype(values.dtype)
@@ -176,3 +169,16 @@ def heavy_tail(khat: float, count: int) -> str:
 def _ess(log_weight):
     twice = 2 * logsumexp(log_weight) - logsumexp(2 * log_weight)
     return jnp.exp(twice) / log_weight.size
+
+
+def mapped(name: str, function: Callable[[Array], Any], points: Array, what: str) -> Array:
+    """A caller's function at each of many points, if it takes one and returns an array."""
+    try:
+        values = jax.vmap(function)(points)
+    except Exception as error:
+        raise ValueError(
+            f"{name} fails on a {what} of shape {points.shape[1:]}: {first_line(error)}."
+        ) from error
+    if not isinstance(values, jax.Array):
+        raise TypeError(f"{name} must return one array, got {describe(values)}.")
+    return values
