@@ -211,7 +211,7 @@ def _warn_of_narrow_weights(position: Position) -> None:
         some, least = ", ".join(list(narrow)[:3]), float(jnp.finfo(dtype).eps) / 2
         warnings.warn(
             f"init has weights of type {dtype} ({some}), which do not move by less "
-            f" than {least:.2g} of themselves: begin at float32 weights and climb "
+            f"than {least:.2g} of themselves: begin at float32 weights and climb "
             f"stochgrad.mixed_precision(objective, jnp.{dtype}).",
             PrecisionWarning,
             stacklevel=3,
@@ -219,7 +219,7 @@ def _warn_of_narrow_weights(position: Position) -> None:
 
 
 def _check_judge(judge: Gradient, position: Position) -> None:
-    initial = judge.initial or (judge.posterior.initial if judge.posterior is not None else None)
+    initial = initial_of(judge)
     if initial is not None:
         like = jax.eval_shape(initial, jax.random.key(0))
         check_like("the objective's position", position, like, "the position of held_out")
