@@ -74,6 +74,7 @@ class _Rounds(NamedTuple):
         gradients: What has been spent, rounds before included.
         starts: Where the chains are.
         notes: Why the goal was not reached.
+        diverged: Whether a chain left the finite numbers.
     """
 
     draws: Draws
@@ -83,6 +84,7 @@ class _Rounds(NamedTuple):
     gradients: float
     starts: Position
     notes: tuple[str, ...]
+    diverged: bool
 
     @property
     def seconds(self) -> float:
@@ -107,14 +109,15 @@ def sample_until(
     Without a Metropolis step draws are biased by the step size, most where the posterior is curved,
     which no law around a center knows. So a run with half the step and twice as many steps follows;
     where means or spreads differ by more than their errors it is halved again. The draws of the
-    last, finest run are returned. ``finer(kernel, step_size)`` makes the kernel of another step.
+    last, finest run are returned. A run in which a chain leaves the finite numbers is thrown away,
+    and made anew with half the step. ``finer(kernel, step_size)`` makes the kernel of another step.
     """
     goal = _Goal(num_samples, num_chains, target_ess, budget, say)
     thin = _first_thin(tuned, kernel, goal)
     if math.isfinite(budget.gradients):
         each = num_samples * num_chains * _gradients_per_step(kernel)
         thin = max(min(thin, int(budget.gradients / each)), 1)
-    run = _rounds(key, kernel, thin, tuned.starts, 0.0, goal)
+    run, kernel = _stable(key, kernel, finer, thin, tuned.starts, 0.0, goal)
     if law is not None:
         steps = run.draws.num_draws * run.thin * num_chains
         say(
@@ -163,11 +166,10 @@ def _halved(
                     "size biases the draws; allow more.",
                 ),
             )
-        step = dict(kernel.settings)["step_size"] / 2
-        kernel = finer(kernel, step)
-        halved = _rounds(
+        halved, kernel = _stable(
             jax.random.fold_in(key, 1000 + i),
-            kernel,
+            _with_half_the_step(kernel, finer),
+            finer,
             2 * run.thin,
             run.starts,
             run.gradients,
@@ -178,7 +180,7 @@ def _halved(
             return halved, kernel, halved.notes
         gap = _gap(run.draws, halved.draws)
         run = halved
-        goal.say(f"with half the step, {step:.3g}: {gap or 'the same'}")
+        goal.say(f"with half the step, {_step_size(kernel):.3g}: {gap or 'the same'}")
         if not gap:
             return run, kernel, ()
     return (
@@ -189,6 +191,43 @@ def _halved(
             "biases the draws. Reparameterize, or take method='nuts'.",
         ),
     )
+
+
+def _stable(
+    key: PRNGKey,
+    kernel: Kernel,
+    finer: Callable[[Kernel, float], Kernel],
+    thin: int,
+    starts: Position,
+    spent: float,
+    goal: _Goal,
+    least: int = 1,
+) -> tuple[_Rounds, Kernel]:
+    """Rounds with the first step, halved again and again, at which no chain diverges.
+
+    The step of the warm-up is stable where its chains went. One that goes farther, down the neck of
+    a hierarchy, meets curvature that the step does not stand.
+    """
+    for i in range(_MOST_HALVINGS + 1):
+        run = _rounds(
+            jax.random.fold_in(key, i) if i else key, kernel, thin, starts, spent, goal, least
+        )
+        again = run.diverged and kernel.method == "SGHMC" and i < _MOST_HALVINGS
+        if not (again and goal.budget.allows(3 * run.gradients - 2 * spent, 2 * run.seconds)):
+            break
+        goal.say(
+            f"a chain diverged with steps of {_step_size(kernel):.3g}: again with half of them"
+        )
+        kernel, thin, spent = _with_half_the_step(kernel, finer), 2 * thin, run.gradients
+    return run, kernel
+
+
+def _with_half_the_step(kernel: Kernel, finer: Callable[[Kernel, float], Kernel]) -> Kernel:
+    return finer(kernel, _step_size(kernel) / 2)
+
+
+def _step_size(kernel: Kernel) -> float:
+    return dict(kernel.settings)["step_size"]
 
 
 def _rounds(
@@ -203,6 +242,7 @@ def _rounds(
     """Rounds of draws until chains agree on enough of them, or the budget is spent."""
     parts: list[Draws] = []
     notes: tuple[str, ...] = ()
+    diverged = False
     while True:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -227,7 +267,9 @@ def _rounds(
             f"{effective:.0f} effective draws"
         )
         if np.any(part.first_bad >= 0) or part.num_draws < goal.num_samples:
-            notes = ("a chain diverged at the step that the warm-up found.",)
+            diverged = True
+            step = f" with steps of {_step_size(kernel):.3g}" if kernel.method == "SGHMC" else ""
+            notes = (f"a chain diverged{step}.",)
             break
         starts = jax.tree.map(
             lambda x: jnp.asarray(x[:, -1] if goal.num_chains > 1 else x[0, -1]), part.positions
@@ -246,7 +288,7 @@ def _rounds(
                 f"R-hat {ratio:.3f}, after {spent:,.0f} gradients; {remedy}.",
             )
             break
-    return _Rounds(draws, len(parts), thin, effective, spent, starts, notes)
+    return _Rounds(draws, len(parts), thin, effective, spent, starts, notes, diverged)
 
 
 def _gap(coarse: Draws, fine: Draws) -> str:
@@ -280,7 +322,7 @@ def _first_thin(tuned: WarmUp, kernel: Kernel, goal: _Goal) -> int:
     if last is None or kernel.method == "NUTS":
         return 1
     per_effective = goal.num_chains * last.steps / 2 / max(last.effective, 1.0)
-    per_effective *= last.step_size / dict(kernel.settings)["step_size"]
+    per_effective *= last.step_size / _step_size(kernel)
     steps = 1.3 * goal.target_ess * per_effective / goal.num_chains
     return int(np.clip(math.ceil(steps / goal.num_samples), 1, 10_000))
 
