@@ -5,6 +5,7 @@ from stochgrad.diagnostics._calibration import calibration as calibration
 from stochgrad.diagnostics._calibration import interval_coverage as interval_coverage
 from stochgrad.diagnostics._errors import mcse as mcse
 from stochgrad.diagnostics._errors import rhat as rhat
+from stochgrad.diagnostics._excursions import excursion_reasons as excursion_reasons
 from stochgrad.diagnostics._kfold import kfold as kfold
 from stochgrad.diagnostics._law import Law as Law
 from stochgrad.diagnostics._law import predict_law as predict_law

@@ -22,12 +22,12 @@ from stochgrad.core import (
     sample,
     some_series,
 )
-from stochgrad.diagnostics import Law, worst_bias
+from stochgrad.diagnostics import Law, excursion_reasons, worst_bias
 from stochgrad.inference._modes import unvisited
 from stochgrad.sgmcmc import WarmUp
 
 _MOST_ROUNDS, _PATIENCE = 16, 4
-_MOST_HALVINGS = 4
+_MOST_HALVINGS, _MOST_REPEATS = 4, 3
 _MOST_RHAT = 1.02
 _MOST_SERIES = 256
 _ERRORS, _GAP = 4.0, 0.1
@@ -109,8 +109,9 @@ def sample_until(
     Without a Metropolis step draws are biased by the step size, most where the posterior is curved,
     which no law around a center knows. So a run with half the step and twice as many steps follows;
     where means or spreads differ by more than their errors it is halved again. The draws of the
-    last, finest run are returned. A run in which a chain leaves the finite numbers is thrown away,
-    and made anew with half the step. ``finer(kernel, step_size)`` makes the kernel of another step.
+    last, finest run are returned. A run in which a chain diverges, or is thrown to where the
+    posterior is next to nothing, is made anew with half the step. ``finer(kernel, step_size)``
+    makes the kernel of another step.
     """
     goal = _Goal(num_samples, num_chains, target_ess, budget, say)
     thin = _first_thin(tuned, kernel, goal)
@@ -208,17 +209,17 @@ def _stable(
     The step of the warm-up is stable where its chains went. One that goes farther, down the neck of
     a hierarchy, meets curvature that the step does not stand.
     """
-    for i in range(_MOST_HALVINGS + 1):
-        run = _rounds(
-            jax.random.fold_in(key, i) if i else key, kernel, thin, starts, spent, goal, least
-        )
-        again = run.diverged and kernel.method == "SGHMC" and i < _MOST_HALVINGS
-        if not (again and goal.budget.allows(3 * run.gradients - 2 * spent, 2 * run.seconds)):
+    run = _rounds(key, kernel, thin, starts, spent, goal, least)
+    for i in range(_MOST_REPEATS if kernel.method == "SGHMC" else 0):
+        if not (run.diverged or excursion_reasons(run.draws)):
             break
-        goal.say(
-            f"a chain diverged with steps of {_step_size(kernel):.3g}: again with half of them"
-        )
+        again = run.gradients + 2 * (run.gradients - spent)
+        if not goal.budget.allows(again, 2 * run.seconds):
+            break
+        what = "diverged" if run.diverged else "was thrown far out"
+        goal.say(f"a chain {what} with steps of {_step_size(kernel):.3g}: again with half of them")
         kernel, thin, spent = _with_half_the_step(kernel, finer), 2 * thin, run.gradients
+        run = _rounds(jax.random.fold_in(key, 100 + i), kernel, thin, starts, spent, goal, least)
     return run, kernel
 
 

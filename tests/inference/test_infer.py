@@ -122,3 +122,43 @@ def test_a_mode_that_no_chain_has_seen_is_named():
     words = " ".join(draws.verdict.reasons)
     assert "the chains of the warm-up lie in modes of their own" in words
     assert "no chain has visited a place" in words or "R-hat is" in words
+
+
+def centered(group, y, minibatch=None):
+    mean = numpyro.sample("mean", dist.Normal(0.0, 5.0))
+    scale = numpyro.sample("scale", dist.HalfNormal(2.0))
+    with numpyro.plate("groups", 10):
+        effect = numpyro.sample("effect", dist.Normal(mean, scale))
+    with numpyro.plate("rows", len(y), subsample_size=minibatch):
+        i, yb = numpyro.subsample(group, 0), numpyro.subsample(y, 0)
+        numpyro.sample("y", dist.Normal(effect[i], 3.0), obs=yb)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 4])
+def test_a_centered_hierarchy_whose_neck_the_first_step_does_not_stand(seed, capsys):
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(10), 8)
+    y = 1 + rng.normal(0, 0.5, 10)[group] + rng.normal(0, 3, 80)
+    draws = stochgrad.infer(
+        jax.random.key(seed), centered, group, y.astype(np.float32), minibatch=20, method="sghmc"
+    )
+    assert "again with half of them" in capsys.readouterr().err
+    assert draws.verdict.ok, draws.verdict
+
+    # the effects and the mean are normal given the scale: what is left is one integral
+    scale = np.linspace(1e-3, 6, 6000)
+    variance = scale**2 + 9 / 8
+    gap = y.reshape(10, 8).mean(1)
+    spread = np.sum((gap - gap.mean()) ** 2)
+    log_p = -0.5 * (9 * np.log(variance) + np.log(variance + 250) + spread / variance)
+    log_p -= 0.5 * 10 * gap.mean() ** 2 / (variance + 250) + scale**2 / 8
+    weight = np.exp(log_p - log_p.max())
+    weight /= weight.sum()
+    mean = weight @ scale
+    sd = np.sqrt(weight @ (scale - mean) ** 2)
+    tail = weight @ (scale - mean) ** 4 / sd**4
+    x = draws.constrained()["scale"].astype(float)
+    effective = numpyro.diagnostics.effective_sample_size
+    assert abs(x.mean() - mean) < 4 * sd / np.sqrt(effective(x))
+    assert abs(x.var() / sd**2 - 1) < 4 * np.sqrt((tail - 1) / effective((x - mean) ** 2))
