@@ -1,6 +1,6 @@
 """Simulation-based calibration of the recommended sampler, and of one that must fail.
 
-``python benchmarks/calibration.py`` runs every model and writes docs/calibration.md.
+``python benchmarks/calibration.py`` runs every model and writes docs/results/calibration.md.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 
 import stochgrad
 
-PAGE = Path(__file__).parents[1] / "docs" / "calibration.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "calibration.md"
 N = 200
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, 2)).astype(np.float32)
@@ -85,7 +85,7 @@ def main():
         f"(`stochgrad.diagnostics.sbc`, {options.simulations} data sets of {N} rows, minibatches "
         "of 20, symmetric sweeps; `python benchmarks/calibration.py`). A right sampler's are "
         "uniform; p is that of the smallest of all parameters' χ² tests, times their number, and "
-        "zero where a chain left the finite numbers.",
+        "zero where a chain diverged.",
         "",
         "| model | sampler | finite | p | seconds |",
         "| --- | --- | ---: | ---: | ---: |",

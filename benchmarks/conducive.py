@@ -1,6 +1,6 @@
 """What a conducive gradient adds to a step of distributed SGLD.
 
-``python benchmarks/conducive.py`` prints the table and writes it to ``docs/conducive_figures.md``.
+``python benchmarks/conducive.py`` prints the table and writes it to ``docs/results/conducive.md``.
 Measured as in ``benchmarks/speed.py``: CPU time that a step of one chain adds, median over rounds
 in which all take turns.
 """
@@ -57,7 +57,7 @@ def table(title, figures):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("docs/conducive_figures.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/conducive.md"))
     options = parser.parse_args()
     lines = [
         "# What a conducive gradient costs",

@@ -3,8 +3,8 @@
     python benchmarks/em_toy.py [--part learning|bias|gvm|vade] [--smoke]
 
 Sixty-four questions with 24 rationales each, log-linear, so that log-likelihood, accuracy and
-gradients are sums of 24 terms. Writes docs/em_toy_*.png, and its tables between the marks of
-docs/estimators_em.md.
+gradients are sums of 24 terms. Writes docs/images/em_toy_*.png, and its tables between the marks of
+docs/results/estimators_em.md.
 """
 
 import argparse
@@ -404,7 +404,7 @@ def learning(smoke, output):
             )
         blocks[f"learning {kind}"] = lines
         blocks[f"rates {kind}"] = rates_table(found, steps)
-    learning_picture(results, steps, output / "em_toy_learning.png")
+    learning_picture(results, steps, output / "images" / "em_toy_learning.png")
     return blocks
 
 
@@ -527,7 +527,7 @@ def bias(smoke, output):
         print(kind, "\n".join(lines), flush=True)
     points, lines = variances(smoke)
     blocks["variance"] = lines
-    bias_picture(results, points, at, output / "em_toy_bias.png")
+    bias_picture(results, points, at, output / "images" / "em_toy_bias.png")
     return blocks
 
 
@@ -767,7 +767,7 @@ def gvm(smoke, output):
                 f"{show(*found[2:])} |"
             )
             print(lines[-1], flush=True)
-    gvm_picture(results, output / "em_toy_gvm.png")
+    gvm_picture(results, output / "images" / "em_toy_gvm.png")
     number = 8 if smoke else 32
     _, made, theta, _ = places(smoke)[1]
     return {"gvm": lines, "gvm takes": takes(made, theta, number, count)}
@@ -913,7 +913,9 @@ def vade(smoke, output):
         (6, ideal[-1], "p known", "#0b3c8c"),
     ]
     label_ends(ax, ends)
-    finished(figure, "VADE sends proposals where p is near a half", output / "em_toy_vade.png")
+    finished(
+        figure, "VADE sends proposals where p is near a half", output / "images" / "em_toy_vade.png"
+    )
     return {"vade": lines}
 
 
@@ -940,8 +942,9 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a short run, that leaves the page")
     parser.add_argument("--output", type=Path, default=Path("docs"))
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    page = options.output / "estimators_em.md"
+    for folder in ("results", "images"):
+        (options.output / folder).mkdir(parents=True, exist_ok=True)
+    page = options.output / "results" / "estimators_em.md"
     for name in [options.part] if options.part else PARTS:
         clock = time.perf_counter()
         blocks = PARTS[name](options.smoke, options.output)

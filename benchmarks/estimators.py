@@ -4,7 +4,7 @@
 
 A mixture with a discrete and a continuous latent variable, and a guide for both. The gradient of
 the bound is known: by enumeration of the discrete variable and quadrature of the continuous one.
-Writes docs/estimators.md.
+Writes docs/results/estimators.md.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def rows(params, count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", default="docs/estimators.md")
+    parser.add_argument("--output", default="docs/results/estimators.md")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)

@@ -3,8 +3,8 @@
 Sixteen carriers own their flights, from 29 to 52,747, and none sees another's. A logistic regression
 of being late, the same for all, is sampled from its pooled posterior by FSGLD and its rivals.
 
-``python benchmarks/federated.py`` writes ``docs/federated_figures.md`` and
-``docs/federated_bytes.png``; ``--smoke`` is a short version of the same.
+``python benchmarks/federated.py`` writes ``docs/results/federated.md`` and
+``docs/images/federated_bytes.png``; ``--smoke`` is a short version of the same.
 """
 
 import argparse
@@ -397,9 +397,10 @@ def main():
     ]
     text = "\n".join(lines)
     print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "federated_figures.md").write_text(text)
-    picture(found[0.1], found[np.inf], options.output / "federated_bytes.png")
+    for folder in ("results", "images"):
+        (options.output / folder).mkdir(parents=True, exist_ok=True)
+    (options.output / "results" / "federated.md").write_text(text)
+    picture(found[0.1], found[np.inf], options.output / "images" / "federated_bytes.png")
     print(f"{time.perf_counter() - begun:.0f} s in all")
 
 

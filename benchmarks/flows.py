@@ -4,7 +4,7 @@ The experiments of "Fast and Unified Path Gradient Estimators for Normalizing Fl
 2024] at a size for one CPU core: Gaussian mixtures, lattice phi^4 theory and U(1) gauge theory in
 two dimensions.
 
-``python benchmarks/flows.py`` writes ``docs/flows_figures.md`` and ``docs/flows_*.png``;
+``python benchmarks/flows.py`` writes ``docs/results/flows.md`` and ``docs/images/flows_*.png``;
 ``--smoke`` is a short version of the same. With ``--target`` it is one kind of target, and the
 parts of the others stay as they are.
 """
@@ -512,7 +512,10 @@ def draw(panels, way, both):
 
 def work(kind, smoke, output):
     """One kind of target: the picture, and its part of the page."""
-    found, lines = [], [f"## {KINDS[kind]}", "", f"![{KINDS[kind]}](flows_{kind}.png)", ""]
+    found, lines = (
+        [],
+        [f"## {KINDS[kind]}", "", f"![{KINDS[kind]}](../images/flows_{kind}.png)", ""],
+    )
     chosen = problems(kind)
     for problem in [shorter(chosen[0])] if smoke else chosen:
         found_samples, origin = problem.samples(jax.random.key(10), problem.rows + problem.judged)
@@ -526,7 +529,7 @@ def work(kind, smoke, output):
         print("\n".join(verdict(way, pair) for way, pair in curves.items()), flush=True)
         found.append((problem, curves))
         lines += section(problem, origin, curves)
-    picture(kind, found, output / f"flows_{kind}.png")
+    picture(kind, found, output / "images" / f"flows_{kind}.png")
     return "\n".join(lines)
 
 
@@ -573,8 +576,9 @@ def main():
     options = parser.parse_args()
     begun = time.perf_counter()
     warnings.simplefilter("ignore")
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / "flows_figures.md"
+    for folder in ("results", "images"):
+        (options.output / folder).mkdir(parents=True, exist_ok=True)
+    target = options.output / "results" / "flows.md"
     parts = saved(target)
     for kind in [options.target] if options.target else KINDS:
         parts[kind] = work(kind, options.smoke, options.output)

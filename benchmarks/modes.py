@@ -1,7 +1,7 @@
 """Densities of many modes: fit_modes, parallel tempering and SMC at equal energy evaluations.
 
     python benchmarks/modes.py [--target mixture] [--seeds 3] [--smoke]
-    python benchmarks/modes.py --page    # the table and docs/modes.png
+    python benchmarks/modes.py --page    # the table and docs/images/modes.png
 
 An energy evaluation is a log density, alone or with its gradient. SMC is annealed from a normal with
 temperatures by the effective sample size, systematic resampling and Langevin moves with Metropolis'
@@ -440,7 +440,7 @@ def main():
     saved = json.loads(options.output.read_text()) if options.output.exists() else {}
     if options.page:
         print(table(saved))
-        picture(saved, Path(__file__).parents[1] / "docs" / "modes.png")
+        picture(saved, Path(__file__).parents[1] / "docs" / "images" / "modes.png")
         return
     for name in [options.target] if options.target else PROBLEMS:
         record = work(name, 1 if options.smoke else options.seeds, options.smoke)

@@ -1,6 +1,6 @@
 """Models like those of numpyro's examples, as they are, with ``batch_size``: which are taken?
 
-``python benchmarks/numpyro_models.py`` prints the table and writes it to ``docs/numpyro_models.md``.
+``python benchmarks/numpyro_models.py`` prints the table and writes it to ``docs/results/numpyro_models.md``.
 The models have the structure of numpyro's examples and tutorials, in other words and on small
 simulated data. For each that is taken, the mean over one epoch's minibatches of the log density and
 of its gradient is compared with those on all rows, at one position.
@@ -351,7 +351,7 @@ def try_out(model, data, batch_size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("docs/numpyro_models.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/numpyro_models.md"))
     options = parser.parse_args()
     warnings.simplefilter("error")
     lines, count = [], 0

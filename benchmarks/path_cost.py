@@ -1,6 +1,6 @@
 """What a path gradient costs beside the total one, flow by flow.
 
-``python benchmarks/path_cost.py`` prints the tables and writes them to ``docs/path_cost.md``;
+``python benchmarks/path_cost.py`` prints the tables and writes them to ``docs/results/path_cost.md``;
 ``--smoke`` is a part of the same at tiny sizes. With ``--dim``, ``--batch``, ``--layers`` or
 ``--dtype`` it is the affine coupling flow alone, on whatever device there is. Those two write
 nothing unless ``--output`` says where.
@@ -464,7 +464,7 @@ def main():
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     one = [options.dim, options.batch, options.layers, options.dtype]
-    works, output = all_works(options.smoke), Path("docs/path_cost.md")
+    works, output = all_works(options.smoke), Path("docs/results/path_cost.md")
     if any(one):
         dim, batch, layers, dtype = one
         works = [partial(affine, dim or 64, layers or 6, 256, batch or 512, dtype or "float32")]

@@ -1,6 +1,6 @@
 """What streaming, storing and saving cost.
 
-``python benchmarks/scale.py`` prints the table and writes it to ``docs/scale_figures.md``. Wall time
+``python benchmarks/scale.py`` prints the table and writes it to ``docs/results/scale.md``. Wall time
 of runs of two lengths, the least of several rounds in which all take turns, and their difference.
 """
 
@@ -110,7 +110,7 @@ def machinery(folder, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("docs/scale_figures.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/scale.md"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         streams, note = streaming(Path(folder), options.rounds)

@@ -2,7 +2,7 @@
 
 ``python benchmarks/scaling.py`` compiles the sampling program on 1, 2, 4 and 8 devices that it asks
 XLA to make of the CPU, and over two processes, and writes ``benchmarks/results/scaling.json`` and
-``docs/scaling.md``; ``--page`` writes the page alone. Nothing is timed. What larger machines would
+``docs/results/scaling.md``; ``--page`` writes the page alone. Nothing is timed. What larger machines would
 give is computed from these counts, with the assumptions of ``MACHINE``.
 """
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "scaling.md"
 DEVICES = (1, 2, 4, 8)
 CHAINS, BATCH, ROWS = 16, 2048, 16_384
 """Chains and rows of a minibatch in all, or of each device over eight, and rows of the data."""

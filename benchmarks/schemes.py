@@ -1,6 +1,6 @@
 """What an integrator adds to a step: every scheme with one gradient, against the default.
 
-``python benchmarks/schemes.py`` prints the table and writes it to ``docs/schemes.md``. Measured as
+``python benchmarks/schemes.py`` prints the table and writes it to ``docs/results/schemes.md``. Measured as
 in ``benchmarks/speed.py``: CPU time that a step adds, median over rounds in which all take turns.
 """
 
@@ -57,7 +57,7 @@ def table(title, figures):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("docs/schemes.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/schemes.md"))
     options = parser.parse_args()
     lines = [
         "# What an integrator costs",

@@ -1,4 +1,4 @@
-"""What sharing minibatches between chains does to pooled errors: the table in docs/minibatches.md."""
+"""Shared minibatches and pooled errors: the table in docs/howto/minibatches.md."""
 
 import warnings
 

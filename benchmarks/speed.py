@@ -1,7 +1,7 @@
 """What a step costs: stochgrad, the bare gradient, and blackjax's SGLD in a scan of one's own.
 
 ``python benchmarks/speed.py`` writes ``benchmarks/results/speed.json``, and the page
-``docs/speed.md`` from it. All contenders take turns in one process, several rounds; a figure is the
+``docs/results/speed.md`` from it. All contenders take turns in one process, several rounds; a figure is the
 median over rounds of the CPU time (all threads) that a step adds, from runs of two lengths, so that
 fixed costs fall out.
 """
@@ -31,7 +31,7 @@ warnings.simplefilter("ignore", UserWarning)
 RNG = np.random.default_rng(0)
 THIN = 10
 RESULTS = Path(__file__).parent / "results" / "speed.json"
-PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "speed.md"
 
 
 def cpu_seconds(function, steps):

@@ -78,8 +78,68 @@ _PLACES = {
 _MODULES = ("diagnostics", "flower", "flows", "llm", "numpyro", "potentials")
 
 
+__all__ = [
+    "Batches",
+    "Center",
+    "CheckpointWarning",
+    "ConvergenceWarning",
+    "DivergenceWarning",
+    "Draws",
+    "Fit",
+    "Gradient",
+    "GradientNoiseWarning",
+    "InterruptWarning",
+    "Kernel",
+    "Online",
+    "ParquetColumns",
+    "Posterior",
+    "Precision",
+    "PrecisionWarning",
+    "StepSizeReport",
+    "Store",
+    "Verdict",
+    "WarmUp",
+    "ascend",
+    "control_variate",
+    "cyclical",
+    "diagnose",
+    "diagnostics",
+    "em",
+    "federated",
+    "find_center",
+    "find_mass",
+    "find_step_size",
+    "fit",
+    "from_numpyro",
+    "gradients",
+    "independence",
+    "infer",
+    "mala",
+    "mean_field",
+    "mixed_precision",
+    "moments",
+    "numpyro",
+    "nuts",
+    "open_draws",
+    "pathfinder",
+    "posterior",
+    "potentials",
+    "psgld",
+    "replica_exchange",
+    "saga",
+    "sample",
+    "sghmc",
+    "sgld",
+    "sgnht",
+    "svrg",
+    "swag",
+    "trainable",
+    "warm_up",
+]
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES, *_MODULES})
+    return sorted({*__all__, *_MODULES, "__version__"})
 
 
 def __getattr__(name: str) -> Any:

@@ -12,3 +12,19 @@ from stochgrad.interop.llm import llama_cache as llama_cache
 from stochgrad.interop.llm import read_gguf as read_gguf
 from stochgrad.interop.llm import save_pretrained as save_pretrained
 from stochgrad.interop.llm import smollm2_path as smollm2_path
+
+__all__ = [
+    "Config",
+    "Llama",
+    "RopeScaling",
+    "from_pretrained",
+    "llama",
+    "llama_cache",
+    "read_gguf",
+    "save_pretrained",
+    "smollm2_path",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

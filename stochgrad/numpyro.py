@@ -35,3 +35,25 @@ def __getattr__(name: str) -> Any:
         except ModuleNotFoundError as error:
             raise ImportError(f"{name} needs flowjax: pip install 'stochgrad[flows]'.") from error
     raise AttributeError(f"module 'stochgrad.numpyro' has no attribute {name!r}")
+
+
+__all__ = [
+    "AutoFlow",
+    "Cyclical",
+    "GradientVariances",
+    "PSGLD",
+    "PathGradientELBO",
+    "ReplicaExchange",
+    "SGHMC",
+    "SGLD",
+    "SGNHT",
+    "all_rows",
+    "as_flow",
+    "latent_guide",
+    "latent_model",
+    "to_draws",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,7 +2,7 @@
 
 Sections run in the order of their worth until the budget of seconds is spent. Every figure is a
 line of JSON, written at once, so that a run that is cut short keeps what it has; what fails is a
-line, too, and ends nothing else. ``--page docs/gpu.md`` makes the page from these lines and
+line, too, and ends nothing else. ``--page docs/results/gpu.md`` makes the page from these lines and
 measures nothing. ``--smoke`` runs small sizes on whatever device there is, and writes no file
 unless ``--output`` names one.
 """

@@ -7,7 +7,7 @@ from . import ENTRIES, references
 from .beside_nuts import MODELS, ROWS
 from .compare import MEAN_ERROR, SD_ERROR, read
 
-PAGE = Path(__file__).parents[2] / "docs" / "posteriors.md"
+PAGE = Path(__file__).parents[2] / "docs" / "results" / "posteriors.md"
 
 
 WITHOUT = {

@@ -199,7 +199,7 @@ def check_no_mesh(mesh: Mesh | None) -> None:
     """Raise a ValueError if there is a mesh, which streamed data do not know what to do with."""
     if mesh is not None:
         raise ValueError(
-            "mesh cannot be combined with order='streamed': every device holds a super-block whole."
+            "mesh cannot be combined with order='streamed': every device holds a whole super-block."
         )
 
 

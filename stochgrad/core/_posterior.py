@@ -50,7 +50,7 @@ def posterior(
             the structure of ``data``.
         data: Any pytree of arrays with one leading axis of N rows; a list of numbers and a column
             of a data frame are arrays, too. It is copied to the device.
-        batch_size: Rows of a minibatch, B; may be left out for ``order="full"``.
+        batch_size: Rows of a minibatch, B; optional with ``order="full"``.
         order: ``"reshuffled"`` (each minibatch once an epoch, in new random order), ``"symmetric"``
             (a sweep in random order and the same sweep backwards), ``"iid"`` (a fresh draw each
             step), ``"full"`` (all rows at every step) or ``"streamed"`` (data larger than memory).

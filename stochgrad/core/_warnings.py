@@ -2,7 +2,7 @@
 
 
 class DivergenceWarning(UserWarning):
-    """A chain has left the finite numbers, or the support of its target."""
+    """A chain diverged (non-finite positions), or left the support of its target."""
 
 
 class InterruptWarning(UserWarning):

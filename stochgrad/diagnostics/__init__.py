@@ -34,3 +34,43 @@ from stochgrad.diagnostics._weak_order import double_well as double_well
 from stochgrad.diagnostics._weak_order import gaussian as gaussian
 from stochgrad.diagnostics._weak_order import minibatch_gaussian as minibatch_gaussian
 from stochgrad.diagnostics._weak_order import weak_order as weak_order
+
+__all__ = [
+    "Calibration",
+    "Extrapolated",
+    "Law",
+    "Problem",
+    "SBC",
+    "Sandwich",
+    "Temperatures",
+    "Verdict",
+    "WeakOrder",
+    "bias_reasons",
+    "calibration",
+    "diagnose",
+    "double_well",
+    "gaussian",
+    "interval_coverage",
+    "kfold",
+    "knn_divergence",
+    "ksd",
+    "loo",
+    "mcse",
+    "minibatch_gaussian",
+    "predict_law",
+    "report",
+    "rhat",
+    "richardson",
+    "sandwich",
+    "sbc",
+    "sensitivity",
+    "temperatures",
+    "weak_order",
+    "with_law",
+    "with_step",
+    "worst_bias",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

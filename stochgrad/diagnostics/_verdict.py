@@ -108,7 +108,7 @@ def diagnose(draws: Draws) -> Verdict:
     healthy = draws.first_bad < 0
     if not healthy.all():
         lost = int(np.sum(~healthy))
-        reasons.append(f"{lost} of {len(healthy)} chains diverged (left the finite numbers).")
+        reasons.append(f"{lost} of {len(healthy)} chains diverged (non-finite positions).")
     if not healthy.any() or not draws.num_draws:
         return Verdict(False, (*reasons, "no chain is finite to the end."), pandas.DataFrame())
     positions = last_draws(draws, healthy)

@@ -42,3 +42,52 @@ from stochgrad.em._model import Questions as Questions
 from stochgrad.em._model import Rationales as Rationales
 from stochgrad.em._model import VerifierWarning as VerifierWarning
 from stochgrad.em._model import verified as verified
+
+__all__ = [
+    "Allocator",
+    "EMState",
+    "Estimator",
+    "Evaluation",
+    "Guide",
+    "History",
+    "HostVerifier",
+    "Inputs",
+    "LatentModel",
+    "Memory",
+    "Minibatch",
+    "Network",
+    "Policy",
+    "Prompts",
+    "Questions",
+    "Rate",
+    "Rationales",
+    "Stats",
+    "Tally",
+    "VerifierWarning",
+    "Visit",
+    "bnpo",
+    "decoder",
+    "evaluate",
+    "grpo",
+    "gvm",
+    "host_verifier",
+    "json_lines",
+    "left_padded",
+    "maxk",
+    "mcmc_em",
+    "on_host",
+    "raft",
+    "reinforce",
+    "reinforce_ada",
+    "rest_em",
+    "star",
+    "trice",
+    "uniform",
+    "unsolved",
+    "vade",
+    "verified",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

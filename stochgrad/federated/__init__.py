@@ -43,3 +43,39 @@ from stochgrad.federated._surrogates import global_quadratic as global_quadratic
 from stochgrad.federated._surrogates import laplace_local as laplace_local
 from stochgrad.federated._surrogates import sampled as sampled
 from stochgrad.federated._visits import with_visits as with_visits
+
+__all__ = [
+    "Clients",
+    "Diagonal",
+    "Full",
+    "LowRank",
+    "Reference",
+    "Stability",
+    "StabilityWarning",
+    "Surrogates",
+    "Visit",
+    "capped",
+    "conducive",
+    "current_visit",
+    "exact",
+    "fald",
+    "find_reference",
+    "fisher_merge",
+    "gauss_newton",
+    "gaussian",
+    "global_first_order",
+    "global_quadratic",
+    "laplace_local",
+    "posterior",
+    "qlsd",
+    "require_clients",
+    "sample",
+    "sampled",
+    "stability",
+    "visiting",
+    "with_visits",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

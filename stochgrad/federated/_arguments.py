@@ -77,7 +77,7 @@ def check_method(
     if not default or strength != 1.0:
         raise ValueError(f"surrogate and strength are for method='FSGLD', not {method!r}.")
     if kernel is not None:
-        raise ValueError(f"{method} has a dynamics of its own: give step_size instead of kernel.")
+        raise ValueError(f"{method} defines its own dynamics: give step_size instead of kernel.")
     if probabilities is not None or selection != "random":
         raise ValueError(
             f"all clients take part in each step of {method}: leave probabilities and selection "

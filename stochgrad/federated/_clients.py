@@ -159,7 +159,7 @@ def client_batches(clients: Sequence[PyTree], batch_size: int | None, order: Ord
     """A stream of ``Batch`` over the clients' arrays.
 
     Raises:
-        ValueError: there are no clients, one has no rows or not finite ones, or their arrays differ
+        ValueError: there are no clients, one has no rows, or rows that are not finite, or their arrays differ
             in structure, dtype or trailing shape; the batch size does not fit.
     """
     _check_list(clients)

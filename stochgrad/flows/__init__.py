@@ -28,3 +28,32 @@ from stochgrad.flows._sample import sample as sample
 from stochgrad.flows._sample import through as through
 from stochgrad.flows._weighted import WeightedDraws as WeightedDraws
 from stochgrad.flows._weighted import WeightsWarning as WeightsWarning
+
+__all__ = [
+    "Agreement",
+    "Continuous",
+    "FlowDraws",
+    "ModesFit",
+    "ModesWarning",
+    "WeightedDraws",
+    "WeightsWarning",
+    "alpha_divergence",
+    "draw_with_score",
+    "ess_under_target",
+    "fit_modes",
+    "forward_kl",
+    "from_bijx",
+    "jeffreys",
+    "jensen_shannon",
+    "metropolis",
+    "mixture_of_normals",
+    "parameters",
+    "renyi_bound",
+    "reverse_kl",
+    "sample",
+    "through",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -47,3 +47,30 @@ __getattr__ = _renamed(
     Full="stochgrad.federated.Full",
     LowRank="stochgrad.federated.LowRank",
 )
+
+__all__ = [
+    "Pushed",
+    "SAGAState",
+    "SVRGState",
+    "by_inverse",
+    "control_variate",
+    "dense",
+    "directional_derivatives",
+    "elementwise",
+    "freeze",
+    "leave_one_out",
+    "leave_one_out_coefficients",
+    "minibatch",
+    "mixed_precision",
+    "path_log_density",
+    "push_score",
+    "saga",
+    "score_function",
+    "svrg",
+    "trainable",
+    "triangular",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -36,7 +36,7 @@ Method: TypeAlias = Literal["auto", "sghmc", "nuts"]
 _CHEAP_RATIO, _CHEAP_OPERATIONS, _TRANSCENDENTAL = 8.0, 5e6, 10.0
 """All rows are cheap where a gradient on them takes less than eight of a minibatch's, or less than
 five million operations (some two milliseconds), a transcendental function counted as ten: there
-NUTS and minibatches took equally long for a run of default length (docs/posteriors.md)."""
+NUTS and minibatches took equally long for a run of default length (docs/results/posteriors.md)."""
 
 
 def infer(

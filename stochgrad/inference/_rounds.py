@@ -74,7 +74,7 @@ class _Rounds(NamedTuple):
         gradients: What has been spent, rounds before included.
         starts: Where the chains are.
         notes: Why the goal was not reached.
-        diverged: Whether a chain left the finite numbers.
+        diverged: Whether a chain diverged.
     """
 
     draws: Draws

@@ -10,3 +10,19 @@ from stochgrad.integrators._protocol import velocity as velocity
 from stochgrad.integrators._splitting import splitting as splitting
 from stochgrad.integrators._table import INTEGRATORS as INTEGRATORS
 from stochgrad.integrators._table import integrator_of as integrator_of
+
+__all__ = [
+    "Coefficients",
+    "INTEGRATORS",
+    "Integrator",
+    "Stage",
+    "axpy",
+    "over",
+    "scaled",
+    "splitting",
+    "velocity",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -25,3 +25,15 @@ from stochgrad.kernels._noise_exposed import expose_noise as expose_noise
 from stochgrad.kernels._resample import systematic as systematic
 
 __getattr__ = _renamed(__name__, open_step="expose_noise", OpenStep="NoiseExposedStep")
+
+__all__ = [
+    "Fit",
+    "ascend",
+    "fit",
+    "independence",
+    "mala",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

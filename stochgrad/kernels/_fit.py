@@ -113,7 +113,7 @@ def fit(
         optimizer: Any optax optimizer instead, its learning rate included.
         init: Where to start, or ``key -> position``, called for every restart; where the objective
             starts by default. What holds arrays is a position, even if it can be called (an
-            equinox module). A ``Fit`` stands for its position.
+            equinox module). A ``Fit`` is taken at its position.
         num_restarts: Independent runs, side by side. The best is returned.
         held_out: What to judge by: a gradient of the same position, ``forward_kl`` of samples set
             aside for example. By default the objective itself.
@@ -323,7 +323,7 @@ def _as_fit(run, gradient: Gradient, every: int, num_restarts: int, starts) -> F
         first = min(bad, key=lambda item: item[1])
         cause = _not_finite_in(gradient, starts[first[0]]) if first[1] < every else ""
         warnings.warn(
-            f"training left the finite numbers {which}; the best state before, of step "
+            f"training diverged {which}; the best state before, of step "
             f"{int(chosen.at) * every}, is returned." + (cause or " Try a smaller learning_rate."),
             DivergenceWarning,
             stacklevel=3,

@@ -81,7 +81,7 @@ def swag(*, learning_rate: float, num_steps: int, thin: int = 10, rank: int = 20
         bad = np.flatnonzero(run.first_bad >= 0)
         if len(bad):
             raise ValueError(
-                f"SWAG's ascent left the finite numbers in chain {bad[0]} at step "
+                f"SWAG's ascent diverged in chain {bad[0]} at step "
                 f"{run.first_bad[bad[0]]}: take a learning_rate below {learning_rate:g}."
             )
         gaussians = jax.tree.map(jnp.asarray, run.summary)

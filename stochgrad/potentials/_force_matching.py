@@ -80,7 +80,7 @@ def force_matching(
         prior: Of the weights: a number, the standard deviation of independent normals;
             ``"scaled"``, normals of variance 1/fan-in for matrices (fan-in: all axes but the last)
             and 1 for vectors; ``"flat"``; or a function ``params -> log density``.
-        batch_size: Configurations of a minibatch; may be left out for ``order="full"``.
+        batch_size: Configurations of a minibatch; optional with ``order="full"``.
         temperature: T. Below one the posterior is cold: prior and likelihood are both sharpened.
         order: As in ``stochgrad.posterior``.
 

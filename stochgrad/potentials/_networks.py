@@ -73,7 +73,7 @@ class Networks(NamedTuple):
         """
         draws = jax.tree.leaves(self.positions)[0].shape[1]
         if draws == 0:
-            raise ValueError("there are no draws: the run left the finite numbers, or was cut.")
+            raise ValueError("there are no draws: the run diverged, or was cut.")
         count = draws if per_chain is None else min(check_count("per_chain", per_chain), draws)
         chosen = np.round(np.linspace(draws / count, draws, count)).astype(int) - 1
         pick = jax.tree.map(lambda x: np.asarray(x[:])[:, chosen], self.positions)
@@ -296,7 +296,7 @@ def _trained(key: PRNGKey, kernel: Kernel, **options: Any) -> PyTree:
     """Positions at the end of training.
 
     Raises:
-        ValueError: a chain left the finite numbers.
+        ValueError: a chain diverged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -311,7 +311,7 @@ def _trained(key: PRNGKey, kernel: Kernel, **options: Any) -> PyTree:
             else "take a smaller learning_rate"
         )
         raise ValueError(
-            f"training of {len(bad)} of {options['num_chains']} chains left the finite numbers, "
+            f"training of {len(bad)} of {options['num_chains']} chains diverged, "
             f"that of chain {chain} at step {step}: {why}."
         )
     if run.num_draws == 0:

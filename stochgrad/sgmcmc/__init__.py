@@ -52,3 +52,35 @@ __getattr__ = _renamed(
     CyclicalInfo="StepInfo",
     ReplicaInfo="StepInfo",
 )
+
+__all__ = [
+    "Center",
+    "Moments",
+    "Normal",
+    "NormalApproximation",
+    "Place",
+    "Precision",
+    "StepSizeReport",
+    "SWAG",
+    "TunedKernel",
+    "WarmUp",
+    "Window",
+    "cyclical",
+    "find_center",
+    "find_mass",
+    "find_step_size",
+    "mean_field",
+    "moments",
+    "pathfinder",
+    "psgld",
+    "replica_exchange",
+    "sghmc",
+    "sgld",
+    "sgnht",
+    "swag",
+    "warm_up",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -75,7 +75,7 @@ class Window(NamedTuple):
         shift: How far the mean moved, in standard deviations, root mean square over directions.
         change: The largest factor by which the variance of a direction changed.
         noise_ratio: Gradient noise over injected noise, on average; NaN without gradient noise.
-        diverged: How many chains left the finite numbers before the step was small enough.
+        diverged: How many chains diverged before the step was small enough.
         gradients: Gradients of the density, over all chains, two to a step with a control variate.
         seconds: What it took.
     """

@@ -60,7 +60,7 @@ def test_restarts_run_side_by_side_and_the_best_is_returned(key):
 
 
 def test_training_that_breaks_returns_the_best_state_before(key):
-    with pytest.warns(stochgrad.DivergenceWarning, match=r"left the finite numbers at step \d+;"):
+    with pytest.warns(stochgrad.DivergenceWarning, match=r"training diverged at step \d+;"):
         fit = stochgrad.fit(
             Gradient(
                 lambda key, x: (),

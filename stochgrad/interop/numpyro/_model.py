@@ -305,7 +305,7 @@ def _posterior(
         }
 
     def reported_model():
-        """On all rows where they are at hand: what is computed of them is then right."""
+        """On all rows where they are in memory: what is computed of them is then right."""
         return model if plain is not None else give_rows(model, template, streamed)
 
     def constrain(position):

@@ -69,7 +69,7 @@ class PathGradientELBO(ELBO):
     $c = 1$ being exactly ``Trace_ELBO``'s, $c = 0$ the path gradient, whose variance vanishes where
     the guide fits. Far from there the path gradient can have the *larger* variance, by orders of
     magnitude from numpyro's narrow starting scales. So by default c is found at each step from what
-    the step has at hand, the gradients of model and guide in the draws, each particle's from the
+    the step has anyway, the gradients of model and guide in the draws, each particle's from the
     other particles', so that the gradient stays unbiased:
     ``gradients.leave_one_out_coefficients``. It goes to 0 as the guide fits. That needs four
     particles, and no further derivative.
