@@ -38,7 +38,7 @@ class Draws:
             ``step_size``, ``log_density`` (the minibatch estimate), ``gradient_norm`` and
             ``noise_ratio`` for our own kernels.
         finite: Whether each draw is finite, shape (chain, draw).
-        first_bad: Step at which each chain diverged (its position was not finite), -1 where it never did.
+        first_bad: Step at which each chain diverged, -1 where it never did.
         state: The kernel's last state.
         timings: Seconds spent: ``compile``, ``warmup``, ``sample``, ``total``.
         attrs: Method, settings and seed of the run.

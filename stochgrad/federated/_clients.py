@@ -159,8 +159,8 @@ def client_batches(clients: Sequence[PyTree], batch_size: int | None, order: Ord
     """A stream of ``Batch`` over the clients' arrays.
 
     Raises:
-        ValueError: there are no clients, one has no rows, or rows that are not finite, or their arrays differ
-            in structure, dtype or trailing shape; the batch size does not fit.
+        ValueError: there are no clients, one has no rows or values that are not finite, or their
+            arrays differ in structure, dtype or trailing shape; the batch size does not fit.
     """
     _check_list(clients)
     data, sizes = concatenate_clients(

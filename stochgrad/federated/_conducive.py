@@ -61,7 +61,7 @@ def with_conducive(
 ) -> Gradient:
     """A gradient and the conducive gradient of the client that is visited.
 
-    There may be more surrogates than clients in this process: a client that holds its own data only has
+    There may be more surrogates than clients in this process: one that holds its own data only has
     its own surrogate first, and the product of all others' second.
     """
     slope, precision = conducive_parameters(surrogates, shares)

@@ -22,7 +22,7 @@ def leave_one_out_coefficients(
     path gradient. No draw has a say in its own coefficient, which keeps $p_i + c_i s_i$ unbiased.
 
     The rows need not be gradients in the parameters. Of draws $x = T_\theta(z)$ the gradients in x,
-    $t = \nabla\log p(x)$ and $s = \nabla\log q_\theta(x)$, which every step computes anyway, say the
+    $t = \nabla\log p(x)$ and $s = \nabla\log q_\theta(x)$, which every step computes, say the
     same of a location and of a scale.
 
     Args:

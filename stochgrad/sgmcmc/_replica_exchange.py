@@ -56,8 +56,8 @@ def replica_exchange(
     r"""Replica-exchange SG-MCMC with the correction for noisy energies, over any kernel.
 
     Replicas at temperatures $T_1 < T_2 < \dots$ each follow a kernel of their own; every few steps
-    neighboring replicas propose swaps. With $L = \log\pi$, $\tau = 1/T_i - 1/T_{i+1}$ and an estimate
-    $\hat D$ of $L(\theta_{i+1}) - L(\theta_i)$ of variance $\sigma^2$, the probability
+    neighboring replicas propose swaps. With $L = \log\pi$, $\tau = 1/T_i - 1/T_{i+1}$ and an
+    estimate $\hat D$ of $L(\theta_{i+1}) - L(\theta_i)$ of variance $\sigma^2$, the probability
 
     $$\min\left(1, e^{\tau\hat D - u}\right), \qquad
       u = \frac{\chi^2}{2} + \frac{\chi^4}{4(n+1)} + \frac{\chi^6}{3(n+1)(n+3)}, \qquad

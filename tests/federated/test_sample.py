@@ -192,7 +192,7 @@ def test_data_prior_and_likelihood_are_enough():
         ({"step_size": 0.1, "strength": -1.0}, "strength"),
         ({"step_size": 0.1, "local_steps": 0}, "local_steps"),
         ({"step_size": 0.1, "batch_size": 3}, "leave it out"),
-        ({"kernel": stochgrad.sgld, "method": "FALD"}, "dynamics of its own"),
+        ({"kernel": stochgrad.sgld, "method": "FALD"}, "own dynamics"),
         ({"step_size": 0.1, "method": "QLSD++", "local_steps": 2}, "every step"),
         ({"step_size": 0.1, "method": "FALD", "local_steps": [1, 2, 3]}, "one number"),
     ],
