@@ -61,7 +61,14 @@ def test_every_link_between_pages_leads_somewhere():
     "page",
     [
         *("start/numpyro", "start/federated", "start/flows", "start/chain_of_thought"),
-        *("start/potentials", "howto/samplers", "howto/scale", "concepts/orders"),
+        *(
+            "start/potentials",
+            "start/arviz",
+            "howto/debug",
+            "howto/samplers",
+            "howto/scale",
+            "concepts/orders",
+        ),
     ],
 )
 def test_the_pages_run(page, monkeypatch, tmp_path):
@@ -78,6 +85,11 @@ def test_the_pages_run(page, monkeypatch, tmp_path):
     if page == "start/numpyro":
         assert space["draws"].finite.all()
         assert space["data"].posterior["scale"].min() >= 0
+    if page == "start/arviz":
+        assert space["draws"].verdict.ok
+        assert list(space["elpd"]) == ["schools", "one level"]
+    if page == "howto/debug":
+        assert all(run.verdict.ok for run in space["runs"])
     if page == "howto/samplers":
         assert 0 < len(space["snapshots"].positions[0]) < 1000
         assert space["center"].distance < 1

@@ -13,7 +13,6 @@ from stochgrad.integrators._table import integrator_of as integrator_of
 
 __all__ = [
     "Coefficients",
-    "INTEGRATORS",
     "Integrator",
     "Stage",
     "axpy",
