@@ -11,6 +11,7 @@ import pytest
 
 import stochgrad
 from stochgrad.core import Draws
+from stochgrad.diagnostics import excursion_reasons
 
 RNG = np.random.default_rng(0)
 DATA = jnp.asarray(RNG.standard_normal((400, 2)) @ np.array([[1.0, 0.6], [0.0, 0.5]]), jnp.float32)
@@ -123,3 +124,31 @@ def test_many_coordinates_and_few_draws_raise_no_false_alarm():
 def test_other_things_are_refused():
     with pytest.raises(TypeError, match="draws must be a"):
         stochgrad.diagnose(np.zeros(3))
+
+
+def scale_draws(thrown):
+    """Draws of a log scale whose density is broad, of which the first is thrown to exp(thrown)."""
+    broad = stochgrad.posterior(
+        lambda s: -0.5 * (s / 0.9) ** 2 - jax.nn.softplus(s - 8.0),
+        lambda s, x: 0.0 * x * s,
+        jnp.ones(10),
+        order="full",
+    )
+    broad = broad._replace(constrain=lambda s: {"scale": jnp.exp(s)})
+    x = 0.9 * np.random.default_rng(1).standard_normal((4, 500)).astype(np.float32)
+    x = np.minimum(x, 1.5)
+    if thrown is not None:
+        x[0, 0] = thrown
+    shape = (4, 500)
+    own = {"posterior": broad, "first_bad": np.full(4, -1)}
+    return Draws(x, {"log_density": np.zeros(shape)}, np.ones(shape, bool), **own)
+
+
+def test_one_draw_that_makes_the_spread_of_a_scale_is_named():
+    (reason,) = excursion_reasons(scale_draws(4.5))
+    share = float(re.search(r"makes? up (\d+)% of the variance of 'scale'", reason)[1]) / 100
+    x = scale_draws(4.5).constrained()["scale"]
+    squares = (x - np.median(x)) ** 2
+    assert abs(share - squares.max() / squares.sum()) < 0.006
+    assert excursion_reasons(scale_draws(None)) == []
+    assert excursion_reasons(replace(scale_draws(4.5), attrs={"method": "NUTS"})) == []
