@@ -164,7 +164,8 @@ def privacy_of_steps(
     check_federated(posterior)
     h, C = check_number("step_size", step_size), check_number("norm", norm)
     T = check_number("temperature", temperature)
-    delta, adjacency = check_delta(delta), check_adjacency(adjacency)
+    delta = check_delta(delta)
+    check_adjacency(adjacency)
     clients = require_clients(posterior)
     steps = check_array("steps", steps, kind="integer")
     if steps.ndim not in (1, 2) or steps.shape[-1] != clients.count or np.any(steps < 0):

@@ -177,22 +177,23 @@ def clipped_sums(posterior: Posterior, norm: float, fisher: bool) -> Callable[..
     """
     clients = require_clients(posterior)
     scores = _clipped_scores(posterior, norm)
-    plain = row_scores(posterior)
+    plain = _separate_scores(posterior)
 
     def run(client, position):
-        size = ravel_pytree(position)[0].size
+        flat, _ = ravel_pytree(position)
+        size, dtype = flat.size, flat.dtype
 
         def add(block, total):
             batch = clients.at(client, block, jnp.float32(1))
-            weight = row_weights(batch)[:, None]
-            rows = scores(position, batch) * weight
-            length = _norms(plain(position, batch))
-            clipped = jnp.sum(weight[:, 0] * ~(length <= norm))
-            own = rows.T @ rows if fisher else jnp.zeros(())
+            weight = row_weights(batch).astype(dtype)
+            rows = scores(position, batch) * weight[:, None]
+            longer = ~(_norms(plain(position, batch)) <= jnp.asarray(norm, dtype))
+            clipped = weight @ longer.astype(dtype)
+            own = rows.T @ rows if fisher else jnp.zeros((), dtype)
             return jax.tree.map(jnp.add, total, (jnp.sum(rows, axis=0), own, clipped))
 
-        zeros = jnp.zeros((size, size) if fisher else ())
-        start = (jnp.zeros(size), zeros, jnp.zeros(()))
+        zeros = jnp.zeros((size, size) if fisher else (), dtype)
+        start = (jnp.zeros(size, dtype), zeros, jnp.zeros((), dtype))
         return lax.fori_loop(0, jnp.asarray(clients.blocks)[client], add, start)
 
     return run
@@ -228,7 +229,7 @@ def noisy_fisher(
 
 def _clipped_scores(posterior: Posterior, norm: float) -> Callable[[Position, Any], Array]:
     """``(position, batch) -> (rows, d)``, without weights."""
-    scores = row_scores(posterior)
+    scores = _separate_scores(posterior)
 
     def clipped(position, batch):
         g = scores(position, batch)
@@ -238,6 +239,32 @@ def _clipped_scores(posterior: Posterior, norm: float) -> Callable[[Position, An
         return jnp.where(jnp.isfinite(length)[:, None], g * by[:, None], 0)
 
     return clipped
+
+
+def _separate_scores(posterior: Posterior) -> Callable[[Position, Any], Array]:
+    """Rows' scores none of which can spoil another's, as 0 times what is not finite would.
+
+    Rows of arrays are taken one by one; in a numpyro model, which has them all at once, forward
+    derivatives keep them apart.
+    """
+
+    def scores(position, batch):
+        if not hasattr(batch, "data"):
+            flat, unravel = ravel_pytree(position)
+            of_rows = jax.grad(
+                lambda w, x: posterior.log_density(unravel(x), with_weights(batch, w))
+            )
+            ones = jnp.ones_like(row_weights(batch))
+            return jax.jacfwd(lambda x: of_rows(ones, x))(flat)
+        ones = jnp.ones_like(row_weights(batch))
+
+        def of_row(row, weight):
+            one = batch._replace(data=jax.tree.map(lambda x: x[None], row), weight=weight[None])
+            return row_scores(posterior)(position, one)[0]
+
+        return jax.vmap(of_row)(batch.data, ones)
+
+    return scores
 
 
 def _norms(rows: Array) -> Array:
