@@ -165,16 +165,16 @@ def test_a_budget_is_counted_by_minibatch_and_spent_for_good(tmp_path):
     """By the formula to the digit; a new process with the ledger goes on, and then declines."""
     app = private_app(tmp_path)
     run(app, jnp.zeros(2), **PRIVATE, num_visits=3)
-    spent = federated.epsilon_of(15 * COST + 1 / 50**2, 1e-5)
+    spent = federated.epsilon_of(15 * COST + 2 / 50**2, 1e-5)
     ledger = tmp_path / "one.npz"
     np.testing.assert_allclose(flower.privacy_spent(ledger, 1e-5), spent, rtol=1e-6)
     assert (ledger.stat().st_mode & 0o777) == 0o600
     run(private_app(tmp_path), jnp.zeros(2), **PRIVATE, num_visits=3)
     np.testing.assert_allclose(flower.privacy_spent(ledger, 1e-5), spent, rtol=1e-6)
-    fits = int((federated.most_cost(5.0, 1e-5) - 1 / 50**2) / (5 * COST))
+    fits = int((federated.most_cost(5.0, 1e-5) - 2 / 50**2) / (5 * COST))
     with pytest.raises(RuntimeError, match=r"client 'one' declines .* its budget is spent"):
         run(private_app(tmp_path), jnp.zeros(2), **PRIVATE, num_visits=fits + 1)
-    whole = federated.epsilon_of(5 * fits * COST + 1 / 50**2, 1e-5)
+    whole = federated.epsilon_of(5 * fits * COST + 2 / 50**2, 1e-5)
     np.testing.assert_allclose(flower.privacy_spent(ledger, 1e-5), whole, rtol=1e-6)
     assert whole <= 5.0
     with pytest.raises(RuntimeError, match="its budget is spent"):
@@ -221,7 +221,7 @@ def test_a_server_that_asks_for_one_minibatch_again_and_again_pays_for_it(tmp_pa
             {"0": type(content["key"]["0"])(np.array([n, n], np.uint32))}
         )
         assert metadata(app(message, context).content, status=str)["status"] == "done"
-    after = federated.epsilon_of(5 * COST + 1 / 50**2, 1e-5)
+    after = federated.epsilon_of(5 * COST + 2 / 50**2, 1e-5)
     np.testing.assert_allclose(flower.privacy_spent(tmp_path / "one.npz", 1e-5), after, rtol=1e-6)
     assert after > before
     for _ in range(3):
@@ -264,9 +264,22 @@ def test_curvature_is_sent_with_noise_and_costs(surrogate, tmp_path):
     app = private_app(tmp_path, curvature_noise=20.0)
     options = {**PRIVATE, "surrogate": surrogate, "curvature": "fisher", "num_visits": 1}
     run(app, jnp.zeros(2), **options, most_move=1e6)
-    cost = 5 * COST + 1 / 50**2 + 1 / 20**2
+    cost = 5 * COST + 2 / 50**2 + 1 / 20**2
     spent = flower.privacy_spent(tmp_path / "one.npz", 1e-5)
     np.testing.assert_allclose(spent, federated.epsilon_of(cost, 1e-5), rtol=1e-6)
+
+
+def test_a_run_says_that_rows_are_clipped(tmp_path):
+    """All of ten, under noise of a tenth of a row; nothing is said where none is."""
+    app = private_app(tmp_path, norm=0.01, slope_noise=0.1, epsilon=1e4)
+    with pytest.warns(flower.FederationWarning, match=r"clipped at the reference \(10 \+- 0 of 10"):
+        draws = run(app, jnp.zeros(2), **PRIVATE, num_visits=2)
+    assert any("posterior of clipped rows" in reason for reason in draws.verdict.reasons)
+    assert draws.attrs["count_privacy"] == ["one"]
+    (tmp_path / "one.npz").unlink()
+    app = private_app(tmp_path, norm=99.0, slope_noise=0.1, epsilon=1e6)
+    draws = run(app, jnp.zeros(2), **PRIVATE, num_visits=2)
+    assert not any("clipped" in note for note in draws.notes)
 
 
 @pytest.mark.slow

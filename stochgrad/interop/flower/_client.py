@@ -54,6 +54,8 @@ from stochgrad.interop.flower._wire import DECLINED, METADATA, metadata, pack, u
 
 log = logging.getLogger("stochgrad.flower.client")
 
+_POLICY = "a PrivacyPolicy, or a function context -> PrivacyPolicy"
+
 
 def client_app(
     posterior: Callable[[Context], Posterior],
@@ -126,8 +128,10 @@ def client_app(
                 f"secret must have at least 16 bytes, as of secrets.token_bytes(32), or none for "
                 f"no secret, got {len(secret)}."
             )
+    if isinstance(privacy, type):
+        raise TypeError(f"privacy must be {_POLICY}, got {describe(privacy)}.")
     if privacy is not None and not callable(privacy):
-        check_instance("privacy", privacy, PrivacyPolicy, "a PrivacyPolicy, or a function of one")
+        check_instance("privacy", privacy, PrivacyPolicy, _POLICY)
         if privacy.counts and init is not None:
             shapes = position_shapes(init)
             check_counted(kernel_without_data(kernel, shapes), shapes, secret)
@@ -189,8 +193,7 @@ class Owner:
         self.state = state_shapes(example, self.position)
         self.guard = None
         if policy is not None:
-            wanted = "a PrivacyPolicy, or a function of one"
-            check_instance("privacy", policy, PrivacyPolicy, wanted)
+            check_instance("privacy", policy, PrivacyPolicy, _POLICY)
             self.guard = Guard(policy, posterior, example, self.position, secret)
         score = likelihood_sum(posterior, jax.value_and_grad(posterior.log_density))
         self.score = hoisted_jit(lambda position: score(jnp.int32(0), position))
@@ -214,11 +217,14 @@ class Owner:
             names = self.answer_names(context, position, form, curvature)
             self.guard.charge(context, self.guard.answer_items(names, form))
         position = jax.tree.map(jnp.asarray, position)
+        told: dict[str, Any] = {"status": "done"}
         if self.guard is not None and self.guard.policy.counts:
             value, trees = (
                 np.float32(0),
                 self.private_answer(self.secret_at(context), position, form),
             )
+            told["clipped"] = trees.pop("clipped")
+            told["clipped_noise"] = float(self.guard.policy.slope_noise)
         else:
             value, slope = self.score(position)
             trees = {"slope": slope}
@@ -227,7 +233,7 @@ class Owner:
         if request["prior"]:
             at = self.prior(position)
             value, trees["slope"] = jax.tree.map(jnp.add, (value, trees["slope"]), at)
-        return pack(trees, {"status": "done", "value": float(value)})
+        return pack(trees, {**told, "value": float(value)})
 
     def secret_at(self, context: Context) -> bytes:
         """The client's secret: given, or kept in its ledger or in Flower's state of the node."""
@@ -252,7 +258,7 @@ class Owner:
         """Slope and curvature under the client's noise, the same whenever a position is asked."""
         assert self.guard is not None
         mark = self.guard.mark
-        kinds = {"slope": mark, "precision": (*mark, form)}
+        kinds = {"slope": mark, "clipped": mark, "precision": (*mark, form)}
         key_of = lambda part: secret_key(secret, f"noise of {part}", kinds[part], position)
         return self.guard.answer(position, form, key_of)
 

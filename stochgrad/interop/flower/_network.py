@@ -35,6 +35,8 @@ class Network:
         left: Clients that went away while the run was on.
         gone: Clients that are not waited for any more, and why.
         private: Clients that count privacy.
+        clipped: How many rows of these are clipped where they were asked last, and the standard
+            deviation of the noise on it.
         second_nodes: Nodes that were not taken in, as another had their client's name.
     """
 
@@ -48,6 +50,7 @@ class Network:
         self.left: set[str] = set()
         self.gone: dict[str, str] = {}
         self.private: set[str] = set()
+        self.clipped: dict[str, tuple[float, float]] = {}
         self.second_nodes: set[tuple[str, int]] = set()
 
     def refresh_nodes(self, *, starting: bool = False) -> None:
@@ -178,6 +181,9 @@ class Network:
                         whole = unpack(content, "precision", shapes["precision"])
                         tree["precision"] = jax.tree.map(lambda x: x[0], whole)
                     answers[name] = (value, tree)
+                    if name in self.private:
+                        both = metadata(content, clipped=float, clipped_noise=float)
+                        self.clipped[name] = (both["clipped"], both["clipped_noise"])
                 except Refusal as reason:
                     raise ValueError(declined(name, reason)) from reason
                 except Refused as reason:
@@ -192,6 +198,19 @@ class Network:
             f"clients {missing} did not send their log likelihoods; the log says why, and their "
             "own logs in more words."
         )
+
+
+def clipped_reason(network: Network) -> str | None:
+    """That draws are of the posterior of clipped rows, where that many are certainly clipped."""
+    sure = {c: (n, sd) for c, (n, sd) in network.clipped.items() if not n < 2 * sd}
+    if not sure:
+        return None
+    rows = [f"{n:.0f} +- {sd:.0f} of {network.rows[c]:,} of {c}" for c, (n, sd) in sure.items()]
+    return (
+        f"The gradients of some rows are clipped at the reference ({', '.join(rows)}): draws are "
+        "of the posterior of clipped rows, whose mean may be standard deviations off. Take a "
+        "larger norm at these clients, or columns within bounds."
+    )
 
 
 def declined(name: str, reason: Refusal) -> str:

@@ -76,7 +76,8 @@ class PrivacyPolicy:
         epsilon: $\varepsilon$ of the whole ledger.
         delta: $\delta$, far below one over the number of rows.
         norm: C, to which the gradient of each row is clipped.
-        slope_noise: Standard deviation of a slope's noise over the most that one row changes it.
+        slope_noise: Standard deviation of a slope's noise over the most that one row changes it,
+            and of the number of rows that were clipped for it, which is sent with it.
         curvature_noise: Likewise of a curvature.
         adjacency: As in ``stochgrad.federated.privacy_of_steps``.
         ledger: A file of this client, in which spent budget and the secret outlast processes and
@@ -204,9 +205,14 @@ class Guard:
     def answer_items(self, names: dict[str, str], form: str) -> list[Item]:
         """What a slope, and a curvature of a form, cost; ``names`` are of ``answer_names``."""
         policy = self.policy
-        noise = {"slope": policy.slope_noise, "precision": policy.curvature_noise}
-        parts = ["slope"] if form == "none" else ["slope", "precision"]
-        return [Item(names[p], 1 / noise[p] ** 2 if policy.counts else 0.0) for p in parts]
+        if not policy.counts:
+            parts = ["slope"] if form == "none" else ["slope", "precision"]
+            return [Item(names[part], 0.0) for part in parts]
+        # a slope comes with the number of rows that were clipped for it, under as much noise
+        items = [Item(names["slope"], 2 / policy.slope_noise**2)]
+        if form != "none":
+            items.append(Item(names["precision"], 1 / policy.curvature_noise**2))
+        return items
 
     def visit_item(self, name: str, order: jax.Array, before: int, steps: int, share: float):
         """What a visit costs."""
@@ -237,20 +243,22 @@ class Guard:
         return clipped_minibatch(target, self.norm)
 
     def answer(self, position: PyTree, form: str, key_of: Any) -> dict[str, Any]:
-        """Slope, and curvature, with the noise of ``key_of("slope")`` and ``("precision")``."""
+        """Slope, number of clipped rows, and curvature, each with the noise of its own key."""
         _, unravel = ravel_pytree(position)
         sums = self.sums if form == "none" else self.sums_and_fisher
         slope, fisher, clipped = sums(position)
         rows = int(require_clients(self.posterior).sizes.sum())
         log.info("%d of %d rows are clipped at a position asked for", int(clipped), rows)
         policy, by = self.policy, self.policy.adjacency
+        count = float(clipped) + policy.slope_noise * float(jax.random.normal(key_of("clipped")))
         slope = noisy_slope(key_of("slope"), slope, self.norm, policy.slope_noise, by)
+        told = {"slope": unravel(slope), "clipped": count}
         if form == "none":
-            return {"slope": unravel(slope)}
+            return told
         key, noise = key_of("precision"), policy.curvature_noise
         noisy = noisy_fisher(key, fisher, self.norm, noise, form, by)[None]
         precision = Full(noisy) if form == "full" else Diagonal(jax.vmap(unravel)(noisy))
-        return {"slope": unravel(slope), "precision": precision}
+        return {**told, "precision": precision}
 
 
 def data_digest(posterior: Posterior, position: PyTree) -> str:

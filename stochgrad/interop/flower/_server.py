@@ -1,6 +1,7 @@
 """A Flower server: holds chains and sums over clients, sends chains from client to client."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from stochgrad.interop.flower._likelihoods import (
     measure_likelihoods,
     warn_of_runaways,
 )
-from stochgrad.interop.flower._network import Network
+from stochgrad.interop.flower._network import Network, clipped_reason
 from stochgrad.interop.flower._plausible import (
     check_most_rows,
     check_rows,
@@ -155,8 +156,9 @@ def federate(
         of states and draws in ``stats``. ``attrs`` have the ``realized_shares`` of visits, and by
         client how many visits were lost (``lost_visits_of``) and replies refused (``refusals_of``),
         who left (``left_and_waited_for``), of whom there were two nodes (``second_nodes_of``) and
-        who is ``gone``; refusals and what bears on the draws are in one warning at the end, the
-        latter in the verdict too.
+        who is ``gone``; who ``count_privacy``, and how many of their rows are clipped at the
+        reference, under noise (``clipped_rows_of``). Refusals and what bears on the draws are in
+        one warning at the end, the latter in the verdict too.
 
     Raises:
         TypeError: the key is not a typed PRNG key; an argument is of the wrong kind.
@@ -248,7 +250,11 @@ def federate(
     visits = Visits(network, settings, likelihoods, shares, position, state, limits, reach, save)
     chains = visits.run(chains, jax.random.fold_in(key, 2), num_visits)
     draws = visits.as_draws(chains, num_visits, sent)
-    told = [reason for reason in told if reason is not None]
+    told = [reason for reason in [*told, clipped_reason(network)] if reason is not None]
+    if network.private:
+        words = [f"{c}: {n:.0f} +- {sd:.0f}" for c, (n, sd) in sorted(network.clipped.items())]
+        private = {"count_privacy": sorted(network.private), "clipped_rows_of": words}
+        draws = replace(draws, attrs={**draws.attrs, **private})
     return with_fault_notes(draws, clients, shares, visits.faults(), told)
 
 
