@@ -180,6 +180,7 @@ def run(clients, epsilon):
         "share_of_rows_clipped": float(share.mean().round(5)),
         "shift_by_clipping_in_sds": ((clipped_mode - mode) / sd).round(3).tolist(),
         "noise_ratio": float(np.nanmean(np.asarray(draws.stats["noise_ratio"])).round(3)),
+        "verdict": [str(reason) for reason in draws.verdict.reasons],
         "seconds": round(seconds, 1),
     }
 

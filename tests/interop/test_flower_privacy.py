@@ -107,6 +107,23 @@ def test_the_last_gradient_of_a_visit_stays_at_the_client():
 
 
 @pytest.mark.parametrize(
+    ("make", "used"),
+    [
+        (kernel, False),
+        (lambda g: stochgrad.sghmc(g, 0.02, 5.0), False),
+        (lambda g: stochgrad.sghmc(g, 0.02, 5.0, integrator="BAOAB"), True),
+        (lambda g: stochgrad.sghmc(g, 0.02, 5.0, noise_estimate="online"), True),
+    ],
+)
+def test_a_gradient_travels_where_a_step_uses_it_alone(make, used):
+    from stochgrad.interop.flower._protocol import kernel_without_data
+    from stochgrad.interop.flower._steps import uses_last_gradient
+
+    shape = jax.ShapeDtypeStruct((2,), np.float32)
+    assert uses_last_gradient(kernel_without_data(make, shape), shape) is used
+
+
+@pytest.mark.parametrize(
     ("policy", "asked", "message"),
     [
         ({"least_steps": 20}, {}, r"client 'one' declines .* wants: local_steps >= 20\. Ask"),

@@ -49,7 +49,11 @@ from stochgrad.interop.flower._protocol import (
     visit_settings,
 )
 from stochgrad.interop.flower._secret import IMPLEMENTATION, secret_digest, secret_key, secret_of
-from stochgrad.interop.flower._steps import visit_program
+from stochgrad.interop.flower._steps import (
+    uses_last_gradient,
+    visit_program,
+    without_last_gradient,
+)
 from stochgrad.interop.flower._wire import DECLINED, METADATA, metadata, pack, unpack
 
 log = logging.getLogger("stochgrad.flower.client")
@@ -75,8 +79,9 @@ def client_app(
 
     The noise and the order of the minibatches of a visit come from the server's key and a secret
     of the client's, joined by HMAC-SHA256 with the rest of the server's message, so that the server
-    cannot compute them. The same request gives the same reply. Of a state of SGLD the last
-    gradient, which its next step does not use, stays at the client.
+    cannot compute them. The same request gives the same reply. The last gradient of a state, to
+    which no noise was added, stays at the client unless the next step uses it, as those of
+    ``"OBABO"`` or ``"BAOAB"`` do.
 
     Args:
         posterior: ``context -> posterior``, of this client's own data: made with
@@ -189,7 +194,8 @@ class Owner:
         self.size = int(require_clients(posterior).sizes.sum())
         self.make_kernel, self.secret = kernel, secret
         example = kernel_without_data(kernel, self.position)
-        self.kernel, self.method = digest_of(kernel_settings(example)), example.method
+        self.kernel = digest_of(kernel_settings(example))
+        self.uses_last_gradient = uses_last_gradient(example, self.position)
         self.state = state_shapes(example, self.position)
         self.guard = None
         if policy is not None:
@@ -317,8 +323,8 @@ class Owner:
         run = self.programs(settings, _hashable(origin), _hashable(total), secret)
         start = jax.tree.map(jnp.asarray, start)
         state, draws, after = run(first, key, order, start, before)
-        if self.method == "SGLD":  # its steps do not use the last gradient, which has no noise
-            state = state._replace(gradient=jax.tree.map(jnp.zeros_like, state.gradient))
+        if not self.uses_last_gradient:
+            state = without_last_gradient(state)
         minibatches = int(np.asarray(after)[0])
         reply = {"status": "done", "minibatches": minibatches}
         return pack({"state": state, "draws": draws}, reply)
