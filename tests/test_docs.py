@@ -76,6 +76,13 @@ def test_every_public_name_has_its_place_in_the_docs():
         "rim",
         "visit_notes",
         "step_time",
+        "Adjacency",
+        "block_visits",
+        "check_adjacency",
+        "check_delta",
+        "client_sums",
+        "noisy_fisher",
+        "noisy_slope",
     }
     missing = {name for name in public_names() if name.split(".")[-1] not in shown | internal}
     assert not missing
@@ -100,7 +107,16 @@ def test_every_link_between_pages_leads_somewhere():
 @pytest.mark.parametrize(
     "page",
     [
-        *("guide", "samplers", "orders", "scale", "federated", "flows", "chain_of_thought"),
+        *(
+            "guide",
+            "samplers",
+            "orders",
+            "scale",
+            "federated",
+            "privacy",
+            "flows",
+            "chain_of_thought",
+        ),
         "potentials",
     ],
 )
