@@ -81,7 +81,8 @@ def clipped_minibatch(posterior: Posterior, norm: float) -> Gradient:
 
         def score(position):
             flat, unravel = ravel_pytree(position)
-            total = row_weights(batch).astype(flat.dtype) @ scores(position, batch)
+            weight = row_weights(batch).astype(flat.dtype)
+            total = jnp.sum(weight[:, None] * scores(position, batch), axis=0)
             own = prior(position, _without_data(batch))
             value = posterior.log_density(position, batch)
             return value, jax.tree.map(jnp.add, own, unravel(total))
@@ -188,8 +189,10 @@ def clipped_sums(posterior: Posterior, norm: float, fisher: bool) -> Callable[..
             weight = row_weights(batch).astype(dtype)
             rows = scores(position, batch) * weight[:, None]
             longer = ~(_norms(plain(position, batch)) <= jnp.asarray(norm, dtype))
-            clipped = weight @ longer.astype(dtype)
-            own = rows.T @ rows if fisher else jnp.zeros((), dtype)
+            clipped = jnp.sum(weight * longer.astype(dtype))
+            own = jnp.zeros((), dtype)
+            if fisher:  # in full precision on accelerators, too: a row must not count for more
+                own = jnp.matmul(rows.T, rows, precision=lax.Precision.HIGHEST)
             return jax.tree.map(jnp.add, total, (jnp.sum(rows, axis=0), own, clipped))
 
         zeros = jnp.zeros((size, size) if fisher else (), dtype)

@@ -245,8 +245,7 @@ class Guard:
     def answer(self, position: PyTree, form: str, key_of: Any) -> dict[str, Any]:
         """Slope, number of clipped rows, and curvature, each with the noise of its own key."""
         _, unravel = ravel_pytree(position)
-        sums = self.sums if form == "none" else self.sums_and_fisher
-        slope, fisher, clipped = sums(position)
+        slope, _, clipped = self.sums(position)
         rows = int(require_clients(self.posterior).sizes.sum())
         log.info("%d of %d rows are clipped at a position asked for", int(clipped), rows)
         policy, by = self.policy, self.policy.adjacency
@@ -255,6 +254,7 @@ class Guard:
         told = {"slope": unravel(slope), "clipped": count}
         if form == "none":
             return told
+        _, fisher, _ = self.sums_and_fisher(position)
         key, noise = key_of("precision"), policy.curvature_noise
         noisy = noisy_fisher(key, fisher, self.norm, noise, form, by)[None]
         precision = Full(noisy) if form == "full" else Diagonal(jax.vmap(unravel)(noisy))
