@@ -336,6 +336,38 @@ def test_private_draws_are_of_the_posterior_where_no_row_is_clipped(tmp_path):
     assert np.all(square - 1 > -Z * error)
 
 
+@pytest.mark.slow
+def test_the_best_test_of_a_row_over_the_wire_has_the_power_that_is_counted(tmp_path):
+    """By all positions of a visit, and the likelihood ratio, which is known: rows pull evenly."""
+    visits, steps, h, norm = 300, 8, 0.01, 4.0
+    make = lambda gradient: stochgrad.sgld(gradient, h)
+    found, costs = [], []
+    for number, first in enumerate((9.0, -9.0)):
+        policy = counted(
+            tmp_path, norm=norm, epsilon=1e7, slope_noise=1e3, ledger=tmp_path / f"{number}.npz"
+        )
+        data = np.r_[np.float32(first), np.full(5, 0.1, np.float32)]
+        of_node = lambda context, data=data: federated.posterior(
+            lambda w: -0.5 * w**2, lambda w, x: w * x, [data], order="full"
+        )
+        app = flower.client_app(of_node, make, jnp.float32(0), privacy=policy)
+        options = {**PRIVATE, "strength": 0.0, "most_move": 1e6, "num_chains": visits}
+        draws = run(app, jnp.float32(0), make=make, **options, local_steps=steps, num_visits=1)
+        x = np.asarray(draws.positions, np.float64)
+        before = np.c_[np.zeros(visits), x[:, :-1]]
+        found.append((x - (1 - h) * before).sum(axis=1))
+        costs.append(steps * federated.langevin_cost(h, 1.0, norm, "replace"))
+        spent = federated.epsilon_of(visits * costs[0] + 2 / 1e3**2, 1e-5)
+        np.testing.assert_allclose(
+            flower.privacy_spent(tmp_path / f"{number}.npz", 1e-5), spent, rtol=1e-6
+        )
+    a, b = found
+    power = (a.mean() - b.mean()) / np.sqrt((a.var() + b.var()) / 2)
+    error = np.sqrt(2 / visits * (1 + costs[0] / 8))
+    assert abs(power - np.sqrt(costs[0])) < Z * error
+    assert Z * error < np.sqrt(costs[0]) / 2
+
+
 def test_a_ledger_belongs_to_one_secret_and_outlasts_a_change_of_data(tmp_path):
     from stochgrad.interop.flower._ledger import Item, Ledger, read_ledger
 
