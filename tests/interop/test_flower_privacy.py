@@ -391,6 +391,38 @@ def test_a_ledger_belongs_to_one_secret_and_outlasts_a_change_of_data(tmp_path):
         Ledger(tmp_path / "two.npz", 10, 5, None)
 
 
+def charge_in_turn(path, process):
+    from stochgrad.interop.flower._ledger import Item, Ledger
+
+    ledger = Ledger(path, 10, 5, SECRET)
+    for n in range(10):
+        assert ledger.charge([Item(f"visit {process} {n}", 1.0)], 1e9, None) == ""
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_where_processes_and_threads_charge_at_once(tmp_path):
+    """Flower may answer several messages of a node at once, each in a process of its own."""
+    import subprocess
+    import sys
+    import threading
+    from pathlib import Path
+
+    from stochgrad.interop.flower._ledger import read_ledger
+
+    path = tmp_path / "one.npz"
+    code = "from tests.interop.test_flower_privacy import charge_in_turn as charge; from pathlib "
+    code += f"import Path; import sys; charge(Path({str(path)!r}), sys.argv[1])"
+    root = Path(__file__).parents[2]
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=root) for n in (0, 1)]
+    threads = [threading.Thread(target=charge_in_turn, args=(path, n)) for n in (2, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [process.wait(120) for process in processes] == [0, 0]
+    np.testing.assert_array_equal(read_ledger(path).cost, [50.0, 50.0])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from stochgrad.core import Lock, check_path, load_notes, load_tree, save_tree
 
 _STATE, _WAIT = "privacy", 60.0
+_threads = threading.Lock()
 
 
 class Item(NamedTuple):
@@ -103,19 +105,21 @@ class Ledger:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        end = time.monotonic() + _WAIT
+        with _threads:  # the lock in the directory is between processes
+            lock = self._lock(time.monotonic() + _WAIT)
+            try:
+                yield
+            finally:
+                lock.release()
+
+    def _lock(self, end: float) -> Lock:
         while True:
             try:
-                lock = Lock(self.path.parent, f"ledger={str(self.path)!r}")
-                break
+                return Lock(self.path.parent, f"ledger={str(self.path)!r}")
             except OSError:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.02)
-        try:
-            yield
-        finally:
-            lock.release()
 
 
 def read_ledger(path: Path) -> Entries:
