@@ -91,7 +91,7 @@ class Ledger:
         if self.given is not None and mark_of(self.given) != found.mark:
             raise ValueError(
                 f"ledger={str(self.path)!r} was written with another secret: give the same, as "
-                "noise that is drawn anew for one question tells more than is counted."
+                "under another all answers are drawn, and paid for, anew."
             )
         if (found.rows, found.batch_size) != (self.rows, self.batch_size):
             worst = np.full(self.blocks, found.cost.max())
