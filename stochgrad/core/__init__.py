@@ -48,6 +48,7 @@ from stochgrad.core._jit import remember as remember
 from stochgrad.core._jit import remembered as remembered
 from stochgrad.core._leaves import chosen_leaves as chosen_leaves
 from stochgrad.core._leaves import split_leaves as split_leaves
+from stochgrad.core._lock import Lock as Lock
 from stochgrad.core._loop import initial_of as initial_of
 from stochgrad.core._loop import sample as sample
 from stochgrad.core._noise import Noise as Noise

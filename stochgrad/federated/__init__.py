@@ -1,5 +1,13 @@
 """Sampling from the posterior of data that stay with their owners."""
 
+from stochgrad.federated._accounting import Adjacency as Adjacency
+from stochgrad.federated._accounting import block_visits as block_visits
+from stochgrad.federated._accounting import check_adjacency as check_adjacency
+from stochgrad.federated._accounting import check_delta as check_delta
+from stochgrad.federated._accounting import epsilon_of as epsilon_of
+from stochgrad.federated._accounting import langevin_cost as langevin_cost
+from stochgrad.federated._accounting import most_cost as most_cost
+from stochgrad.federated._accounting import privacy_of_steps as privacy_of_steps
 from stochgrad.federated._between_clients import visit_notes as visit_notes
 from stochgrad.federated._client_sums import likelihood_sum as likelihood_sum
 from stochgrad.federated._client_sums import prior_only as prior_only
@@ -10,6 +18,12 @@ from stochgrad.federated._clients import concatenate_clients as concatenate_clie
 from stochgrad.federated._clients import current_visit as current_visit
 from stochgrad.federated._clients import map_batches as map_batches
 from stochgrad.federated._clients import require_clients as require_clients
+from stochgrad.federated._clipping import client_sums as client_sums
+from stochgrad.federated._clipping import clipped_minibatch as clipped_minibatch
+from stochgrad.federated._clipping import clipped_share as clipped_share
+from stochgrad.federated._clipping import noisy_fisher as noisy_fisher
+from stochgrad.federated._clipping import noisy_slope as noisy_slope
+from stochgrad.federated._clipping import private_surrogates as private_surrogates
 from stochgrad.federated._conducive import conducive as conducive
 from stochgrad.federated._conducive import with_conducive as with_conducive
 from stochgrad.federated._curvature import gauss_newton as gauss_newton
@@ -55,8 +69,11 @@ __all__ = [
     "Surrogates",
     "Visit",
     "capped",
+    "clipped_minibatch",
+    "clipped_share",
     "conducive",
     "current_visit",
+    "epsilon_of",
     "exact",
     "fald",
     "find_reference",
@@ -65,8 +82,12 @@ __all__ = [
     "gaussian",
     "global_first_order",
     "global_quadratic",
+    "langevin_cost",
     "laplace_local",
+    "most_cost",
     "posterior",
+    "privacy_of_steps",
+    "private_surrogates",
     "qlsd",
     "require_clients",
     "sample",

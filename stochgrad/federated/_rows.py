@@ -51,6 +51,16 @@ def _weights(batch: Any) -> tuple[Array, Callable[[Array], Any]]:
     return rows.weight, lambda w: {name: rows._replace(weight=w)}
 
 
+def row_weights(batch: Any) -> Array:
+    """How much each row counts for."""
+    return _weights(batch)[0]
+
+
+def with_weights(batch: Any, weights: Array) -> Any:
+    """The batch with other weights."""
+    return _weights(batch)[1](weights)
+
+
 def weight_of_rows(batch: Any) -> Array:
     """One for a row, zero for padding."""
     return jnp.sign(_weights(batch)[0])

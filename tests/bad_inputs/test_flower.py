@@ -85,6 +85,8 @@ def cases():
     yield "init", lambda: federate(init=lambda key: AT)
     for value in ("text", 3, b"short", bytearray(32), bytes, [1] * 32):
         yield "secret", lambda value=value: app(secret=value)
+    for value in (3, "all", {}, flower.PrivacyPolicy):
+        yield "privacy", lambda value=value: app(privacy=value)
     for value in (None, 3, flower.LoopbackGrid, "grid", {}):
         yield "grid", lambda value=value: federate(grid=value)
     for value in (*FUNCTIONS, fails, lambda g: 3, stochgrad.core.Kernel):
@@ -93,11 +95,12 @@ def cases():
         yield "key", lambda value=value: federate(key=value)
     for value in ("north", None, 3, [], ["a", "a"], [1, 2], [""], {"a": 1}, [None], b"ab"):
         yield "clients", lambda value=value: federate(clients=value)
-    for name in ("num_visits", "num_chains", "local_steps", "thin", "max_rounds"):
+    for name in ("num_visits", "num_chains", "local_steps", "thin"):
         for value in COUNTS:
             yield name, lambda name=name, value=value: federate(**{name: value})
     for value in COUNTS[1:]:
         yield "most_failures", lambda value=value: federate(most_failures=value)
+        yield "max_rounds", lambda value=value: federate(max_rounds=value)
     yield "thin", lambda: federate(thin=3, local_steps=4)
     for value in PROBABILITIES:
         yield "probabilities", lambda value=value: federate(probabilities=value)

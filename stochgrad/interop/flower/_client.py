@@ -1,8 +1,6 @@
 """A Flower client: holds the data of one owner, and takes the steps of chains that visit."""
 
-import hmac
 import logging
-import secrets
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -15,9 +13,7 @@ from flwr.clientapp import ClientApp
 from jaxtyping import PyTree
 
 from stochgrad.core import (
-    Kernel,
     Posterior,
-    Shared,
     check_callable,
     check_instance,
     check_position,
@@ -26,7 +22,6 @@ from stochgrad.core import (
 )
 from stochgrad.federated import (
     Surrogates,
-    current_visit,
     global_first_order,
     global_quadratic,
     likelihood_sum,
@@ -36,9 +31,14 @@ from stochgrad.federated import (
     with_conducive,
 )
 from stochgrad.gradients import control_variate, minibatch
+from stochgrad.interop.flower._privacy import (
+    Declined,
+    Guard,
+    PrivacyPolicy,
+    check_counted,
+)
 from stochgrad.interop.flower._protocol import (
     OTHER_KERNEL,
-    SETTINGS,
     MakeKernel,
     digest_of,
     kernel_settings,
@@ -46,11 +46,19 @@ from stochgrad.interop.flower._protocol import (
     position_shapes,
     state_shapes,
     sum_shapes,
-    without_gradient_state,
+    visit_settings,
 )
-from stochgrad.interop.flower._wire import METADATA, metadata, pack, unpack
+from stochgrad.interop.flower._secret import IMPLEMENTATION, secret_digest, secret_key, secret_of
+from stochgrad.interop.flower._steps import (
+    uses_last_gradient,
+    visit_program,
+    without_last_gradient,
+)
+from stochgrad.interop.flower._wire import DECLINED, METADATA, metadata, pack, unpack
 
 log = logging.getLogger("stochgrad.flower.client")
+
+_POLICY = "a PrivacyPolicy, or a function context -> PrivacyPolicy"
 
 
 def client_app(
@@ -59,6 +67,7 @@ def client_app(
     init: Any = None,
     *,
     secret: bytes | None = None,
+    privacy: PrivacyPolicy | Callable[[Context], PrivacyPolicy] | None = None,
 ) -> ClientApp:
     """A Flower ``ClientApp`` for one owner of data.
 
@@ -70,7 +79,9 @@ def client_app(
 
     The noise and the order of the minibatches of a visit come from the server's key and a secret
     of the client's, joined by HMAC-SHA256 with the rest of the server's message, so that the server
-    cannot compute them. The same request gives the same reply.
+    cannot compute them. The same request gives the same reply. The last gradient of a state, to
+    which no noise was added, stays at the client unless the next step uses it, as those of
+    ``"OBABO"`` or ``"BAOAB"`` do.
 
     Args:
         posterior: ``context -> posterior``, of this client's own data: made with
@@ -86,11 +97,16 @@ def client_app(
             restarts. ``b""`` does without: draws are then a function of the server's key and the
             data, and a server that knows its key can compute the noise, and from it minibatch
             gradients, to the digit; for tests and trials alone.
+        privacy: What the server may ask, and how much it may learn of a row: a
+            ``stochgrad.flower.PrivacyPolicy``, or a function ``context -> policy`` where one app
+            is for several nodes, each of which needs a ledger of its own. By default all is
+            answered, and nothing is counted.
 
     Raises:
         TypeError: ``posterior`` or ``kernel`` is not a function, ``init`` no position, the secret
-            not bytes.
-        ValueError: the secret is shorter than 16 bytes; ``init`` is not finite.
+            not bytes, ``privacy`` no policy.
+        ValueError: the secret is shorter than 16 bytes; ``init`` is not finite; privacy is counted
+            and ``kernel`` is not SGLD with normal noise.
 
     Example:
         >>> import jax.numpy as jnp, stochgrad
@@ -117,13 +133,21 @@ def client_app(
                 f"secret must have at least 16 bytes, as of secrets.token_bytes(32), or none for "
                 f"no secret, got {len(secret)}."
             )
+    if isinstance(privacy, type):
+        raise TypeError(f"privacy must be {_POLICY}, got {describe(privacy)}.")
+    if privacy is not None and not callable(privacy):
+        check_instance("privacy", privacy, PrivacyPolicy, _POLICY)
+        if privacy.counts and init is not None:
+            shapes = position_shapes(init)
+            check_counted(kernel_without_data(kernel, shapes), shapes, secret)
     app = ClientApp()
 
     contexts: dict[str, Context] = {}
 
     @lru_cache(maxsize=4)
     def owner(node: str) -> "Owner":
-        return Owner(posterior(contexts[node]), kernel, init, secret)
+        policy = privacy(contexts[node]) if callable(privacy) else privacy
+        return Owner(posterior(contexts[node]), kernel, init, secret, policy)
 
     def answering(act: Callable[["Owner", RecordDict, Context], RecordDict]):
         def handle(message: Message, context: Context) -> Message:
@@ -131,6 +155,9 @@ def client_app(
                 node = repr(sorted(context.node_config.items()))
                 contexts[node] = context
                 content = act(owner(node), message.content, context)
+            except Declined as reason:
+                log.warning("%s is declined: %s", message.metadata.message_type, reason)
+                content = pack({}, {"status": f"{DECLINED}{reason}"})
             except Exception:
                 kind = message.metadata.message_type
                 log.exception("%s failed; the server receives only this fact", kind)
@@ -140,7 +167,7 @@ def client_app(
         return handle
 
     app.query("hello")(answering(lambda owner, content, context: owner.hello(context)))
-    app.train("expand")(answering(lambda owner, content, context: owner.expand(content)))
+    app.train("expand")(answering(lambda owner, content, context: owner.expand(content, context)))
     app.train("visit")(answering(lambda owner, content, context: owner.visit(content, context)))
     return app
 
@@ -148,7 +175,14 @@ def client_app(
 class Owner:
     """One owner's data, and what is compiled for them."""
 
-    def __init__(self, posterior: Posterior, kernel: MakeKernel, init: Any, secret: bytes | None):
+    def __init__(
+        self,
+        posterior: Posterior,
+        kernel: MakeKernel,
+        init: Any,
+        secret: bytes | None,
+        policy: PrivacyPolicy | None = None,
+    ):
         check_instance("posterior", posterior, Posterior, "a function that returns a Posterior")
         if require_clients(posterior).count != 1:
             raise ValueError(
@@ -159,7 +193,14 @@ class Owner:
         self.position = position_shapes(init, posterior)
         self.size = int(require_clients(posterior).sizes.sum())
         self.make_kernel, self.secret = kernel, secret
-        self.kernel = digest_of(kernel_settings(kernel_without_data(kernel, self.position)))
+        example = kernel_without_data(kernel, self.position)
+        self.kernel = digest_of(kernel_settings(example))
+        self.uses_last_gradient = uses_last_gradient(example, self.position)
+        self.state = state_shapes(example, self.position)
+        self.guard = None
+        if policy is not None:
+            check_instance("privacy", policy, PrivacyPolicy, _POLICY)
+            self.guard = Guard(policy, posterior, example, self.position, secret)
         score = likelihood_sum(posterior, jax.value_and_grad(posterior.log_density))
         self.score = hoisted_jit(lambda position: score(jnp.int32(0), position))
         self.prior = hoisted_jit(prior_only(posterior, jax.value_and_grad(posterior.log_density)))
@@ -167,24 +208,71 @@ class Owner:
 
     def hello(self, context: Context) -> RecordDict:
         name = str(context.node_config.get("name", context.node_config.get("partition-id", "")))
-        return pack({}, {"status": "done", "name": name, "rows": self.size})
+        told: dict[str, Any] = {"status": "done", "name": name, "rows": self.size}
+        if self.guard is not None and self.guard.policy.counts:
+            told["private"] = True
+        return pack({}, told)
 
-    def expand(self, content: RecordDict) -> RecordDict:
+    def expand(self, content: RecordDict, context: Context) -> RecordDict:
         """Value and slope of the log likelihood at a position, and its curvature in some form."""
         request = metadata(content, form=str, curvature=str, prior=bool)
+        form, curvature = request["form"], request["curvature"]
         position = unpack(content, "position", self.position)
+        if self.guard is not None:
+            self.guard.check_form(form, curvature)
+            names = self.answer_names(context, position, form, curvature)
+            self.guard.charge(context, self.guard.answer_items(names, form))
         position = jax.tree.map(jnp.asarray, position)
-        value, slope = self.score(position)
+        told: dict[str, Any] = {"status": "done"}
+        if self.guard is not None and self.guard.policy.counts:
+            value, trees = (
+                np.float32(0),
+                self.private_answer(self.secret_at(context), position, form),
+            )
+            told["clipped"] = trees.pop("clipped")
+            told["clipped_noise"] = float(self.guard.policy.slope_noise)
+        else:
+            value, slope = self.score(position)
+            trees = {"slope": slope}
+            if form != "none":
+                trees["precision"] = self._own(position, form, curvature).precision
         if request["prior"]:
-            value, slope = jax.tree.map(jnp.add, (value, slope), self.prior(position))
-        trees = {"slope": slope}
-        if request["form"] != "none":
-            trees["precision"] = self._own(
-                position, request["form"], request["curvature"]
-            ).precision
-        return pack(trees, {"status": "done", "value": float(value)})
+            at = self.prior(position)
+            value, trees["slope"] = jax.tree.map(jnp.add, (value, trees["slope"]), at)
+        return pack(trees, {**told, "value": float(value)})
 
-    def _own(self, position: PyTree, form: str, curvature: str) -> Surrogates:
+    def secret_at(self, context: Context) -> bytes:
+        """The client's secret: given, or kept in its ledger or in Flower's state of the node."""
+        if self.secret is not None:
+            return self.secret
+        ledger = None if self.guard is None else self.guard.ledger
+        return secret_of(context) if ledger is None else ledger.secret
+
+    def answer_names(
+        self, context: Context, position: PyTree, form: str, curvature: str
+    ) -> dict[str, str]:
+        """Digests of a slope and a curvature at a position."""
+        assert self.guard is not None
+        secret, mark = self.secret_at(context), self.guard.mark
+        kinds = {"slope": mark, "precision": (*mark, form, curvature)}
+        return {
+            part: "answer" + secret_digest(secret, part, kind, position).hex()[:32]
+            for part, kind in kinds.items()
+        }
+
+    def private_answer(self, secret: bytes, position: PyTree, form: str) -> dict[str, Any]:
+        """Slope and curvature under the client's noise, the same whenever a position is asked."""
+        assert self.guard is not None
+        mark = self.guard.mark
+        kinds = {"slope": mark, "clipped": mark, "precision": (*mark, form)}
+        key_of = lambda part: secret_key(secret, f"noise of {part}", kinds[part], position)
+        return self.guard.answer(position, form, key_of)
+
+    def _own(self, position: PyTree, form: str, curvature: str, secret: bytes = b"") -> Surrogates:
+        if self.guard is not None and self.guard.policy.counts:
+            told = self.private_answer(secret, position, form)
+            slope = jax.tree.map(lambda x: x[None], told["slope"])
+            return Surrogates(position, slope, told.get("precision"))
         if form == "none":
             return global_first_order(self.posterior, position)
         return global_quadratic(self.posterior, position, form=form, curvature=curvature)
@@ -201,92 +289,68 @@ class Owner:
             return pack({}, {"status": "unprepared"})
         if prepared["kernel"] != self.kernel:
             return pack({}, {"status": OTHER_KERNEL})
-        settings = tuple(prepared[name] for name in SETTINGS)
+        settings = visit_settings(prepared)
+        form, curvature, share, steps, thin, centered, strength, seed = settings
+        if self.guard is not None:
+            self.guard.check_visit(steps, thin, centered)
+            self.guard.check_form(form, curvature)
         origin = unpack(context.state, "origin", position)
-        total = unpack(context.state, "total", sum_shapes(position, str(prepared["form"])))
-        state_like, run = self.programs(settings, _hashable(origin), _hashable(total))
-        words = unpack(content, "key", _KEY)
+        total = unpack(context.state, "total", sum_shapes(position, form))
+        words = unpack(content, "key", jax.ShapeDtypeStruct((2,), np.uint32))
         first = "position" in content
-        name, like = ("position", position) if first else ("state", state_like)
+        name, like = ("position", position) if first else ("state", self.state)
         start = unpack(content, name, like)
-        chain, seed = request["chain"], int(str(prepared["seed"]))
-        secret = secret_of(context) if self.secret is None else self.secret
+        chain = request["chain"]
+        secret = self.secret_at(context)
         before = np.array([request["minibatches"]], np.uint32)
-        key = jax.random.wrap_key_data(jnp.asarray(words), impl=_IMPLEMENTATION)
-        order = jax.random.fold_in(jax.random.key(seed, impl=_IMPLEMENTATION), chain)
+        key = jax.random.wrap_key_data(jnp.asarray(words), impl=IMPLEMENTATION)
+        order = jax.random.fold_in(jax.random.key(seed, impl=IMPLEMENTATION), chain)
+        arrays = (words, start, origin, total, before)
+        numbers = (*settings, chain, name)
         if secret:
-            arrays = (words, start, origin, total, before)
-            key = secret_key(secret, "visit", (*settings, chain, name), arrays)
+            numbers += () if self.guard is None else self.guard.mark
+            key = secret_key(secret, "visit", numbers, arrays)
             order = secret_key(secret, "minibatches", (seed, chain), ())
+        if self.guard is not None:
+            items = []
+            if self.guard.policy.counts:
+                told = "visit" + secret_digest(secret, "visit", numbers, arrays).hex()[:32]
+                items.append(self.guard.visit_item(told, order, int(before[0]), steps, share))
+            if strength != 0:
+                names = self.answer_names(context, origin, form, curvature)
+                items += self.guard.answer_items(names, form)
+            self.guard.charge(context, items)
+        run = self.programs(settings, _hashable(origin), _hashable(total), secret)
         start = jax.tree.map(jnp.asarray, start)
         state, draws, after = run(first, key, order, start, before)
+        if not self.uses_last_gradient:
+            state = without_last_gradient(state)
         minibatches = int(np.asarray(after)[0])
         reply = {"status": "done", "minibatches": minibatches}
         return pack({"state": state, "draws": draws}, reply)
 
-    def _program(self, settings: tuple, origin: "_hashable", total: "_hashable"):
+    def _program(
+        self, settings: tuple, origin: "_hashable", total: "_hashable", secret: bytes
+    ) -> Callable:
         form, curvature, share, steps, thin, centered, strength, _ = settings
-        origin, total = jax.tree.map(jnp.asarray, (origin.tree, total.tree))
+        at, sums = jax.tree.map(jnp.asarray, (origin.tree, total.tree))
         target = set_share(self.posterior, share)
-        own = self._own(origin, form, curvature)
+        counts = self.guard is not None and self.guard.policy.counts
+        if counts and strength == 0:
+            none = jax.tree.map(lambda x: jnp.zeros_like(x)[None], sums)
+            own = Surrogates(at, none["slope"], none["precision"])
+        else:
+            own = self._own(at, form, curvature, secret)
         own_and_others = jax.tree.map(
             lambda mine, total: jnp.concatenate([mine, total[None] - mine]),
             {"slope": own.slope, "precision": own.precision},
-            total,
+            sums,
         )
-        surrogates = Surrogates(origin, **own_and_others)
-        gradient = control_variate(target, origin) if centered else minibatch(target)
+        surrogates = Surrogates(at, **own_and_others)
+        plain = self.guard.gradient if self.guard is not None and counts else minibatch
+        gradient = control_variate(target, at) if centered else plain(target)
         gradient = with_conducive(gradient, surrogates, np.array([share, 1.0]), strength)
-        kernel = self.make_kernel(gradient)
-        return state_shapes(kernel, origin), visit_program(kernel, target, steps, thin)
-
-
-_KEY = jax.ShapeDtypeStruct((2,), np.uint32)
-_IMPLEMENTATION = "threefry2x32"
-
-
-def secret_of(context: Context) -> bytes:
-    """The node's own secret: made at its first message, kept in its state, never sent."""
-    record = context.state.get("secret")
-    if not isinstance(record, ConfigRecord):
-        record = context.state["secret"] = ConfigRecord({"secret": secrets.token_bytes(32)})
-    return bytes(record["secret"])  # pyright: ignore[reportArgumentType]
-
-
-def secret_key(secret: bytes, purpose: str, numbers: tuple, arrays: PyTree) -> jax.Array:
-    """A key from HMAC-SHA256 of all that a request holds, under the client's secret."""
-    digest = hmac.new(secret, repr((purpose, *numbers)).encode(), "sha256")
-    for array in map(np.asarray, jax.tree.leaves(arrays)):
-        digest.update(repr((array.dtype.str, array.shape)).encode() + array.tobytes())
-    words = np.frombuffer(digest.digest()[:8], np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(words), impl=_IMPLEMENTATION)
-
-
-def visit_program(kernel: Kernel, target: Posterior, steps: int, thin: int) -> Callable:
-    """``(first, key, order, start, minibatches) -> (state, draws, minibatches)`` of a visit."""
-
-    @hoisted_jit
-    def init(key, position):
-        return without_gradient_state(kernel.init(position, jax.random.fold_in(key, 2**31)))
-
-    @hoisted_jit
-    def advance(key, order, state, minibatches):
-        stream = target.batches.init(order)
-        stream = Shared(stream.value._replace(handed_out=minibatches), optional=True)
-        state = state._replace(gradient_state=stream)
-
-        def draw(state, number):
-            keys = jax.random.split(jax.random.fold_in(key, number), thin)
-            state, _ = jax.lax.scan(lambda s, k: (kernel.step(k, s)[0], None), state, keys)
-            return state, state.position
-
-        state, draws = jax.lax.scan(draw, state, jnp.arange(steps // thin))
-        return without_gradient_state(state), draws, current_visit(state).handed_out
-
-    def run(first: bool, key, order, start, minibatches):
-        return advance(key, order, init(key, start) if first else start, minibatches)
-
-    return run
+        return visit_program(self.make_kernel(gradient), target, steps, thin)
 
 
 class _hashable:

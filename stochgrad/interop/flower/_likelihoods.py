@@ -56,14 +56,16 @@ def measure_likelihoods(
         slopes = [tree["slope"] for _, tree in answers.values()]
         return value, jax.tree.map(lambda *x: np.sum(x, axis=0), *slopes)
 
-    mode = maximize_over_clients(score, init, len(network.clients), max_rounds, 1e-3)
-    reference = jax.tree.map(np.asarray, mode.position)
+    reference, search_bytes = jax.tree.map(np.asarray, init), 0
+    if max_rounds:
+        mode = maximize_over_clients(score, init, len(network.clients), max_rounds, 1e-3)
+        reference, search_bytes = jax.tree.map(np.asarray, mode.position), mode.bytes_up
     _check_slopes(told)
     answers = network.ask(reference, like, settings["form"], curvature)
     _check_repeated(reference, answers, told)
     trees = [tree for _, tree in answers.values()]
     total = jax.tree.map(lambda *x: np.sum(x, axis=0), *trees)
-    setup_bytes = mode.bytes_up + sum(x.nbytes for x in jax.tree.leaves(trees))
+    setup_bytes = search_bytes + sum(x.nbytes for x in jax.tree.leaves(trees))
     values, slopes = _values_and_slopes(answers)
     return Likelihoods(
         reference=reference, total=total, values=values, slopes=slopes, setup_bytes=setup_bytes
@@ -140,8 +142,10 @@ def measure_again(
     Raises:
         ValueError: they differ by more than rounding: a client has other data.
     """
-    answers = network.ask(before.reference, like, "none", curvature)
-    for s in [s for s, name in enumerate(network.clients) if name in network.gone]:
+    answers = network.ask(before.reference, like, "none", curvature, of=network.exact())
+    # what clients send who count privacy has noise: a comparison would see nothing else
+    kept = network.gone.keys() | network.private
+    for s in [s for s, name in enumerate(network.clients) if name in kept]:
         own = {"slope": jax.tree.map(lambda x: x[s], before.slopes)}
         answers[network.clients[s]] = (float(before.values[s]), own)
     values, slopes = _values_and_slopes({name: answers[name] for name in network.clients})

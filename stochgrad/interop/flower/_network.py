@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from stochgrad.interop.flower._protocol import sum_shapes
 from stochgrad.interop.flower._wire import (
     Lost,
+    Refusal,
     Refused,
     check_reply,
     metadata,
@@ -33,6 +34,9 @@ class Network:
         refusals: How many replies of each client were not what they should be.
         left: Clients that went away while the run was on.
         gone: Clients that are not waited for any more, and why.
+        private: Clients that count privacy.
+        clipped: How many rows of these are clipped where they were asked last, and the standard
+            deviation of the noise on it.
         second_nodes: Nodes that were not taken in, as another had their client's name.
     """
 
@@ -45,6 +49,8 @@ class Network:
         self.refusals = dict.fromkeys(clients, 0)
         self.left: set[str] = set()
         self.gone: dict[str, str] = {}
+        self.private: set[str] = set()
+        self.clipped: dict[str, tuple[float, float]] = {}
         self.second_nodes: set[tuple[str, int]] = set()
 
     def refresh_nodes(self, *, starting: bool = False) -> None:
@@ -82,6 +88,8 @@ class Network:
                     "run is of the same data from its beginning to its end."
                 )
             nodes[name] = node
+            if values.get("private") is True:
+                self.private.add(name)
         for name in self.nodes.keys() - nodes.keys():
             log.warning("client %s is gone; its visits wait for it", name)
             self.left.add(name)
@@ -103,6 +111,10 @@ class Network:
     def missing(self) -> list[str]:
         """Clients that are waited for."""
         return [c for c in self.clients if c not in self.nodes and c not in self.gone]
+
+    def exact(self) -> list[str]:
+        """Clients whose answers have no noise."""
+        return [c for c in self.clients if c not in self.private]
 
     def barrier(self, *, starting: bool = False) -> None:
         """Wait until every client is there."""
@@ -137,13 +149,19 @@ class Network:
         return [(request, replies.get(i)) for request, i in zip(requests, ids, strict=True)]
 
     def ask(
-        self, position: PyTree, like: PyTree, form: str, curvature: str, prior_of: str = ""
+        self,
+        position: PyTree,
+        like: PyTree,
+        form: str,
+        curvature: str,
+        prior_of: str = "",
+        of: list[str] | None = None,
     ) -> dict[str, tuple[float, PyTree]]:
         """The log likelihood at a position of all clients that are not gone, asked up to thrice."""
         total = sum_shapes(like, form)
         shapes = {"slope": total["slope"], "precision": _with_axis(total["precision"])}
         answers: dict[str, tuple[float, PyTree]] = {}
-        asked = [c for c in self.clients if c not in self.gone]
+        asked = [c for c in (self.clients if of is None else of) if c not in self.gone]
         for _ in range(3):
             requests = {}
             for name in [c for c in asked if c not in answers]:
@@ -163,6 +181,11 @@ class Network:
                         whole = unpack(content, "precision", shapes["precision"])
                         tree["precision"] = jax.tree.map(lambda x: x[0], whole)
                     answers[name] = (value, tree)
+                    if name in self.private:
+                        both = metadata(content, clipped=float, clipped_noise=float)
+                        self.clipped[name] = (both["clipped"], both["clipped_noise"])
+                except Refusal as reason:
+                    raise ValueError(declined(name, reason)) from reason
                 except Refused as reason:
                     log.warning("client %s is asked again: %s", name, reason)
                     self.refusals[name] += not isinstance(reason, Lost)
@@ -175,6 +198,29 @@ class Network:
             f"clients {missing} did not send their log likelihoods; the log says why, and their "
             "own logs in more words."
         )
+
+
+def clipped_reason(network: Network) -> str | None:
+    """That draws are of the posterior of clipped rows, where that many are certainly clipped."""
+    sure = {c: (n, sd) for c, (n, sd) in network.clipped.items() if not n < 2 * sd}
+    if not sure:
+        return None
+    rows = [f"{n:.0f} +- {sd:.0f} of {network.rows[c]:,} of {c}" for c, (n, sd) in sure.items()]
+    return (
+        f"The gradients of some rows are clipped at the reference ({', '.join(rows)}): draws are "
+        "of the posterior of clipped rows, whose mean may be standard deviations off. Take a "
+        "larger norm at these clients, or columns within bounds."
+    )
+
+
+def declined(name: str, reason: Refusal) -> str:
+    """What a client's policy does not allow, in a sentence."""
+    return (
+        f"client {name!r} declines by its privacy policy, which wants: {reason}. Ask for that, or "
+        "leave it out of clients."
+        if "=" in str(reason)
+        else f"client {name!r} declines by its privacy policy: {reason}"
+    )
 
 
 def _with_axis(precision: PyTree) -> PyTree:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,8 +15,17 @@ from stochgrad.federated import Diagonal, Full
 
 MakeKernel = Callable[[Gradient], Kernel]
 
-SETTINGS = ("form", "curvature", "share", "steps", "thin", "centered", "strength", "seed")
-"""What a client receives before the first visit, with the sums over all clients."""
+SETTINGS = {
+    "form": str,
+    "curvature": str,
+    "share": float,
+    "steps": int,
+    "thin": int,
+    "centered": bool,
+    "strength": float,
+    "seed": int,
+}
+"""What a client receives before the first visit, with the sums over all clients, and its types."""
 
 OTHER_KERNEL = "other kernel"
 """The status of a client whose kernel is not the server's."""
@@ -66,6 +75,14 @@ def state_shapes(kernel: Kernel, position: PyTree) -> PyTree:
 def without_gradient_state(state: Any) -> Any:
     """The part of a kernel's state that travels."""
     return state._replace(gradient_state=None)
+
+
+def visit_settings(prepared: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The values of ``SETTINGS``, of their types."""
+    for name, kind in SETTINGS.items():
+        if not isinstance(prepared[name], kind):
+            raise TypeError(f"{name} should be of type {kind.__name__}")
+    return tuple(prepared[name] for name in SETTINGS)
 
 
 def sum_shapes(position: PyTree, form: str) -> dict[str, Any]:

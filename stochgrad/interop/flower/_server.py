@@ -1,6 +1,7 @@
 """A Flower server: holds chains and sums over clients, sends chains from client to client."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from stochgrad.interop.flower._likelihoods import (
     measure_likelihoods,
     warn_of_runaways,
 )
-from stochgrad.interop.flower._network import Network
+from stochgrad.interop.flower._network import Network, clipped_reason
 from stochgrad.interop.flower._plausible import (
     check_most_rows,
     check_rows,
@@ -129,7 +130,8 @@ def federate(
         curvature: ``"hessian"`` or ``"fisher"``, for the last two.
         strength: $\alpha$.
         control_variate: Whether clients center their minibatch gradients.
-        max_rounds: Rounds of the search for a reference.
+        max_rounds: The most rounds of the search for a reference; with 0, ``init`` is the
+            reference, as it must be where clients count privacy.
         timeout: Seconds after which a message is given up.
         poll: Seconds between two looks for replies.
         most_failures: How often one visit may fail before the run stops. The pause before each
@@ -154,8 +156,9 @@ def federate(
         of states and draws in ``stats``. ``attrs`` have the ``realized_shares`` of visits, and by
         client how many visits were lost (``lost_visits_of``) and replies refused (``refusals_of``),
         who left (``left_and_waited_for``), of whom there were two nodes (``second_nodes_of``) and
-        who is ``gone``; refusals and what bears on the draws are in one warning at the end, the
-        latter in the verdict too.
+        who is ``gone``; who ``count_privacy``, and how many of their rows are clipped at the
+        reference, under noise (``clipped_rows_of``). Refusals and what bears on the draws are in
+        one warning at the end, the latter in the verdict too.
 
     Raises:
         TypeError: the key is not a typed PRNG key; an argument is of the wrong kind.
@@ -183,7 +186,7 @@ def federate(
     check_choice("curvature", curvature, ("hessian", "fisher"))
     strength = check_number("strength", strength, zero=True)
     control_variate = check_flag("control_variate", control_variate)
-    max_rounds = check_count("max_rounds", max_rounds)
+    max_rounds = check_count("max_rounds", max_rounds, least=0)
     timeout, poll = check_number("timeout", timeout), check_number("poll", poll, zero=True)
     most_failures = check_count("most_failures", most_failures, least=0)
     deadline = check_number("deadline", deadline)
@@ -217,12 +220,14 @@ def federate(
         check_same_run(name, notes["run"], identity, resume)
         network.rows, network.gone = dict(notes["rows"]), dict(notes.get("gone", {}))
         network.barrier(starting=True)
+        check_private(network.private, settings, max_rounds)
         form, per_visit = settings["form"], local_steps // thin
         likelihoods, chains = load_run(path, notes, position, state, form, per_visit)
         likelihoods = measure_again(name, network, position, likelihoods, curvature)
     else:
         network.barrier(starting=True)
         check_rows(network.rows, row_limits)
+        check_private(network.private, settings, max_rounds)
         likelihoods = measure_likelihoods(network, init, position, settings, max_rounds)
         chains = [Chain(None, [], [], [0] * len(clients)) for _ in range(num_chains)]
     save = None
@@ -233,11 +238,11 @@ def federate(
     rows = np.array([network.rows[c] for c in clients])
     by_rows, shares = shares is None, rows / rows.sum() if shares is None else shares
     told = [rows_reason(clients, shares, num_visits * num_chains)] if by_rows else []
-    if settings["form"] == "none":
+    if settings["form"] == "none" and not network.private:
         slopes = likelihoods.slopes
         warn_of_own_effects(clients, slopes, shares, rows, example, local_steps)
     sent = likelihoods.setup_bytes
-    if not network.gone:
+    if not network.gone and not network.private:
         sent += warn_of_runaways(network, position, likelihoods, settings, shares, example)
     limits = Limits(most_failures, deadline, most_refusals, on_absent)
     precision = likelihoods.total["precision"]
@@ -245,7 +250,11 @@ def federate(
     visits = Visits(network, settings, likelihoods, shares, position, state, limits, reach, save)
     chains = visits.run(chains, jax.random.fold_in(key, 2), num_visits)
     draws = visits.as_draws(chains, num_visits, sent)
-    told = [reason for reason in told if reason is not None]
+    told = [reason for reason in [*told, clipped_reason(network)] if reason is not None]
+    if network.private:
+        words = [f"{c}: {n:.0f} +- {sd:.0f}" for c, (n, sd) in sorted(network.clipped.items())]
+        private = {"count_privacy": sorted(network.private), "clipped_rows_of": words}
+        draws = replace(draws, attrs={**draws.attrs, **private})
     return with_fault_notes(draws, clients, shares, visits.faults(), told)
 
 
@@ -280,6 +289,19 @@ def server_app(
         finish(federate(grid, **arguments), context)
 
     return app
+
+
+def check_private(names: set[str], settings: Mapping[str, Any], max_rounds: int) -> None:
+    """Raise a ValueError where clients that count privacy would decline what a run asks."""
+    wanted = {"max_rounds=0": max_rounds > 0, "control_variate=False": settings["centered"]}
+    exact = settings["form"] != "none" and settings["curvature"] != "fisher"
+    missing = [name for name, lacks in {**wanted, "curvature='fisher'": exact}.items() if lacks]
+    if names and missing:
+        raise ValueError(
+            f"clients {sorted(names)} count privacy, for which a run must have "
+            f"{', '.join(missing)}: a search for a reference, control variates and Hessians send "
+            "sums over rows that have no bound."
+        )
 
 
 def _identity(

@@ -12,11 +12,12 @@ from jaxtyping import PyTree
 from stochgrad.core import Draws, PRNGKey, key_words
 from stochgrad.interop.flower._faults import Faults
 from stochgrad.interop.flower._likelihoods import Likelihoods
-from stochgrad.interop.flower._network import Network, log
+from stochgrad.interop.flower._network import Network, declined, log
 from stochgrad.interop.flower._plausible import Reach
 from stochgrad.interop.flower._protocol import OTHER_KERNEL, digest_of
 from stochgrad.interop.flower._wire import (
     Lost,
+    Refusal,
     Refused,
     check_reply,
     metadata,
@@ -159,6 +160,9 @@ class Visits:
                     chains[away.chain] = self.after_visit(reply, chains[away.chain], away.client)
                     self.attempts.pop(away.chain, None)
                     self.refused[name] = 0
+                except Refusal as reason:
+                    self.attempts.pop(away.chain, None)
+                    self.decline(chains, away, reason)
                 except Lost as reason:
                     self.fail(away, str(reason))
                 except Refused as reason:
@@ -198,6 +202,14 @@ class Visits:
             (sent,) = self.network.grid.push_messages([message])
             end = now + self.network.timeout
             self.away[sent] = Away(number, client, node, end, self.version)
+
+    def decline(self, chains: list[Chain], away: Away, reason: Refusal) -> None:
+        """Visit no more whose budget is spent; stop where a policy wants other visits."""
+        name = self.network.clients[away.client]
+        if "=" in str(reason):
+            raise ValueError(declined(name, reason)) from reason
+        if name not in self.gone:
+            self.give_up(chains, away.client, declined(name, reason))
 
     def quarantine(self, chains: list[Chain], away: Away, reason: str) -> None:
         """Visit a client no more whose replies are refused again and again."""

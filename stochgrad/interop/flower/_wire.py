@@ -11,6 +11,9 @@ from jaxtyping import PyTree
 _HEADER = 1024
 METADATA = "metadata"
 
+DECLINED = "policy: "
+"""How the status of a request begins that a client's policy does not allow."""
+
 TREES = {
     "query.hello": (),
     "train.expand": ("slope", "precision"),
@@ -25,6 +28,10 @@ class Refused(Exception):
 
 class Lost(Refused):
     """No reply, or one that says no more than that the client failed."""
+
+
+class Refusal(Lost):
+    """The client's policy does not allow what was asked; says in words what it would."""
 
 
 def pack(trees: Mapping[str, PyTree], metadata: Mapping[str, Any]) -> RecordDict:
@@ -90,6 +97,8 @@ def check_reply(reply: Message | None, action: str, limit: int) -> RecordDict:
     if size > limit:
         raise Refused(f"it has {size:,} bytes where {limit:,} are the most")
     status = metadata(content, status=str)["status"]
+    if status.startswith(DECLINED):
+        raise Refusal(status[len(DECLINED) : len(DECLINED) + 40])
     if status != "done":
         raise Lost(f"the client says {status[:40]!r}")
     return content
