@@ -12,6 +12,7 @@ from stochgrad.federated._clients import map_batches as map_batches
 from stochgrad.federated._clients import require_clients as require_clients
 from stochgrad.federated._conducive import conducive as conducive
 from stochgrad.federated._conducive import with_conducive as with_conducive
+from stochgrad.federated._conducive_svrg import conducive_svrg as conducive_svrg
 from stochgrad.federated._curvature import gauss_newton as gauss_newton
 from stochgrad.federated._fald import fald as fald
 from stochgrad.federated._gaussians import Diagonal as Diagonal

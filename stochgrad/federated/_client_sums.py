@@ -9,7 +9,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
-from stochgrad.core import Anchored, Position, Posterior, hoisted_jit
+from stochgrad.core import (
+    Anchored,
+    Position,
+    Posterior,
+    full_data_mean_traceable,
+    hoisted_jit,
+)
 from stochgrad.federated._clients import current_visit, require_clients
 
 
@@ -33,6 +39,13 @@ def likelihood_sum(posterior: Posterior, function: Callable[..., Any]) -> Callab
         return jax.tree.map(lambda x, p: x - count.astype(x.dtype) * p, total, prior)
 
     return run
+
+
+def all_likelihoods(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``(*args) -> function(*args, batch)`` on all clients' rows, without the prior."""
+    whole = full_data_mean_traceable(posterior, function)
+    none = prior_only(posterior, function)
+    return lambda *args: jax.tree.map(jnp.subtract, whole(*args), none(*args))
 
 
 def prior_only(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:

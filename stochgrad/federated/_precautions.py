@@ -50,6 +50,7 @@ def enforce_stability(
     kernel: Kernel,
     *,
     choose: bool = False,
+    period: int | None = None,
 ) -> tuple[Surrogates, str]:
     """What is to be done with surrogates before a run.
 
@@ -59,6 +60,7 @@ def enforce_stability(
         on_unsafe: What to do.
         kernel: The dynamics.
         choose: Whether surrogates of first order may get the curvature that they need.
+        period: Visits after which slopes are taken anew, if they are.
 
     Returns:
         The surrogates, and of what kind they are now if they were chosen.
@@ -72,7 +74,9 @@ def enforce_stability(
     if fits_matrices(posterior, origin):
         flat = np.asarray(ravel_pytree(origin)[0])
         here = curvature_matrices(posterior, origin, flat[None]).at(0)
-    spread_of = lambda made: None if time is None else spread_of_draws(posterior, made, time, here)
+    spread_of = lambda made: (
+        None if time is None else spread_of_draws(posterior, made, time, here, period)
+    )
     margins = cache(lambda: margins_about(posterior, origin))
     spread = spread_of(surrogates)
     if choose and _needs_curvature(spread, time, clients.steps):

@@ -19,6 +19,7 @@ from stochgrad.federated._matrices import (
     precision_diagonals,
     surrogate_matrices,
 )
+from stochgrad.federated._renewal_law import renewed_covariance
 
 _DIRECT = 20
 """Dimensions up to which the law's linear equations are solved by a matrix of their own."""
@@ -66,6 +67,7 @@ def spread_of_draws(
     surrogates: Surrogates,
     time_of_step: float,
     here: Curvatures | None = None,
+    period: int | None = None,
 ) -> Spread | None:
     r"""The spread that draws have, of Langevin dynamics between Gaussian clients.
 
@@ -84,6 +86,8 @@ def spread_of_draws(
         surrogates: The surrogates.
         time_of_step: Time of a step, as ``step_time`` gives it.
         here: The curvatures at the surrogates' origin, where they are known already.
+        period: Visits after which slopes are taken anew (``renewed_covariance``), if they are; not
+            known then beyond 100 dimensions.
 
     Returns:
         The worst direction, infinitely wide where visits drive it apart; None where the posterior
@@ -94,7 +98,7 @@ def spread_of_draws(
     p = p if clients.probabilities is None else clients.probabilities
     times = time_of_step * clients.steps.astype(np.float64)
     if not fits_matrices(posterior, origin):
-        return _spread_by_diagonals(posterior, surrogates, p, times)
+        return _spread_by_diagonals(posterior, surrogates, p, times) if period is None else None
     if here is None:
         flat = np.asarray(ravel_pytree(origin)[0])
         here = curvature_matrices(posterior, origin, flat[None]).at(0)
@@ -105,7 +109,10 @@ def spread_of_draws(
         return None
     visits = prior + known.sum(axis=0) + (own - known) / clients.shares[:, None, None]
     root = np.linalg.cholesky(exact)
-    covariance = stationary_covariance(visits, p, times)
+    if period is None:
+        covariance = stationary_covariance(visits, p, times)
+    else:
+        covariance = renewed_covariance(visits, exact, p, float(times[0]), period)
     if covariance is None:
         return None
     if not np.isfinite(covariance).all():
