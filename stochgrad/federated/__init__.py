@@ -6,7 +6,6 @@ from stochgrad.federated._client_sums import prior_only as prior_only
 from stochgrad.federated._clients import Clients as Clients
 from stochgrad.federated._clients import Visit as Visit
 from stochgrad.federated._clients import client_rows as client_rows
-from stochgrad.federated._clients import concatenate_clients as concatenate_clients
 from stochgrad.federated._clients import current_visit as current_visit
 from stochgrad.federated._clients import map_batches as map_batches
 from stochgrad.federated._clients import require_clients as require_clients
@@ -20,6 +19,7 @@ from stochgrad.federated._gaussians import Full as Full
 from stochgrad.federated._gaussians import LowRank as LowRank
 from stochgrad.federated._gaussians import Precision as Precision
 from stochgrad.federated._gaussians import Surrogates as Surrogates
+from stochgrad.federated._layout import concatenate_clients as concatenate_clients
 from stochgrad.federated._matrices import rim as rim
 from stochgrad.federated._posterior import posterior as posterior
 from stochgrad.federated._precautions import warn_of_own_effects as warn_of_own_effects

@@ -17,7 +17,10 @@ from stochgrad.core import (
     tree_bytes,
 )
 from stochgrad.core import sample as run
+from stochgrad.federated._spread import StabilityWarning
 
+_MOST_DISAGREEMENT = 0.25
+"""Variance of the chains' means over that within chains: as of four independent draws in each."""
 _FIRST_RUN = ("num_chains", "thin", "progress", "share_batches", "chunk_size")
 
 
@@ -81,6 +84,17 @@ def first_run(
             "a smaller step_size or fewer local_steps, or leave reference out."
         )
 
+    disagreement = _disagreement(found.positions, draws)
+    if disagreement > _MOST_DISAGREEMENT:
+        warnings.warn(
+            "the chains of the first run, for reference='trajectory', do not agree: their means "
+            f"lie {disagreement**0.5:.2g} standard deviations of a chain apart, and slopes at the "
+            "mean of all are near none of them: take a longer num_warmup, or "
+            "surrogate_period, which takes slopes where each chain is.",
+            StabilityWarning,
+            stacklevel=3,
+        )
+
     def mean(x):
         late = np.asarray(x[:, draws // 2 :], np.float64)
         return jnp.asarray(late.mean(axis=(0, 1)), x.dtype)
@@ -88,6 +102,17 @@ def first_run(
     last = jax.tree.map(lambda x: jnp.asarray(x[:, -1]), found.positions)
     sent = carried * int(np.asarray(found.stats["visits"])[:, -1].astype(np.int64).sum())
     return FirstRun(jax.tree.map(mean, found.positions), last, np.array([sent, sent], np.int64))
+
+
+def _disagreement(positions: Position, draws: int) -> float:
+    """Variance between the means of chains, over that within them, summed over coordinates."""
+    between, within = 0.0, 0.0
+    for x in jax.tree.leaves(positions):
+        late = np.asarray(x[:, draws // 2 :], np.float64)
+        if len(late) > 1:
+            between += float(late.mean(axis=1).var(axis=0, ddof=1).sum())
+            within += float(late.var(axis=1).mean(axis=0).sum())
+    return between / within if within > 0 else 0.0
 
 
 def round_bytes(position: Position, count: int) -> int:

@@ -245,6 +245,27 @@ def test_the_law_of_curvature_that_is_known_is_the_posteriors():
     assert renewed_covariance(visits, exact, p, 0.7, 10**9) is None
 
 
+def test_chains_of_a_first_run_that_do_not_agree_are_told_of():
+    """Two modes, a chain in each: the mean is in neither."""
+    target = federated.posterior(
+        lambda t: -0.5 * jnp.sum((t**2 - 9.0) ** 2),
+        lambda t, x: 0.0 * (x @ t),
+        [np.ones((4, 1), np.float32)] * 2,
+        batch_size=2,
+    )
+    settings = {"step_size": 1e-3, "num_samples": 2, "num_warmup": 100, "num_chains": 2}
+    with pytest.warns(federated.StabilityWarning, match="chains of the first run"):
+        federated.sample(
+            jax.random.key(0),
+            target,
+            init=jnp.array([[-3.0], [3.0]]),
+            reference="trajectory",
+            surrogate="global_first_order",
+            progress=False,
+            **settings,
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
