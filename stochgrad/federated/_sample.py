@@ -46,7 +46,7 @@ from stochgrad.federated._client_sums import for_each_client, likelihood_sum
 from stochgrad.federated._clients import require_clients
 from stochgrad.federated._conducive import conducive
 from stochgrad.federated._conducive_svrg import check_equal_visits, conducive_svrg
-from stochgrad.federated._costs import CLIENT_DATA, carried_bytes, with_communication
+from stochgrad.federated._costs import CLIENT_DATA, carried_bytes, look_bytes, with_communication
 from stochgrad.federated._fald import fald, fald_costs
 from stochgrad.federated._gaussians import Surrogates
 from stochgrad.federated._precautions import check_on_unsafe, enforce_stability
@@ -256,7 +256,9 @@ def sample(
             choose=name == "auto",
             period=surrogate_period,
         )
-        name = chosen if name == "auto" else name
+        if name == "auto":
+            name = chosen
+            setup[0] += look_bytes(target, position, chosen)
         # each client sends its own, and is sent the sum
         sent = federation.count * surrogates.bytes_each
         setup += (sent, sent)

@@ -24,7 +24,7 @@ from stochgrad.federated._matrices import (
 )
 from stochgrad.federated._renewal_law import renewed_covariance
 
-_MOST_SAMPLED, _FEWEST, _SAMPLED_NUMBERS = 100, 200, 2 * 10**6
+MOST_SAMPLED, _FEWEST, _SAMPLED_NUMBERS = 100, 200, 2 * 10**6
 """Of a thousand clients and more: dimensions, the fewest that are drawn, numbers in matrices."""
 _DIRECT, _MOST_DIRECT = 20, 100
 """Dimensions and clients up to which the law's equations are solved by a matrix of their own."""
@@ -106,7 +106,7 @@ def spread_of_draws(
     if not fits_matrices(posterior, origin):
         if period is not None:
             return None
-        if clients.count > MOST_CLIENTS and tree_size(origin) <= _MOST_SAMPLED:
+        if clients.count > MOST_CLIENTS and tree_size(origin) <= MOST_SAMPLED:
             return _spread_by_sample(posterior, surrogates, p, times)
         return _spread_by_diagonals(posterior, surrogates, p, times)
     if here is None:

@@ -146,6 +146,18 @@ def test_what_renewals_and_a_first_run_send_is_counted():
     assert (up, down) == (first + 3 * d, first + 2 * 3 * d)
 
 
+def test_the_look_by_which_surrogates_are_chosen_is_counted():
+    """A matrix of each client, also where first order is enough, and once where it is not."""
+    first, looked = call(), call(surrogate="auto")
+    assert looked.attrs["surrogate"] == "global_first_order"
+    more = looked.attrs["setup_bytes_up"] - first.attrs["setup_bytes_up"]
+    assert more == 3 * 2 * 2 * 4
+    full = call(surrogate="global_quadratic", local_steps=200)
+    looked = call(surrogate="auto", local_steps=200)
+    assert looked.attrs["surrogate"] == "global_quadratic"
+    assert looked.attrs["setup_bytes_up"] == full.attrs["setup_bytes_up"]
+
+
 def test_slopes_are_taken_at_the_mean_of_the_first_run():
     """Of a posterior whose mean is far from its mode: exp(theta) rates, few counts."""
     counts = [np.zeros((2, 1), np.float32), np.ones((1, 1), np.float32)]
