@@ -123,7 +123,7 @@ def main():
                 "log_likelihood": float(value.mean()),
                 "error": float(value.std(ddof=1) / np.sqrt(len(value))) if len(value) > 1 else None,
                 "closed": closed.tolist(),
-                "megabytes_per_chain": sent.get(name, np.nan) / 1e6,
+                "megabytes_per_chain": sent[name] / 1e6 if name in sent else None,
             }
         )
     about = {"seeds": options.seeds, "draws": options.draws, "chains": options.chains}
@@ -135,7 +135,7 @@ def main():
         share = f"{np.mean(row['closed']):.0%} ({low:.0%} to {high:.0%})"
         print(
             f"| {row['name']} | {row['log_likelihood']:.3f} ± {row['error'] or 0:.3f} | {share} | "
-            f"{row['megabytes_per_chain']:.1f} |"
+            f"{row['megabytes_per_chain'] or 0:.1f} |"
         )
     print(f"the modes alone: {', '.join(f'{m:.3f}' for m in modes)}")
 

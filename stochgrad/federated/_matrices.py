@@ -40,13 +40,15 @@ class Curvatures(NamedTuple):
         return Curvatures(self.own[point], self.prior[point])
 
 
-def fits_matrices(posterior: Posterior, origin: Any, most: int = _MOST_DIMENSIONS) -> bool:
+def fits_matrices(
+    posterior: Posterior, origin: Any, most: int = _MOST_DIMENSIONS, clients: int = MOST_CLIENTS
+) -> bool:
     """Whether a matrix for each client is small enough: by default, at most 100 dimensions.
 
-    Never of more than a thousand clients.
+    And, by default, at most a thousand clients.
     """
     d, count = tree_size(origin), require_clients(posterior).count
-    return d <= most and count <= MOST_CLIENTS and count * d**2 <= _MOST_NUMBERS
+    return d <= most and count <= clients and count * d**2 <= _MOST_NUMBERS
 
 
 def curvature_matrices(
