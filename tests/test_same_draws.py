@@ -138,6 +138,11 @@ def conducive(posterior):
     return stochgrad.federated.conducive(posterior, surrogates)
 
 
+def renewed(posterior):
+    surrogates = federated.global_quadratic(posterior, jnp.ones(2))
+    return federated.conducive_svrg(posterior, surrogates, period=2)
+
+
 def searched(tmp_path):
     posterior = target()
     center = stochgrad.find_center(posterior, jax.random.key(0), init=START, num_steps=200)
@@ -224,6 +229,7 @@ RUNS = {
         SGLD, visits={"local_steps": [1, 4, 2], "selection": "permuted"}, order="symmetric"
     ),
     "clients conducive": of_clients(SGLD, conducive, visits={"local_steps": 5}),
+    "clients renewed": of_clients(SGLD, renewed, visits={"local_steps": 3}),
     "clients control variate": of_clients(
         SGLD, lambda p: stochgrad.control_variate(p, jnp.ones(2))
     ),
@@ -283,7 +289,7 @@ def test_draws_are_those_that_were_recorded(name, tmp_path):
         digest, numbers = once(name, tmp_path)
     np.testing.assert_allclose(numbers, record["numbers"][name], rtol=2e-3, atol=2e-3)
     digests = record["digests"].get(machine())
-    if digests is not None:
+    if digests is not None and name in digests:  # recorded later, on another machine
         assert digest == digests[name]
 
 

@@ -15,7 +15,7 @@ from stochgrad.core._supply import Supply
 from stochgrad.core._trees import insert_resident, remove_resident
 
 _WORDS = (0, 0)
-_AT_ONCE = 8
+_AT_ONCE, _MANY_ROWS = 8, 10**6
 
 
 def full_data_mean(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,10 +47,11 @@ def full_data_mean(posterior: Posterior, function: Callable[..., Any]) -> Callab
 
 def log_densities(posterior: Posterior) -> Callable[[Any], Any]:
     """``positions -> values`` on all data, of positions with a leading axis; compiled."""
+    together = _AT_ONCE if posterior.batches.size < _MANY_ROWS else None
 
     def each(positions, batch):
         one = lambda position: posterior.log_density(position, batch)
-        return lax.map(one, positions, batch_size=_AT_ONCE)
+        return lax.map(one, positions, batch_size=together)
 
     return full_data_mean(posterior, each)
 

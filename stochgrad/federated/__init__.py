@@ -14,7 +14,6 @@ from stochgrad.federated._client_sums import prior_only as prior_only
 from stochgrad.federated._clients import Clients as Clients
 from stochgrad.federated._clients import Visit as Visit
 from stochgrad.federated._clients import client_rows as client_rows
-from stochgrad.federated._clients import concatenate_clients as concatenate_clients
 from stochgrad.federated._clients import current_visit as current_visit
 from stochgrad.federated._clients import map_batches as map_batches
 from stochgrad.federated._clients import require_clients as require_clients
@@ -26,6 +25,7 @@ from stochgrad.federated._clipping import noisy_slope as noisy_slope
 from stochgrad.federated._clipping import private_surrogates as private_surrogates
 from stochgrad.federated._conducive import conducive as conducive
 from stochgrad.federated._conducive import with_conducive as with_conducive
+from stochgrad.federated._conducive_svrg import conducive_svrg as conducive_svrg
 from stochgrad.federated._curvature import gauss_newton as gauss_newton
 from stochgrad.federated._fald import fald as fald
 from stochgrad.federated._gaussians import Diagonal as Diagonal
@@ -33,6 +33,7 @@ from stochgrad.federated._gaussians import Full as Full
 from stochgrad.federated._gaussians import LowRank as LowRank
 from stochgrad.federated._gaussians import Precision as Precision
 from stochgrad.federated._gaussians import Surrogates as Surrogates
+from stochgrad.federated._layout import concatenate_clients as concatenate_clients
 from stochgrad.federated._matrices import rim as rim
 from stochgrad.federated._posterior import posterior as posterior
 from stochgrad.federated._precautions import warn_of_own_effects as warn_of_own_effects
@@ -72,6 +73,7 @@ __all__ = [
     "clipped_minibatch",
     "clipped_share",
     "conducive",
+    "conducive_svrg",
     "current_visit",
     "epsilon_of",
     "exact",

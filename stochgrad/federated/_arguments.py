@@ -89,6 +89,20 @@ def check_method(
         raise ValueError("QLSD++ communicates at every step: leave local_steps at 1.")
 
 
+def check_period(period: Any, method: str, surrogate: Any) -> int | None:
+    """The visits between two renewals of slopes, or None; an error where there are no renewals."""
+    if period is None:
+        return None
+    if method != "FSGLD":
+        raise ValueError(f"surrogate_period is for method='FSGLD', not {method!r}: leave it out.")
+    if isinstance(surrogate, str) and surrogate in ("laplace_local", "sampled"):
+        raise ValueError(
+            f"surrogate_period takes slopes where chains are, and surrogate={surrogate!r} takes "
+            "them elsewhere: take 'auto', 'global_first_order' or 'global_quadratic'."
+        )
+    return check_count("surrogate_period", period)
+
+
 def make_target(clients, prior, likelihood, batch_size, order) -> Posterior:
     """The posterior that is given, or of the data that are."""
     if isinstance(clients, Posterior):

@@ -68,13 +68,8 @@ def differences_between_clients(
     scale = x.std(axis=(0, 1))
     x = x / np.where(scale > 0, scale, 1)
     of = client[:, draws - kept :].reshape(chains * per_chain, length)
-    numbers = np.zeros((len(x), count))
-    first, second = np.zeros((2, len(x), count, size))
-    for s in np.unique(of):
-        here = (of == s)[:, :, None]
-        numbers[:, s] = here.sum(axis=(1, 2))
-        first[:, s] = (x * here).sum(axis=1)
-        second[:, s] = (x**2 * here).sum(axis=1)
+    blocks = len(x)
+    numbers = np.stack([np.bincount(row, minlength=count) for row in of]).astype(np.float64)
     # blocks of one visit are as dependent as its draws
     starts = np.diff(client[:, draws - kept :], axis=1, prepend=-1) != 0
     visits = np.bincount(client[:, draws - kept :][starts], minlength=count)
@@ -82,16 +77,20 @@ def differences_between_clients(
     tested = np.flatnonzero((used >= _LEAST_BLOCKS) & (numbers.sum(axis=0) < numbers.sum()))
     if not tested.size:
         return []
-    sums = [numbers[:, :, None], first, second]
-    whole = [a.sum(axis=0) for a in sums]
-    value = _compare(whole, tested)
+    first, second = np.zeros((2, blocks, tested.size, size))
+    for i, s in enumerate(tested):
+        here = (of == s)[:, :, None]
+        first[:, i] = (x * here).sum(axis=1)
+        second[:, i] = (x**2 * here).sum(axis=1)
+    # of the clients that are tested, and of all
+    here = [numbers[:, tested, None], first, second]
+    every = [np.full((blocks, 1), float(length)), x.sum(axis=1), (x**2).sum(axis=1)]
+    of_here, of_every = [a.sum(axis=0) for a in here], [a.sum(axis=0) for a in every]
+    value = _compare(of_here, of_every)
+    less = lambda whole, parts, b: [w - a[b] for w, a in zip(whole, parts, strict=True)]
     without = np.stack(
-        [
-            _compare([w - a[b] for w, a in zip(whole, sums, strict=True)], tested)
-            for b in range(len(x))
-        ]
+        [_compare(less(of_here, here, b), less(of_every, every, b)) for b in range(blocks)]
     )
-    blocks = len(x)
     with np.errstate(all="ignore"):
         error = np.sqrt((blocks - 1) * np.mean((without - without.mean(axis=0)) ** 2, axis=0))
         z = value / error
@@ -107,11 +106,10 @@ def differences_between_clients(
     return sorted(found, key=lambda d: -d.z)
 
 
-def _compare(sums: list[np.ndarray], tested: np.ndarray) -> np.ndarray:
-    """Log ratio of variances and difference of means of each client against elsewhere."""
+def _compare(here: list[np.ndarray], every: list[np.ndarray]) -> np.ndarray:
+    """Log ratio of variances and difference of means of each tested client against elsewhere."""
     with np.errstate(all="ignore"):
-        here = [a[tested] for a in sums]
-        there = [a.sum(axis=0) - b for a, b in zip(sums, here, strict=True)]
+        there = [a - b for a, b in zip(every, here, strict=True)]
         ratio = np.log(here[2] / here[0]) - np.log(there[2] / there[0])
         return np.stack([ratio, here[1] / here[0] - there[1] / there[0]])
 
@@ -160,7 +158,8 @@ def share_reasons(
             "these clients more of the visits (probabilities)."
         )
     z = (counts - total * shares) / np.sqrt(np.maximum(total * shares * (1 - shares), 1e-12))
-    chance = np.array([_chance(n, total, f) for n, f in zip(counts, shares, strict=True)])
+    law = laws.binom(total, shares)
+    chance = 2 * np.minimum(law.cdf(counts), law.sf(counts - 1))
     if chance.min() * len(shares) < _CHANCE:
         s = int(np.argmin(chance))
         reasons.append(
@@ -168,11 +167,6 @@ def share_reasons(
             f"({z[s]:+.2g} standard deviations), which gradients assume: the draws are biased."
         )
     return reasons
-
-
-def _chance(count: int, total: int, share: float) -> float:
-    law = laws.binom(total, share)
-    return float(2 * min(law.cdf(count), law.sf(count - 1)))
 
 
 def coordinates_of(draws: Draws) -> tuple[list[str], np.ndarray]:

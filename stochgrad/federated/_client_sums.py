@@ -9,8 +9,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
-from stochgrad.core import Anchored, Position, Posterior, hoisted_jit
+from stochgrad.core import (
+    Anchored,
+    Batch,
+    Position,
+    Posterior,
+    full_data_mean_traceable,
+    hoisted_jit,
+)
 from stochgrad.federated._clients import current_visit, require_clients
+
+MANY_ROWS, _TOGETHER = 10**6, 2**16
 
 
 def likelihood_sum(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,6 +40,37 @@ def likelihood_sum(posterior: Posterior, function: Callable[..., Any]) -> Callab
         zeros = jax.tree.map(jnp.zeros_like, prior)
         total = lax.fori_loop(jnp.zeros_like(count), count, add, zeros)
         return jax.tree.map(lambda x, p: x - count.astype(x.dtype) * p, total, prior)
+
+    return run
+
+
+def all_likelihoods(posterior: Posterior, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``(*args) -> function(*args, batch)`` on all clients' rows, without the prior.
+
+    Of a million rows and more it goes over parts of them one after the other, so that what the
+    function makes of each row is never there of all rows at once.
+    """
+    full, none = posterior.batches.full, prior_only(posterior, function)
+    rows = full.weight.shape[0] if isinstance(full, Batch) else 0
+    if rows < MANY_ROWS:
+        whole = full_data_mean_traceable(posterior, function)
+        return lambda *args: jax.tree.map(jnp.subtract, whole(*args), none(*args))
+
+    def part(start, size, *args):
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
+        found = function(*args, jax.tree.map(cut, full))
+        return jax.tree.map(jnp.subtract, found, none(*args))
+
+    def run(*args):
+        add = lambda i, total: jax.tree.map(
+            jnp.add, total, part(i * np.int32(_TOGETHER), _TOGETHER, *args)
+        )
+        zeros = jax.tree.map(jnp.zeros_like, none(*args))
+        total = lax.fori_loop(np.int32(0), np.int32(rows // _TOGETHER), add, zeros)
+        if not rows % _TOGETHER:
+            return total
+        rest = part(np.int32(rows - rows % _TOGETHER), rows % _TOGETHER, *args)
+        return jax.tree.map(jnp.add, total, rest)
 
     return run
 

@@ -1,12 +1,11 @@
 """Data that several clients own, and its minibatches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Int, PyTree, UInt32
 
 from stochgrad.core import (
@@ -16,16 +15,11 @@ from stochgrad.core import (
     Partition,
     Posterior,
     Rows,
-    as_data,
-    check_batch_size,
+    block_of,
     check_instance,
-    check_order,
-    data_rows,
-    describe,
     is_balanced,
 )
-
-_PARTITION_SEED = 20130101
+from stochgrad.federated._layout import Layout, client_layout, lay_out_clients, whole_weights
 
 
 class Clients(NamedTuple):
@@ -113,46 +107,16 @@ def client_rows(
 
     Each client's rows are split at random into blocks; the last one of each is padded.
     """
-    check_order(order)
-    if order == "streamed":
-        raise ValueError("order='streamed' is not for clients: their rows are held in memory.")
-    if order == "full":
-        rows = check_batch_size(None if batch_size is None else batch_size, max(sizes), order)
-    else:
-        rows = check_batch_size(batch_size, sum(sizes), order)
-    counts = np.array([-(-size // rows) for size in sizes], np.int32)
-    first, starts = np.cumsum(counts) - counts, np.cumsum(sizes) - sizes
-    random = np.random.default_rng(_PARTITION_SEED)
-    parts = [
-        np.resize(start + random.permutation(size), count * rows)
-        for start, size, count in zip(starts, sizes, counts, strict=True)
-    ]
-    partition = Partition(np.concatenate(parts).astype(np.int32), sum(sizes), rows)
-    ragged = any(size % rows for size in sizes)
-    sizes_of, first_of = np.array(sizes, np.int32), first.astype(np.int32)
+    layout = client_layout(sizes, batch_size, order)
+    partition = Partition(layout.order(), sum(sizes), layout.rows)
 
     def at(client, block, weight):
-        number = jnp.asarray(first_of)[client] + block
-        weights = jnp.full((rows,), weight, jnp.float32)
-        if ragged:
-            place = block * rows + lax.iota(np.int32, rows)
-            weights = jnp.where(place < jnp.asarray(sizes_of)[client], weights, jnp.float32(0))
-        return Rows(number, partition.rows(number), weights)
+        number = layout.block(client, block)
+        return Rows(number, partition.rows(number), layout.weights(client, block, weight))
 
     full = Rows(None, np.arange(sum(sizes), dtype=np.int32), np.float32(1))  # pyright: ignore
-    none = np.ones(0)
-    clients = Clients(sizes_of, counts, at, "iid" if order == "full" else order, none, None, none)
-    batches = Batches(
-        init=lambda key: None,
-        next=lambda state: (full, state),
-        full=full,
-        size=sum(sizes),
-        batch_size=rows,
-        order=order,
-        balanced=is_balanced(order),
-        take=lambda index: full._replace(index=np.asarray(index, np.int32)),
-    )
-    return batches._replace(owners=clients), partition
+    take = lambda index: full._replace(index=np.asarray(index, np.int32))
+    return _batches_of(layout, at, full, take, order), partition
 
 
 def client_batches(clients: Sequence[PyTree], batch_size: int | None, order: Order) -> Batches:
@@ -162,32 +126,40 @@ def client_batches(clients: Sequence[PyTree], batch_size: int | None, order: Ord
         ValueError: there are no clients, one has no rows or values that are not finite, or their
             arrays differ in structure, dtype or trailing shape; the batch size does not fit.
     """
-    _check_list(clients)
-    data, sizes = concatenate_clients(
-        [as_data(client, f"clients[{s}]") for s, client in enumerate(clients)]
+    data, layout = lay_out_clients(clients, batch_size, order)
+    full = Batch(data, whole_weights(layout))
+
+    def at(client, block, weight):
+        number = layout.block(client, block)
+        rows = jax.tree.map(lambda x: block_of(x, number, layout.rows), data)
+        return Batch(rows, layout.weights(client, block, weight))
+
+    @cache
+    def take_rows():
+        return Partition(layout.order(), int(layout.sizes.sum()), layout.rows).take(data)
+
+    return _batches_of(layout, at, full, lambda index: take_rows()(index), order)
+
+
+def _batches_of(
+    layout: Layout, at: Callable[..., Any], full: Any, take: Callable[..., Any], order: Order
+) -> Batches:
+    """Batches of a layout, of clients that are not visited yet."""
+    none = np.ones(0)
+    owners = Clients(
+        layout.sizes, layout.counts, at, "iid" if order == "full" else order, none, None, none
     )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
-        if not _has_rows(leaf):
-            name = "clients[...]" + jax.tree_util.keystr(path)
-            raise ValueError(
-                f"{name} must have a leading axis of rows, got a scalar: what is the same for all "
-                "rows goes into log_likelihood itself."
-            )
-    batches, partition = client_rows(sizes, batch_size, order)
-    data = jax.tree.map(partition.lay_out, data)
-    with jax.ensure_compile_time_eval():
-        weight = np.concatenate(
-            [
-                np.arange(count * partition.batch_size) < size
-                for count, size in zip(batches.owners.blocks, sizes, strict=True)
-            ]
-        )
-        full = Batch(data, jnp.asarray(weight, jnp.float32))
-
-    def of(rows):
-        return Batch(jax.tree.map(lambda x: partition.fetch(x, rows.block), data), rows.weight)
-
-    return map_batches(batches, of, full)._replace(take=partition.take(data))
+    return Batches(
+        init=lambda key: None,
+        next=lambda state: (full, state),
+        full=full,
+        size=int(layout.sizes.sum()),
+        batch_size=layout.rows,
+        order=order,
+        balanced=is_balanced(order),
+        take=take,
+        owners=owners,
+    )
 
 
 def map_batches(batches: Batches, of: Callable[[Rows], Any], full: Any) -> Batches:
@@ -195,62 +167,3 @@ def map_batches(batches: Batches, of: Callable[[Rows], Any], full: Any) -> Batch
     at = batches.owners.at
     clients = batches.owners._replace(at=lambda *which: of(at(*which)))
     return batches._replace(full=full, owners=clients)
-
-
-def concatenate_clients(clients: Sequence[PyTree]) -> tuple[PyTree, list[int]]:
-    """The clients' arrays one after the other, and how many rows each has.
-
-    What is not an array with rows must be the same for all.
-    """
-    _check_list(clients)
-    structure = jax.tree.structure(clients[0])
-    sizes = []
-    for s, client in enumerate(clients):
-        if jax.tree.structure(client) != structure:
-            raise ValueError(
-                f"the clients' data must have one structure: client 0 has {structure}, client {s} "
-                f"has {jax.tree.structure(client)}."
-            )
-        try:
-            arrays = [x for x in jax.tree.leaves(client) if _has_rows(x)]
-            sizes.append(data_rows(arrays, name="clients"))
-        except ValueError as error:
-            raise ValueError(f"client {s}: {error}") from error
-    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(clients[0])]
-    columns = zip(*(jax.tree.leaves(client) for client in clients), strict=True)
-    leaves = [_joined(f"data{path}", parts) for path, parts in zip(paths, columns, strict=True)]
-    return jax.tree.unflatten(structure, leaves), sizes
-
-
-def _check_list(clients: Any) -> None:
-    if isinstance(clients, Mapping):
-        raise ValueError("clients must be a list, got a dict: list(clients.values()) is one.")
-    if not isinstance(clients, Sequence) or isinstance(clients, str | bytes) or not clients:
-        raise ValueError(
-            f"clients must be a list with the data of at least one client, got {describe(clients)}."
-        )
-
-
-def _has_rows(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and len(leaf.shape) > 0
-
-
-def _joined(name: str, parts: Sequence[Any]) -> Any:
-    """One leaf of all clients as one array, or their common value."""
-    if not _has_rows(parts[0]):
-        for s, part in enumerate(parts):
-            if _has_rows(part) or part != parts[0]:
-                raise ValueError(
-                    f"{name} is not an array with rows, so it must be the same for all clients: "
-                    f"client 0 has {parts[0]!r:.40}, client {s} has {part!r:.40}. What "
-                    "differs goes in as a column, np.full(rows, value)."
-                )
-        return parts[0]
-    for s, part in enumerate(parts):
-        here, there = (part.shape[1:], part.dtype), (parts[0].shape[1:], parts[0].dtype)
-        if here != there:
-            raise ValueError(
-                f"the clients' data must have one structure: {name} has rows of shape {there[0]}, "
-                f"{there[1]}, with client 0, and of shape {here[0]}, {here[1]}, with client {s}."
-            )
-    return np.concatenate([np.asarray(part) for part in parts])

@@ -5,8 +5,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
-from stochgrad.core import Draws, Kernel, Position, tree_bytes
+from stochgrad.core import Draws, Kernel, Position, Posterior, tree_bytes
+from stochgrad.federated._clients import require_clients
+from stochgrad.federated._matrices import MOST_CLIENTS, fits_matrices
+from stochgrad.federated._spread import MOST_SAMPLED
 from stochgrad.integrators import integrator_of
 
 CLIENT_DATA = "data of client"
@@ -19,6 +23,23 @@ def carried_bytes(kernel: Kernel, position: Position) -> int:
     integrator = dict(kernel.settings).get("integrator")
     keeps = integrator is not None and integrator_of(integrator).keeps_gradient
     return tree_bytes(position) * (1 + hasattr(state, "momentum") + keeps)
+
+
+def look_bytes(posterior: Posterior, origin: Position, chosen: str) -> int:
+    """What clients send for the look at their curvatures by which ``surrogate="auto"`` chooses.
+
+    A matrix each up to a hundred dimensions, and a diagonal beyond; a full matrix that is then
+    taken for the surrogate is counted there.
+    """
+    count, flat = require_clients(posterior).count, ravel_pytree(origin)[0]
+    if count == 1:
+        return 0
+    matrices = fits_matrices(posterior, origin) or (
+        count > MOST_CLIENTS and flat.size <= MOST_SAMPLED
+    )
+    if not matrices:
+        return count * flat.nbytes
+    return 0 if chosen == "global_quadratic" else count * flat.size * flat.nbytes
 
 
 def with_communication(draws: Draws, costs: dict, draw_bytes: int, setup: np.ndarray) -> Draws:

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
 from stochgrad.core import Posterior, hoisted_jit, tree_size
-from stochgrad.federated._client_sums import likelihood_sum, prior_only
+from stochgrad.federated._client_sums import all_likelihoods, likelihood_sum, prior_only
 from stochgrad.federated._clients import require_clients
 from stochgrad.federated._curvature import curvature_diagonal, curvature_matrix, fisher, hessian
 from stochgrad.federated._gaussians import Full, Precision
@@ -18,6 +18,8 @@ from stochgrad.federated._gaussians import Full, Precision
 _MOST_DIMENSIONS, _MOST_NUMBERS = 100, 2e7
 _FLOOR = 1e-6
 _RADII = (1.0, 3.0, 10.0)
+MOST_CLIENTS = 1000
+"""Clients up to which each one's curvature is looked at."""
 MOST_EXACT_DIAGONALS = 500
 """Dimensions up to which diagonals of Hessians are exact, and not by random probes."""
 
@@ -38,17 +40,29 @@ class Curvatures(NamedTuple):
         return Curvatures(self.own[point], self.prior[point])
 
 
-def fits_matrices(posterior: Posterior, origin: Any, most: int = _MOST_DIMENSIONS) -> bool:
-    """Whether a matrix for each client is small enough: by default, at most 100 dimensions."""
-    d = tree_size(origin)
-    return d <= most and require_clients(posterior).count * d**2 <= _MOST_NUMBERS
+def fits_matrices(
+    posterior: Posterior, origin: Any, most: int = _MOST_DIMENSIONS, clients: int = MOST_CLIENTS
+) -> bool:
+    """Whether a matrix for each client is small enough: by default, at most 100 dimensions.
+
+    And, by default, at most a thousand clients.
+    """
+    d, count = tree_size(origin), require_clients(posterior).count
+    return d <= most and count <= clients and count * d**2 <= _MOST_NUMBERS
 
 
-def curvature_matrices(posterior: Posterior, origin: Any, points: np.ndarray) -> Curvatures:
-    """The curvatures at points (points, d), which are raveled positions like the origin."""
+def curvature_matrices(
+    posterior: Posterior, origin: Any, points: np.ndarray, numbers: np.ndarray | None = None
+) -> Curvatures:
+    """The curvatures at points (points, d), which are raveled positions like the origin.
+
+    Of all clients, or of those of these numbers.
+    """
     flat, unravel = ravel_pytree(origin)
     kind = hessian(posterior)
-    numbers = np.arange(require_clients(posterior).count, dtype=np.int32)
+    if numbers is None:
+        numbers = np.arange(require_clients(posterior).count)
+    numbers = np.asarray(numbers, np.int32)
     basis = jnp.eye(flat.size, dtype=flat.dtype)
     prior_product = prior_only(posterior, kind.product)
 
@@ -62,6 +76,16 @@ def curvature_matrices(posterior: Posterior, origin: Any, points: np.ndarray) ->
     both = hoisted_jit(lambda points: lax.map(lambda x: (own(x), prior(x)), points))
     found = both(jnp.asarray(points, flat.dtype))
     return Curvatures(*(np.asarray(x, np.float64) for x in found))
+
+
+def total_curvature(posterior: Posterior, origin: Any) -> np.ndarray:
+    """Minus the Hessian of the log likelihood of all clients (d, d)."""
+    flat, unravel = ravel_pytree(origin)
+    product = all_likelihoods(posterior, hessian(posterior).product)
+    row = lambda x, v: ravel_pytree(product(unravel(x), unravel(v)))[0]
+    matrix = hoisted_jit(lambda x: lax.map(lambda v: row(x, v), jnp.eye(x.size, dtype=x.dtype)))
+    found = np.asarray(matrix(flat), np.float64)
+    return (found + found.T) / 2
 
 
 def surrogate_matrices(precision: Precision | None, count: int, origin: Any) -> np.ndarray:

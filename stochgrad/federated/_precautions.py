@@ -15,6 +15,7 @@ from stochgrad.federated._clients import require_clients
 from stochgrad.federated._curvature import hessian, precisions
 from stochgrad.federated._gaussians import Full, Surrogates
 from stochgrad.federated._matrices import (
+    MOST_CLIENTS,
     MOST_EXACT_DIAGONALS,
     Curvatures,
     curvature_matrices,
@@ -50,6 +51,7 @@ def enforce_stability(
     kernel: Kernel,
     *,
     choose: bool = False,
+    period: int | None = None,
 ) -> tuple[Surrogates, str]:
     """What is to be done with surrogates before a run.
 
@@ -59,6 +61,7 @@ def enforce_stability(
         on_unsafe: What to do.
         kernel: The dynamics.
         choose: Whether surrogates of first order may get the curvature that they need.
+        period: Visits after which slopes are taken anew, if they are.
 
     Returns:
         The surrogates, and of what kind they are now if they were chosen.
@@ -72,10 +75,13 @@ def enforce_stability(
     if fits_matrices(posterior, origin):
         flat = np.asarray(ravel_pytree(origin)[0])
         here = curvature_matrices(posterior, origin, flat[None]).at(0)
-    spread_of = lambda made: None if time is None else spread_of_draws(posterior, made, time, here)
+    spread_of = lambda made: (
+        None if time is None else spread_of_draws(posterior, made, time, here, period)
+    )
     margins = cache(lambda: margins_about(posterior, origin))
     spread = spread_of(surrogates)
-    if choose and _needs_curvature(spread, time, clients.steps):
+    few = clients.count <= MOST_CLIENTS
+    if choose and few and _needs_curvature(spread, time, clients.steps):
         chosen, surrogates = with_curvature(posterior, surrogates, here, spread_of)
         if surrogates.precision is not None:
             scale = safe_scale(margins(), surrogates, times=times)
@@ -85,7 +91,11 @@ def enforce_stability(
         return surrogates, chosen
     messages = []
     long = clients.steps.max() > 1
-    if long and not (surrogates.precision is None and tree_size(origin) > _MOST_DIMENSIONS):
+    if long and not few and surrogates.precision is not None:
+        messages.append(_not_looked_at(clients.count, on_unsafe))
+    elif (
+        long and few and not (surrogates.precision is None and tree_size(origin) > _MOST_DIMENSIONS)
+    ):
         drawn_back, message = _drawn_back(margins(), surrogates, on_unsafe, times)
         messages += [message] if message else []
         if drawn_back is not surrogates:
@@ -93,11 +103,22 @@ def enforce_stability(
     if spread is not None and too_wide(spread):
         known = surrogates.precision is not None
         messages.append(describe_spread(spread, f"client {spread.client}", curved=known))
+    if long and not few and surrogates.precision is not None and on_unsafe == "cap":
+        raise ValueError(messages[0])
     for message in messages:
         if on_unsafe == "raise":
             raise ValueError(message)
         warnings.warn(message, StabilityWarning, stacklevel=3)
     return surrogates, chosen
+
+
+def _not_looked_at(count: int, on_unsafe: str) -> str:
+    return (
+        f"whether visits are stable is looked at for up to {MOST_CLIENTS:,} clients, and there are "
+        f"{count:,} whose surrogates have curvature: take surrogate='global_first_order', which is "
+        "stable where likelihoods are log-concave"
+        + (", or on_unsafe='ignore'." if on_unsafe == "warn" else ", or on_unsafe='warn'.")
+    )
 
 
 def _needs_curvature(spread: Spread | None, time: float | None, steps: np.ndarray) -> bool:

@@ -17,6 +17,7 @@ from stochgrad.core import (
     hoisted_jit,
 )
 from stochgrad.federated._checks import as_reference, check_federated
+from stochgrad.federated._client_sums import MANY_ROWS, all_likelihoods, prior_only
 from stochgrad.federated._clients import require_clients
 
 
@@ -65,8 +66,17 @@ def find_reference(
     tolerance = check_number("tolerance", tolerance)
     init = as_reference(posterior, init, "init")
     clients = require_clients(posterior)
-    score = full_data_mean(posterior, jax.value_and_grad(posterior.log_density))
+    score = _score_of_all(posterior)
     return maximize_over_clients(score, init, clients.count, max_rounds, tolerance)
+
+
+def _score_of_all(posterior: Posterior) -> Callable[[Position], tuple[Any, Position]]:
+    """Value and gradient of the log density on all clients' rows; of many rows, in parts."""
+    score = jax.value_and_grad(posterior.log_density)
+    if posterior.batches.size < MANY_ROWS:
+        return full_data_mean(posterior, score)
+    likelihood, prior = all_likelihoods(posterior, score), prior_only(posterior, score)
+    return hoisted_jit(lambda x: jax.tree.map(jnp.add, likelihood(x), prior(x)))
 
 
 def maximize_over_clients(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from stochgrad.federated._arguments import (
     as_position,
     check_method,
     check_options,
+    check_period,
     check_surrogate_choice,
     make_surrogates,
     make_target,
@@ -43,13 +45,16 @@ from stochgrad.federated._checks import as_reference
 from stochgrad.federated._client_sums import for_each_client, likelihood_sum
 from stochgrad.federated._clients import require_clients
 from stochgrad.federated._conducive import conducive
-from stochgrad.federated._costs import CLIENT_DATA, carried_bytes, with_communication
+from stochgrad.federated._conducive_svrg import check_equal_visits, conducive_svrg
+from stochgrad.federated._costs import CLIENT_DATA, carried_bytes, look_bytes, with_communication
 from stochgrad.federated._fald import fald, fald_costs
 from stochgrad.federated._gaussians import Surrogates
 from stochgrad.federated._precautions import check_on_unsafe, enforce_stability
 from stochgrad.federated._qlsd import qlsd, qlsd_costs
 from stochgrad.federated._reference import Reference, find_reference
 from stochgrad.federated._schedule import Selection, visiting
+from stochgrad.federated._surrogates import global_first_order
+from stochgrad.federated._trajectory import check_trajectory, first_run, round_bytes
 from stochgrad.federated._visits import with_visits
 from stochgrad.gradients import as_gradient
 from stochgrad.gradients import control_variate as control_variate_gradient
@@ -67,6 +72,7 @@ def sample(
     order: Order | None = None,
     method: str = "FSGLD",
     surrogate: str | Surrogates | Callable[..., Surrogates] = "auto",
+    surrogate_period: int | None = None,
     strength: float = 1.0,
     local_steps: int | Sequence[int] = 1,
     probabilities: Sequence[float] | None = None,
@@ -74,7 +80,7 @@ def sample(
     step_size: float | None = None,
     kernel: Callable[[Gradient], Kernel] | None = None,
     control_variate: bool = True,
-    reference: Position | Reference | None = None,
+    reference: Position | Reference | str | None = None,
     init: Position | None = None,
     on_unsafe: str = "warn",
     **options: Any,
@@ -108,6 +114,9 @@ def sample(
             ``"global_quadratic"``, ``"global_diagonal"``, ``"exact"``, ``"laplace_local"``,
             ``"sampled"``; surrogates; or a function ``(posterior, reference) -> surrogates``, as
             ``functools.partial(stochgrad.federated.global_quadratic, form="low_rank", rank=5)``.
+        surrogate_period: Visits after which slopes are taken anew, where each chain is
+            (``stochgrad.federated.conducive_svrg``); curvature stays. A renewal is a round over all
+            clients for each chain. By default never: slopes are those at the reference.
         strength: $\alpha$ of ``stochgrad.federated.conducive``.
         local_steps: Steps of a visit, as in ``stochgrad.federated.visiting``.
         probabilities: Likewise.
@@ -117,7 +126,10 @@ def sample(
             momentum travels with the chain.
         control_variate: Whether clients center their minibatch gradients at the reference, which
             costs them a second gradient and nothing in communication.
-        reference: A position near the mode; found by default, from ``init``.
+        reference: A position near the mode; found by default, from ``init``. Or ``"trajectory"``:
+            the mean of a first run of ``num_warmup`` draws of each chain from the mode, without
+            their first half, for posteriors whose draws are far from it; the chains go on from
+            where it ended, unless there is an ``init``. A resumed run makes the first one anew.
         init: Where to start: a position, or one for each chain. By default the reference.
         on_unsafe: What to do where long visits to a client would be unstable
             (``stochgrad.federated.stability``), as a surrogate's curvature can make them, or a
@@ -130,8 +142,9 @@ def sample(
 
     Returns:
         Draws, whose ``stats`` have the ``client`` visited, the number of ``visits`` and the
-        ``bytes_up`` and ``bytes_down`` of each chain until then, and whose ``attrs`` have those of
-        the preparations, ``setup_bytes_up`` and ``setup_bytes_down``, the ``surrogate`` that was
+        ``bytes_up`` and ``bytes_down`` of each chain until then (with ``surrogate_period`` the
+        ``renewals``, too), and whose ``attrs`` have those of the preparations, a first run
+        included, ``setup_bytes_up`` and ``setup_bytes_down``, the ``surrogate`` that was
         chosen and the ``realized_shares`` of the draws. Where draws at one client are others than
         elsewhere, or a client was never seen, ``verdict`` says so, and a ``StabilityWarning``.
 
@@ -175,6 +188,11 @@ def sample(
     check_options(options)
     check_method(method, surrogate, strength, probabilities, selection, kernel, local_steps)
     num_chains = check_count("num_chains", options.get("num_chains", 1))
+    surrogate_period = check_period(surrogate_period, method, surrogate)
+    first_draws = 0
+    if isinstance(reference, str):
+        check_choice("reference", reference, ("trajectory",))
+        first_draws, reference = check_trajectory(options, method), None
     target = make_target(clients, prior, likelihood, batch_size, order)
     setup_key, key = jax.random.split(key)
     position = start_position(target, init, reference, num_chains, setup_key)
@@ -198,17 +216,35 @@ def sample(
     target = visiting(
         target, local_steps=local_steps, probabilities=probabilities, selection=selection
     )
-    gradient: Posterior | Gradient = target
+    federation = require_clients(target)
+    if surrogate_period is not None:
+        check_equal_visits(federation)
+    make_kernel = kernel or (lambda gradient: sgmcmc.sgld(gradient, step_size or 0.0))
     if method == "FSGLD" or control_variate:
         if reference is None:
             reference = find_reference(target, position)
         if isinstance(reference, Reference):
             setup += (reference.bytes_up, reference.bytes_down)
         position = as_position(reference)
-    client_gradient = gradient
-    if control_variate:
-        client_gradient = control_variate_gradient(target, position)
-    make_kernel = kernel or (lambda gradient: sgmcmc.sgld(gradient, step_size or 0.0))
+    if first_draws:
+        first = global_first_order(target, position)
+        gradient = conducive(_centered(target, position, control_variate), first, strength=strength)
+        made = with_visits(_made(make_kernel, gradient))
+        found = first_run(
+            jax.random.fold_in(setup_key, 1),
+            made,
+            position if init is None else init,
+            first_draws,
+            carried_bytes(made, position),
+            options,
+        )
+        # slopes at the mode and their sum, the first run, and the mean to all
+        each = round_bytes(position, federation.count)
+        setup += found.bytes + np.array([each, 2 * each])
+        position, init = found.mean, found.last if init is None else init
+    client_gradient: Posterior | Gradient = target
+    if surrogate_period is None:
+        client_gradient = _centered(target, position, control_variate)
     gradient = client_gradient
     name = surrogate if isinstance(surrogate, str) else "given"
     if method == "FSGLD":
@@ -218,29 +254,57 @@ def sample(
             on_unsafe,
             _made(make_kernel, client_gradient),
             choose=name == "auto",
+            period=surrogate_period,
         )
-        name = chosen if name == "auto" else name
+        if name == "auto":
+            name = chosen
+            setup[0] += look_bytes(target, position, chosen)
         # each client sends its own, and is sent the sum
-        sent = require_clients(target).count * surrogates.bytes_each
+        sent = federation.count * surrogates.bytes_each
         setup += (sent, sent)
-        gradient = conducive(client_gradient, surrogates, strength=strength)
+        if surrogate_period is None:
+            gradient = conducive(client_gradient, surrogates, strength=strength)
+        else:
+            gradient = conducive_svrg(
+                target,
+                surrogates,
+                period=surrogate_period,
+                strength=strength,
+                control_variate=control_variate,
+            )
     made = _made(make_kernel, gradient)
     carried = carried_bytes(made, position)
     settings = (
         ("surrogate", name),
         ("strength", strength),
-        ("local_steps", require_clients(target).steps.tolist()),
-        ("shares", require_clients(target).shares.round(6).tolist()),
+        ("local_steps", federation.steps.tolist()),
+        ("shares", federation.shares.round(6).tolist()),
         ("control_variate", control_variate),
     )
+    if surrogate_period is not None:
+        settings = (*settings, ("surrogate_period", surrogate_period))
+    if first_draws:
+        settings = (*settings, ("reference", "trajectory"))
     made = made._replace(
         method=f"{method}, {made.method}",
         settings=made.settings + settings[0 if method == "FSGLD" else 2 :],
     )
     made = _identified(with_visits(made), target, position, options)
     draws = run(key, made, init=position if init is None else init, **options)
-    draws = with_communication(draws, {"visits": (carried, carried)}, tree_bytes(position), setup)
+    costs = {"visits": (carried, carried)}
+    if surrogate_period is not None:
+        renewals = (np.maximum(draws.stats["visits"], 1) - 1) // surrogate_period
+        draws = replace(draws, stats={**draws.stats, "renewals": renewals})
+        each = round_bytes(position, federation.count)
+        # a visit is sent the anchor and the sum of slopes as well
+        costs = {"visits": (carried, carried + 2 * tree_bytes(position)), "renewals": (each, each)}
+    draws = with_communication(draws, costs, tree_bytes(position), setup)
     return _compared(draws, target)
+
+
+def _centered(target: Posterior, position: Position, centered: bool) -> Posterior | Gradient:
+    """The posterior, or its gradient centered at a position."""
+    return control_variate_gradient(target, position) if centered else target
 
 
 def _compared(draws: Draws, target: Posterior) -> Draws:

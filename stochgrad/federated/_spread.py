@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from stochgrad.core import Kernel, Posterior, tree_size
 from stochgrad.federated._clients import require_clients
-from stochgrad.federated._gaussians import Surrogates
+from stochgrad.federated._gaussians import LowRank, Surrogates
 from stochgrad.federated._matrices import (
+    MOST_CLIENTS,
     MOST_EXACT_DIAGONALS,
     Curvatures,
     curvature_matrices,
@@ -18,10 +20,14 @@ from stochgrad.federated._matrices import (
     fits_matrices,
     precision_diagonals,
     surrogate_matrices,
+    total_curvature,
 )
+from stochgrad.federated._renewal_law import renewed_covariance
 
-_DIRECT = 20
-"""Dimensions up to which the law's linear equations are solved by a matrix of their own."""
+MOST_SAMPLED, _FEWEST, _SAMPLED_NUMBERS = 100, 200, 2 * 10**6
+"""Of a thousand clients and more: dimensions, the fewest that are drawn, numbers in matrices."""
+_DIRECT, _MOST_DIRECT = 20, 100
+"""Dimensions and clients up to which the law's equations are solved by a matrix of their own."""
 
 
 class StabilityWarning(UserWarning):
@@ -66,6 +72,7 @@ def spread_of_draws(
     surrogates: Surrogates,
     time_of_step: float,
     here: Curvatures | None = None,
+    period: int | None = None,
 ) -> Spread | None:
     r"""The spread that draws have, of Langevin dynamics between Gaussian clients.
 
@@ -76,14 +83,17 @@ def spread_of_draws(
     N is felt during its own visits only, the variance is too large by about
     $h N T\,(1 - f_s)/f_s$ of itself, as long as that is small.
 
-    Beyond 100 dimensions only diagonals are compared: of the empirical Fisher information for
-    surrogates of first order, of the Hessian for others.
+    Of more than a thousand clients the law is that of visits to some of them, drawn as visits are,
+    about the curvature of all. Beyond 100 dimensions only diagonals are compared: of the empirical
+    Fisher information for surrogates of first order, of the Hessian for others.
 
     Args:
         posterior: A posterior of data that clients own, visited as it will be.
         surrogates: The surrogates.
         time_of_step: Time of a step, as ``step_time`` gives it.
         here: The curvatures at the surrogates' origin, where they are known already.
+        period: Visits after which slopes are taken anew (``renewed_covariance``), if they are; not
+            known then beyond 100 dimensions.
 
     Returns:
         The worst direction, infinitely wide where visits drive it apart; None where the posterior
@@ -94,6 +104,10 @@ def spread_of_draws(
     p = p if clients.probabilities is None else clients.probabilities
     times = time_of_step * clients.steps.astype(np.float64)
     if not fits_matrices(posterior, origin):
+        if period is not None:
+            return None
+        if clients.count > MOST_CLIENTS and tree_size(origin) <= MOST_SAMPLED:
+            return _spread_by_sample(posterior, surrogates, p, times)
         return _spread_by_diagonals(posterior, surrogates, p, times)
     if here is None:
         flat = np.asarray(ravel_pytree(origin)[0])
@@ -104,8 +118,15 @@ def spread_of_draws(
     if not np.all(np.isfinite(own)) or np.linalg.eigvalsh(exact)[0] <= 0:
         return None
     visits = prior + known.sum(axis=0) + (own - known) / clients.shares[:, None, None]
-    root = np.linalg.cholesky(exact)
-    covariance = stationary_covariance(visits, p, times)
+    if period is None:
+        covariance = stationary_covariance(visits, p, times)
+    else:
+        covariance = renewed_covariance(visits, exact, p, float(times[0]), period)
+    return _worst_direction(origin, visits, exact, covariance, own, times)
+
+
+def _worst_direction(origin, visits, exact, covariance, own, times) -> Spread | None:
+    """The direction in which a covariance differs most from that of the curvature ``exact``."""
     if covariance is None:
         return None
     if not np.isfinite(covariance).all():
@@ -114,12 +135,49 @@ def spread_of_draws(
         coordinate = int(np.argmax(worst**2))
         informed = np.diagonal(own, axis1=1, axis2=2)[:, coordinate]
         return _worst(origin, np.inf, coordinate, informed, times)
+    root = np.linalg.cholesky(exact)
     values, vectors = np.linalg.eigh(root.T @ covariance @ root)
     worst = int(np.argmax(np.abs(np.log(np.maximum(values, 1e-12)))))
     v = np.linalg.solve(root.T, vectors[:, worst])
     coordinate = int(np.argmax(v**2 * np.diagonal(exact)))
     informed = np.diagonal(own, axis1=1, axis2=2)[:, coordinate]
     return _worst(origin, float(np.sqrt(values[worst])), coordinate, informed, times)
+
+
+def _spread_by_sample(posterior, surrogates: Surrogates, p, times) -> Spread | None:
+    """The law of visits to some clients, drawn as visits are, about the curvature of all.
+
+    Coordinates are stretched so that the mean of the drawn curvatures is that of all.
+    """
+    origin, clients = surrogates.origin, require_clients(posterior)
+    count = int(
+        np.clip(_SAMPLED_NUMBERS // tree_size(origin) ** 2, _FEWEST, max(MOST_CLIENTS, _FEWEST))
+    )
+    numbers = np.random.default_rng(0).choice(clients.count, count, p=p)
+    flat = np.asarray(ravel_pytree(origin)[0])
+    own, prior = curvature_matrices(posterior, origin, flat[None], numbers).at(0)
+    exact = prior + total_curvature(posterior, origin)
+    if not np.all(np.isfinite(own)) or np.linalg.eigvalsh(exact)[0] <= 0:
+        return None
+    part = surrogates.precision
+    if isinstance(part, LowRank) and part.factors.ndim == 2:
+        own_parts = part.values[numbers], part.diagonal[numbers]
+        part = LowRank(part.factors, *own_parts)
+    else:
+        part = jax.tree.map(lambda x: x[numbers], part)
+    known = surrogate_matrices(part, count, origin)
+    unravel = ravel_pytree(origin)[1]
+    total = lambda v: ravel_pytree(surrogates.total_precision(unravel(v)))[0]
+    both = prior + np.asarray(jax.vmap(total)(jnp.eye(flat.size, dtype=flat.dtype)), np.float64)
+    visits = both + (own - known) / clients.shares[numbers][:, None, None]
+    mean = np.einsum("s,sij->ij", times[numbers] / times[numbers].sum(), visits)
+    if np.linalg.eigvalsh(mean)[0] <= 0:
+        return None
+    stretch = np.linalg.cholesky(exact) @ np.linalg.inv(np.linalg.cholesky(mean))
+    visits = stretch @ visits @ stretch.T
+    covariance = stationary_covariance(visits, np.full(count, 1 / count), times[numbers])
+    found = _worst_direction(origin, visits, exact, covariance, own, times[numbers])
+    return None if found is None else found._replace(client=int(numbers[found.client]))
 
 
 def _spread_by_diagonals(posterior, surrogates: Surrogates, p, times) -> Spread | None:
@@ -166,8 +224,10 @@ def stationary_covariance(visits: np.ndarray, p: np.ndarray, times: np.ndarray):
         return np.full((size, size), np.inf)
     decay, mean = np.exp(-reach), _mean_decay(reach)
     growth = np.stack([np.diag(2 * t * np.diag(m)) for t, m in zip(times, mean, strict=True)])
-    turn = lambda x: np.einsum("sji,jk,skl->sil", vectors, x, vectors)
-    back = lambda x, weights: np.einsum("s,sij,sjk,slk->il", weights, vectors, x, vectors)
+    turn = lambda x: np.swapaxes(vectors, 1, 2) @ x @ vectors
+
+    def back(x, weights):
+        return np.sum((weights[:, None, None] * vectors) @ x @ np.swapaxes(vectors, 1, 2), axis=0)
 
     def rest(flat):
         m = flat.reshape(size, size)
@@ -178,7 +238,7 @@ def stationary_covariance(visits: np.ndarray, p: np.ndarray, times: np.ndarray):
         matvec=rest,  # pyright: ignore
         dtype=np.float64,  # pyright: ignore
     )
-    if size <= _DIRECT:
+    if size <= _DIRECT and len(visits) <= _MOST_DIRECT:
         matrix = np.stack([rest(unit) for unit in np.eye(size**2)], axis=1)
         start, failed = np.linalg.lstsq(matrix, back(growth, p).ravel())[0], 0
     else:

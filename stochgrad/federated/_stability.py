@@ -111,7 +111,7 @@ Margins: TypeAlias = Callable[[Precision | None], Stability]
 
 def margins_about(posterior: Posterior, origin: Any) -> Margins:
     """The stability of precisions about an origin, with all else computed once."""
-    if fits_matrices(posterior, origin, _MOST_DIMENSIONS):
+    if fits_matrices(posterior, origin, _MOST_DIMENSIONS, require_clients(posterior).count):
         return _margins_by_matrices(posterior, origin, curvatures_about(posterior, origin))
     return _margins_by_products(posterior, origin)
 

@@ -242,6 +242,11 @@ def table():
         },
     )
     yield (
+        federated.conducive_svrg,
+        {"posterior": target(), "surrogates": FIRST, "period": 2},
+        bad | {"period": COUNTS, "strength": NUMBERS[1:], "control_variate": FLAGS},
+    )
+    yield (
         federated.sample,
         {"key": jax.random.key(0), "clients": target(), **SAMPLE},
         {
@@ -263,6 +268,7 @@ def table():
             "selection": CHOICES,
             "step_size": (*NUMBERS, fails),
             "control_variate": FLAGS,
+            "surrogate_period": [x for x in COUNTS if x is not None],
             "reference": [x for x in POSITIONS if x is not None],
             "init": [x for x in POSITIONS if x is not None and not callable(x)],
             "on_unsafe": CHOICES,
@@ -297,7 +303,7 @@ LABELS = {"target": ("target", "posterior"), "prior": ("prior",)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(21))
 def test_bad_arguments_are_refused_by_name(number):
     """A foreign error, or an answer without meaning, would come of each."""
     cases = list(table())
