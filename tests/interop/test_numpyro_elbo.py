@@ -524,6 +524,43 @@ def test_factors_of_a_guide_keep_their_whole_gradient(coefficient, key):
     assert np.any(noise > 1e-3)
 
 
+@pytest.mark.parametrize("coefficient", ["auto", 0.0])
+def test_annealed_locals_of_a_subsampled_plate(coefficient, key):
+    """Momenta whose density is masked, factors and points in a plate, and a global guide."""
+
+    def of_all():
+        return numpyro.sample("level", dist.Normal(0.0, 1.0))
+
+    def of_rows(level):
+        with numpyro.plate("rows", 6, subsample_size=2) as i:
+            spread = numpyro.sample("spread", dist.Gamma(5.0, 5.0))
+            numpyro.sample("y", dist.Normal(level, spread), obs=jnp.arange(6.0)[i] / 3)
+
+    def model():
+        of_rows(of_all())
+
+    guide = autoguide.AutoSemiDAIS(model, of_rows, autoguide.AutoNormal(of_all), K=2)
+    svi = SVI(model, guide, optax.adam(0.1), Trace_ELBO())
+    start, unravel = jax.flatten_util.ravel_pytree(svi.optim.get_params(svi.init(key).optim_state))
+    params = svi.constrain_fn(unravel(start + 0.1 * jax.random.normal(key, start.shape)))
+    elbos = Trace_ELBO(4), PathGradientELBO(4, score_coef=coefficient)
+
+    @jax.jit
+    @jax.vmap
+    def both(key):
+        found = [
+            jax.value_and_grad(lambda p, e=e: e.loss(key, p, model, guide))(params) for e in elbos
+        ]
+        return [(value, jax.flatten_util.ravel_pytree(g)[0]) for value, g in found]
+
+    (value, total), (same, path) = both(jax.random.split(key, 4000))
+    np.testing.assert_allclose(same, value, rtol=1e-9)
+    difference = np.asarray(path - total)
+    noise = difference.std(0) / np.sqrt(4000)
+    assert np.all(np.abs(difference.mean(0)) < Z * noise + 1e-9)
+    assert np.sum(noise > 1e-4) > 6
+
+
 def test_a_model_that_only_goes_forward(key):
     """As numpyro allows: by a number, and refused by the default in words."""
 
