@@ -158,6 +158,28 @@ def test_no_variance_at_the_optimum_and_measured_far_from_it(key):
     assert max(float(jnp.max(jnp.abs(g))) for g in gradient.values()) < 1e-10
 
 
+def test_operations_of_a_step():
+    """The score shares the flow's pass, four passes instead of three; it had taken five."""
+
+    def wide():
+        numpyro.sample("x", dist.Normal(0.0, 1.0).expand([12]).to_event(1))
+
+    guide = AutoFlow(
+        wide, lambda dim: coupling_flow(
+            jax.random.key(0), base_dist=StandardNormal((dim,)), invert=False, flow_layers=3,
+            nn_width=64, nn_depth=2,
+        ),
+    )  # fmt: skip
+    svi = SVI(wide, guide, optax.adam(0.1), Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0)))
+
+    def operations(elbo):
+        gradient = jax.grad(lambda p: elbo.loss(jax.random.key(1), p, wide, guide))
+        return jax.jit(gradient).lower(params).compile().cost_analysis()["flops"]
+
+    assert operations(PathGradientELBO(32)) < 1.45 * operations(Trace_ELBO(32))
+
+
 @pytest.mark.parametrize("name", ["AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal"])
 def test_the_default_is_as_good_as_the_better_gradient(name, key):
     """At the narrow start as the total gradient, after a fit as the path gradient."""
