@@ -14,7 +14,7 @@ from numpyro.primitives import Messenger
 
 from stochgrad.core import first_line
 from stochgrad.gradients import beyond_the_path, path_log_density, push_score
-from stochgrad.interop.numpyro._guide_strata import DrawComponent, Stratified
+from stochgrad.interop.numpyro._guide_strata import DrawComponent, Stratified, is_stratified
 from stochgrad.interop.numpyro._sites import is_latent
 from stochgrad.interop.numpyro._transforms import score_of_base
 
@@ -86,7 +86,9 @@ class PushScores(Messenger):
         super().__init__(None)
 
     def process_message(self, msg):
-        if msg["type"] != "sample" or msg["value"] is not None or msg["name"] in self.scored:
+        if msg["type"] != "sample" or msg["value"] is not None:
+            return
+        if msg["name"] in self.scored or is_stratified(msg["name"]):
             return
         flow = _layers_of(msg["fn"])
         if flow is None or not all(hasattr(layer, "push") for layer in flow.transforms):
