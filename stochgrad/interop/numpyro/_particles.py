@@ -154,7 +154,7 @@ def _one(programs: Programs, key, param_map, apart: bool, drawing=None) -> tuple
     def run_again(moving, params):
         """The guide at the same draws."""
         again = substitute(seed(guide, guide_key), data={**params, **plates, **known, **moving})
-        with FixedDraws(scored):
+        with drawing or nullcontext(), FixedDraws(scored):
             sites = trace(again).get_trace(*args, **kwargs)
         return {name: site for name, site in sites.items() if site["type"] == "sample"}
 
