@@ -49,19 +49,15 @@ def leave_one_out_coefficients(
     if total.shape != score.shape:
         raise ValueError(f"score must have total's shape {total.shape}, got {score.shape}.")
     count = len(total)
-    path = jnp.asarray(total) - score
-    path = path - jnp.mean(path, axis=0, keepdims=True)
-    score = jnp.asarray(score) - jnp.mean(score, axis=0, keepdims=True)
-
-    def of_others(a, b):
-        """For each row, the sum of the other rows' products about the other rows' means."""
-        products = jnp.sum(a * b, axis=1)
-        return jnp.sum(products) - count / (count - 1) * products
-
-    noise = of_others(score, score)
+    both = jnp.stack([jnp.asarray(total) - score, jnp.asarray(score)])
+    path, score = both - jnp.mean(both, axis=1, keepdims=True)
+    products = jnp.sum(jnp.stack([path * path, path * score, score * score]), axis=2)
+    sums = jnp.sum(products, axis=1, keepdims=True)
+    # for each row, the sums of the other rows' products about the other rows' means
+    power, common, noise = sums - count / (count - 1) * products
     safe = jnp.where(noise > 0, noise, 1.0)
-    c = -of_others(path, score) / safe
-    unexplained = jnp.maximum(of_others(path, path) - c**2 * noise, 0.0)
+    c = -common / safe
+    unexplained = jnp.maximum(power - c**2 * noise, 0.0)
     error = unexplained / safe / (count - 2)
     shrunk = c * jnp.maximum(1.0 - 9.0 * error / jnp.where(c != 0, c**2, 1.0), 0.0)
     return jnp.where(noise > 0, jnp.clip(shrunk, 0.0, 1.0), 0.0)

@@ -158,6 +158,28 @@ def test_no_variance_at_the_optimum_and_measured_far_from_it(key):
     assert max(float(jnp.max(jnp.abs(g))) for g in gradient.values()) < 1e-10
 
 
+def test_operations_of_a_step():
+    """The score shares the flow's pass, four passes instead of three; it had taken five."""
+
+    def wide():
+        numpyro.sample("x", dist.Normal(0.0, 1.0).expand([12]).to_event(1))
+
+    guide = AutoFlow(
+        wide, lambda dim: coupling_flow(
+            jax.random.key(0), base_dist=StandardNormal((dim,)), invert=False, flow_layers=3,
+            nn_width=64, nn_depth=2,
+        ),
+    )  # fmt: skip
+    svi = SVI(wide, guide, optax.adam(0.1), Trace_ELBO())
+    params = svi.get_params(svi.init(jax.random.key(0)))
+
+    def operations(elbo):
+        gradient = jax.grad(lambda p: elbo.loss(jax.random.key(1), p, wide, guide))
+        return jax.jit(gradient).lower(params).compile().cost_analysis()["flops"]
+
+    assert operations(PathGradientELBO(32)) < 1.45 * operations(Trace_ELBO(32))
+
+
 @pytest.mark.parametrize("name", ["AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal"])
 def test_the_default_is_as_good_as_the_better_gradient(name, key):
     """At the narrow start as the total gradient, after a fit as the path gradient."""
@@ -522,6 +544,43 @@ def test_factors_of_a_guide_keep_their_whole_gradient(coefficient, key):
     noise = difference.std(0) / np.sqrt(4000)
     assert np.all(np.abs(difference.mean(0)) < Z * noise + 1e-9)
     assert np.any(noise > 1e-3)
+
+
+@pytest.mark.parametrize("coefficient", ["auto", 0.0])
+def test_annealed_locals_of_a_subsampled_plate(coefficient, key):
+    """Momenta whose density is masked, factors and points in a plate, and a global guide."""
+
+    def of_all():
+        return numpyro.sample("level", dist.Normal(0.0, 1.0))
+
+    def of_rows(level):
+        with numpyro.plate("rows", 6, subsample_size=2) as i:
+            spread = numpyro.sample("spread", dist.Gamma(5.0, 5.0))
+            numpyro.sample("y", dist.Normal(level, spread), obs=jnp.arange(6.0)[i] / 3)
+
+    def model():
+        of_rows(of_all())
+
+    guide = autoguide.AutoSemiDAIS(model, of_rows, autoguide.AutoNormal(of_all), K=2)
+    svi = SVI(model, guide, optax.adam(0.1), Trace_ELBO())
+    start, unravel = jax.flatten_util.ravel_pytree(svi.optim.get_params(svi.init(key).optim_state))
+    params = svi.constrain_fn(unravel(start + 0.1 * jax.random.normal(key, start.shape)))
+    elbos = Trace_ELBO(4), PathGradientELBO(4, score_coef=coefficient)
+
+    @jax.jit
+    @jax.vmap
+    def both(key):
+        found = [
+            jax.value_and_grad(lambda p, e=e: e.loss(key, p, model, guide))(params) for e in elbos
+        ]
+        return [(value, jax.flatten_util.ravel_pytree(g)[0]) for value, g in found]
+
+    (value, total), (same, path) = both(jax.random.split(key, 4000))
+    np.testing.assert_allclose(same, value, rtol=1e-9)
+    difference = np.asarray(path - total)
+    noise = difference.std(0) / np.sqrt(4000)
+    assert np.all(np.abs(difference.mean(0)) < Z * noise + 1e-9)
+    assert np.sum(noise > 1e-4) > 6
 
 
 def test_a_model_that_only_goes_forward(key):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -13,7 +14,7 @@ from numpyro.primitives import Messenger
 
 from stochgrad.core import first_line
 from stochgrad.gradients import beyond_the_path, path_log_density, push_score
-from stochgrad.interop.numpyro._guide_strata import DrawComponent, Stratified
+from stochgrad.interop.numpyro._guide_strata import DrawComponent, Stratified, is_stratified
 from stochgrad.interop.numpyro._sites import is_latent
 from stochgrad.interop.numpyro._transforms import score_of_base
 
@@ -72,6 +73,37 @@ def is_fixed(name: str) -> bool:
     return any(name in sites for sites in _FIXED)
 
 
+class PushScores(Messenger):
+    """Draws flows that can push a score along with the draw, and keeps the scores by site.
+
+    Layers in a loop are then gone through once; a loop of its own for the scores would evaluate
+    all conditioners a second time.
+    """
+
+    def __init__(self, scored: set[str]):
+        self.scored = scored
+        self.scores: dict[str, Array] = {}
+        super().__init__(None)
+
+    def process_message(self, msg):
+        if msg["type"] != "sample" or msg["value"] is not None:
+            return
+        if msg["name"] in self.scored or is_stratified(msg["name"]):
+            return
+        flow = _layers_of(msg["fn"])
+        if flow is None or not all(hasattr(layer, "push") for layer in flow.transforms):
+            return
+        x = flow.base_dist.sample(msg["kwargs"]["rng_key"])
+        score, between = score_of_base(flow.base_dist, x), []
+        for layer in flow.transforms:
+            start = x
+            push: Any = layer.push  # pyright: ignore[reportAttributeAccessIssue]
+            x, more, score = push(x, score)
+            between.append([start, more])
+        msg["value"], msg["intermediates"] = x, between
+        self.scores[msg["name"]] = score
+
+
 def score_function_sites(estimators: Mapping[str, str]) -> set[str]:
     """Sites whose estimator is a score function."""
     return {name for name, estimator in estimators.items() if estimator != "straight_through"}
@@ -81,9 +113,13 @@ def draw(
     guide, key, params, args, kwargs, estimators: Mapping[str, str],
     strata: Stratified | None = None,
 ):  # fmt: skip
-    """Log densities and trace of a guide, draws with the gradients of their estimators."""
+    """Log densities and trace of a guide, and scores of flows that were drawn with them.
+
+    Draws have the gradients of their estimators.
+    """
     scored = score_function_sites(estimators)
-    with StraightThrough(set(estimators) - scored), FixedDraws(scored):
+    pushed = PushScores(scored)
+    with pushed, StraightThrough(set(estimators) - scored), FixedDraws(scored):
         try:
             log_q, drawn = compute_log_probs(seed(guide, key), args, kwargs, params)
         except NotImplementedError as error:
@@ -92,7 +128,7 @@ def draw(
                 f"{sorted(scored)} does not give: {first_line(error)}."
             ) from error
     _check_sites(drawn, estimators, strata)
-    return log_q, drawn
+    return log_q, drawn, pushed.scores
 
 
 def _check_sites(drawn, estimators: Mapping[str, str], strata: Stratified | None) -> None:
@@ -130,7 +166,7 @@ def check_reach(
     def values_and_density(params):
         drawing = None if strata is None else DrawComponent(strata, jnp.array(0))
         with drawing or nullcontext():
-            log_q, drawn = draw(guide, key, dict(params), args, kwargs, estimators, strata)
+            log_q, drawn, _ = draw(guide, key, dict(params), args, kwargs, estimators, strata)
         latent = {name: site["value"] for name, site in drawn.items() if is_latent(site)}
         values = [x for x in latent.values() if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
         names[:] = [name for name in latent if not is_delta(drawn[name]["fn"])]
@@ -160,11 +196,20 @@ def kind_of(fn) -> str:
     return type(fn).__name__
 
 
-def along_the_path(site, drawn) -> Array:
-    """Log density of a site, whose parameters are constant, along the path of its draw."""
+def along_the_path(site, drawn, score=None) -> Array:
+    """Log density of a site, whose parameters are constant, along the path of its draw.
+
+    Args:
+        site: The site in a trace with constant parameters.
+        drawn: The same as it was drawn.
+        score: Its score, where that is known and its distribution depends on no other draw.
+    """
     fn, value = site["fn"], site["value"]
     flow = _layers_of(fn)
-    if drawn["intermediates"] and flow is not None:
+    if score is not None:
+        constant = lax.stop_gradient(fn.log_prob(drawn["value"], drawn["intermediates"]))
+        log_prob = path_log_density(value, constant, score)
+    elif drawn["intermediates"] and flow is not None:
         log_prob = _along_layers(fn, flow, drawn["intermediates"][0][0], value)
     else:
         try:

@@ -14,7 +14,8 @@ from numpyro.infer.util import compute_log_probs
 from numpyro.util import check_model_guide_match
 
 from stochgrad.core import first_line
-from stochgrad.gradients import freeze
+from stochgrad.gradients import depends, freeze
+from stochgrad.interop.numpyro._guide_costs import costs_after, dependencies, law_of
 from stochgrad.interop.numpyro._guide_sites import (
     FixedDraws,
     along_the_path,
@@ -35,7 +36,8 @@ class Particle(NamedTuple):
             have of their own beside the draws; where gradients were not taken apart, that is in
             ``path``.
         score: Zero, with the gradient that is to be added to have the total one.
-        discrete: Log density of the sites with score functions.
+        laws: Log densities of the sites with score functions, entry by entry.
+        costs: What each of those entries answers for.
         total_rows: Gradient of the model's log density in the draws.
         score_rows: Gradient of the guide's.
     """
@@ -43,7 +45,8 @@ class Particle(NamedTuple):
     path: Array
     direct: Array
     score: Array
-    discrete: Array
+    laws: dict[str, Array]
+    costs: dict[str, Array]
     total_rows: Float[Array, " m"]
     score_rows: Float[Array, " m"]
 
@@ -59,6 +62,7 @@ class Programs(NamedTuple):
         estimators: Names of sites and their estimators.
         strata: The site that is drawn component by component.
         inspect: What to look at the model's trace with.
+        dependencies: From which sites with score functions each term of the bound is computed.
     """
 
     model: Callable[..., Any]
@@ -68,6 +72,7 @@ class Programs(NamedTuple):
     estimators: Mapping[str, Any]
     strata: Stratified | None = None
     inspect: Callable[[Mapping[str, Any]], None] = lambda sites: None
+    dependencies: Mapping[str, frozenset[str]] = {}
 
 
 def particle(programs: Programs, key, param_map, apart: bool) -> tuple[Particle, Any]:
@@ -100,7 +105,8 @@ def particle(programs: Programs, key, param_map, apart: bool) -> tuple[Particle,
         jnp.sum(weights * parts.path),
         jnp.sum(still * parts.direct),
         jnp.sum(still * parts.score),
-        jnp.sum(still * parts.discrete),
+        {},
+        {},
         rows(parts.total_rows),
         rows(parts.score_rows),
     )
@@ -113,7 +119,9 @@ def _one(programs: Programs, key, param_map, apart: bool, drawing=None) -> tuple
     scored = score_function_sites(estimators)
     model_key, guide_key = jax.random.split(key)
     with drawing or nullcontext():
-        log_q, drawn = draw(guide, guide_key, params, args, kwargs, estimators, programs.strata)
+        log_q, drawn, scores = draw(
+            guide, guide_key, params, args, kwargs, estimators, programs.strata
+        )
     left = _mutable(drawn)
     params.update(left)
     latent = {name: site for name, site in drawn.items() if is_latent(site)}
@@ -122,7 +130,9 @@ def _one(programs: Programs, key, param_map, apart: bool, drawing=None) -> tuple
     factor = sum((q for name, q in log_q.items() if name not in known), start=jnp.zeros(()))
     density = total_q - factor
     zero, none = jnp.zeros_like(total_q), jnp.zeros(0, total_q.dtype)
-    discrete = sum((log_q[name] for name in scored), start=jnp.zeros_like(total_q))
+    laws = {name: law_of(drawn[name]) for name in scored}
+
+    used: set[str] = set()
 
     def log_density(values, params):
         given: Any = {
@@ -133,63 +143,99 @@ def _one(programs: Programs, key, param_map, apart: bool, drawing=None) -> tuple
         log_p, sites = compute_log_probs(replayed, args, kwargs, params)
         check_model_guide_match(sites, drawn)
         programs.inspect(sites)
-        return sum(log_p.values(), start=jnp.zeros(())), _mutable(sites)
+        used.update(sites)
+        costs = {name: costs_after(sites, drawn, programs.dependencies, name) for name in scored}
+        return sum(log_p.values(), start=jnp.zeros(())), (_mutable(sites), costs)
 
     plates = {name: site["value"] for name, site in drawn.items() if site["type"] == "plate"}
     moving = {name: x for name, x in known.items() if _is_float(x) and name not in scored}
+    alone = len(moving) == 1
 
-    def along(moving):
-        """Of the guide of constant parameters: log density of draws, all else, and points."""
-        again = substitute(seed(guide, guide_key), data={**still, **plates, **known, **moving})
-        with FixedDraws(scored):
+    def run_again(moving, params):
+        """The guide at the same draws."""
+        again = substitute(seed(guide, guide_key), data={**params, **plates, **known, **moving})
+        with drawing or nullcontext(), FixedDraws(scored):
             sites = trace(again).get_trace(*args, **kwargs)
-        of_draws, of_points = zero, zero
-        for name, site in sites.items():
-            if site["type"] != "sample":
-                continue
-            log_prob = along_the_path(site, drawn[name])
-            if name in known:
-                of_draws = of_draws + log_prob
-            else:
-                of_points = of_points + log_prob
+        return {name: site for name, site in sites.items() if site["type"] == "sample"}
+
+    def density_along(moving):
+        """Log density of the draws under the guide of constant parameters."""
+        sites = run_again(moving, still)
+        return sum(
+            (
+                along_the_path(sites[name], drawn[name], scores.get(name) if alone else None)
+                for name in known
+            ),
+            start=zero,
+        )
+
+    def beside(moving, params):
+        """What the guide makes of the draws: log density of all else, and points."""
+        sites = run_again(moving, params)
+        densities = (
+            along_the_path(site, drawn[name]) for name, site in sites.items() if name not in known
+        )
         points = {
             name: sites[name]["value"]
             for name, site in latent.items()
             if name not in known and _is_float(site["value"])
         }
-        return of_draws, of_points, points
+        return sum(densities, start=zero), points
 
     if not apart:
-        total_p, more = log_density({}, params)
-        along_q, _, _ = along(moving)
+        total_p, (more, costs) = log_density({}, params)
+        along_q = density_along(moving)
         value = lax.stop_gradient(total_p - total_q)
         path = total_p - factor - along_q
         path = path + lax.stop_gradient(value - path)
-        return Particle(path, zero, along_q - density, discrete, none, none), {**left, **more}
+        return Particle(path, zero, along_q - density, laws, costs, none, none), {**left, **more}
 
     values = {name: site["value"] for name, site in latent.items() if _is_float(site["value"])}
-    own, fill = floating_leaves(params)
-    total_p, (in_values, in_own), more = _backward(
-        lambda values, own: log_density(values, fill(own)), freeze(values), freeze(own)
+    total_p, (in_values, in_own), (more, costs) = _backward(
+        lambda values, own: log_density(values, _filled(params, own)),
+        freeze(values),
+        freeze(_floating(params)),
     )
-    (_, _, points), pull = jax.vjp(along, freeze(moving))
-    in_points = {name: in_values[name] for name in points}
-    one = jnp.ones_like(zero)
-    (s,) = pull((one, zero, jax.tree.map(jnp.zeros_like, in_points)))
-    (by_points,) = pull((zero, -one, in_points))
-    t = {name: in_values[name] + by_points[name] for name in moving}
+    in_own = {name: slopes for name, slopes in in_own.items() if name in used}
+    s = jax.grad(density_along)(freeze(moving))
+    t = {name: in_values[name] for name in moving}
+    direct = _moved(in_own, {name: _floating(params)[name] for name in in_own})
+    if len(latent) > len(known):
+        (_, points), pull = jax.vjp(lambda m: beside(m, still), freeze(moving))
+        in_points = {name: in_values[name] for name in points}
+        (by_points,) = pull((-jnp.ones_like(zero), in_points))
+        t = {name: t[name] + by_points[name] for name in moving}
+        if depends(lambda params: beside(freeze(moving), params), params):
+            direct = (
+                direct
+                + _moved(in_points, {name: values[name] for name in points})
+                - (factor - lax.stop_gradient(factor))
+                - _moved(by_points, moving)
+            )
 
-    score = _moved(s, moving)
-    path = lax.stop_gradient(total_p - total_q) + _moved(t, moving) - score
-    direct = (
-        _moved(in_own, own)
-        + _moved(in_points, {name: values[name] for name in points})
-        - (factor - lax.stop_gradient(factor))
-        - _moved(by_points, moving)
-    )
-    score = score - (density - lax.stop_gradient(density))
+    path = jax.tree.map(jnp.subtract, t, s)
+    path = lax.stop_gradient(total_p - total_q) + _moved(path, moving)
+    score = _moved(s, moving) - (density - lax.stop_gradient(density))
     rows = (freeze(ravel_pytree(tree)[0]) if moving else none for tree in (t, s))
-    return Particle(path, direct, score, discrete, *rows), {**left, **more}
+    return Particle(path, direct, score, laws, costs, *rows), {**left, **more}
+
+
+def site_dependencies(programs: Programs, key, param_map) -> Mapping[str, frozenset[str]]:
+    """From which sites with score functions each term of the bound is computed."""
+    scored = score_function_sites(programs.estimators)
+    if not scored:
+        return {}
+    model, guide, args, kwargs, estimators = programs[:5]
+    model_key, guide_key = jax.random.split(key)
+
+    def run():
+        params = dict(param_map)
+        _, drawn, _ = draw(guide, guide_key, params, args, kwargs, estimators)
+        params.update(_mutable(drawn))
+        replayed = substitute(replay(seed(model, model_key), trace=drawn), data=params)
+        return trace(replayed).get_trace(*args, **kwargs), drawn
+
+    return dependencies(run, scored)
 
 
 def _backward(function, *arguments):
@@ -209,8 +255,31 @@ def _backward(function, *arguments):
 
 def _moved(gradient, tree) -> Array:
     """Zero, with this gradient in the leaves of a tree."""
-    products = jax.tree.map(lambda g, x: jnp.sum(freeze(g) * (x - freeze(x))), gradient, tree)
-    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+    slopes = freeze(jax.tree.leaves(gradient))
+    return _zero_with_slopes(slopes, jax.tree.leaves(tree))
+
+
+@jax.custom_jvp
+def _zero_with_slopes(slopes, leaves) -> Array:
+    return jnp.zeros((), jnp.result_type(float, *slopes))
+
+
+@_zero_with_slopes.defjvp
+def _(primals, tangents):
+    slopes, leaves = primals
+    zero = _zero_with_slopes(slopes, leaves)
+    products = [jnp.sum(g * dx) for g, dx in zip(slopes, tangents[1], strict=True)]
+    return zero, sum(products, start=jnp.zeros_like(zero)).astype(zero.dtype)
+
+
+def _floating(params) -> dict[str, Any]:
+    """The floating-point leaves of parameters, by name."""
+    return {name: floating_leaves(value)[0] for name, value in params.items()}
+
+
+def _filled(params, leaves) -> dict[str, Any]:
+    """Parameters with other floating-point leaves."""
+    return {name: floating_leaves(value)[1](leaves[name]) for name, value in params.items()}
 
 
 def _is_float(value) -> bool:

@@ -27,8 +27,8 @@ from stochgrad.gradients import (
     leave_one_out,
     leave_one_out_coefficients,
     renyi,
-    score_function,
 )
+from stochgrad.interop.numpyro._guide_costs import least_variance
 from stochgrad.interop.numpyro._guide_sites import check_reach, score_function_sites
 from stochgrad.interop.numpyro._guide_strata import stratified_site
 from stochgrad.interop.numpyro._particles import (
@@ -37,6 +37,7 @@ from stochgrad.interop.numpyro._particles import (
     floating_leaves,
     mean_state,
     particle,
+    site_dependencies,
 )
 
 SiteEstimator = Literal["score", "optimal", "straight_through"]
@@ -83,7 +84,8 @@ class PathGradientELBO(ELBO):
     mixtures, a batch of them, discrete latent sites) the site needs an estimator of its own and is
     refused without one: ``"score"``, the score function with a leave-one-out baseline;
     ``"optimal"``, with the baseline of least variance for each parameter; ``"straight_through"``,
-    biased, for ``Bernoulli`` and a ``Multinomial`` of one trial.
+    biased, for ``Bernoulli`` and a ``Multinomial`` of one trial. A score function weighs each draw
+    by the terms of the bound that are computed from it, within a plate by those of its own entry.
 
     Other objectives take the particles together, of log weights $\log w = \log p - \log q$:
 
@@ -201,7 +203,7 @@ class PathGradientELBO(ELBO):
             c = _coefficients(particles) if self.score_coef == "auto" else self.score_coef
             bound = jnp.mean(particles.path + particles.direct + c * particles.score)
             if self.scored:
-                bound = bound + self._discrete(programs, key, param_map, particles, constant)
+                bound = bound + self._discrete(programs, key, param_map, particles)
             value = jnp.mean(constant)
         else:
             bound, value = self._joint(particles, constant)
@@ -228,6 +230,8 @@ class PathGradientELBO(ELBO):
         strata = stratified_site(guide, rng_key, param_map, args, kwargs, self.estimators)
         check_reach(guide, rng_key, param_map, args, kwargs, self.estimators, strata)
         programs = Programs(model, guide, args, kwargs, self.estimators, strata)
+        found = site_dependencies(programs, rng_key, param_map)
+        programs = programs._replace(dependencies=found)
         if self.objective == "elbo":
             return programs
         if strata is not None:
@@ -288,21 +292,27 @@ class PathGradientELBO(ELBO):
             return jax.tree.map(lambda x: x[None], particle(keys[0], params))
         return self.vectorize_particles_fn(lambda key: particle(key, params), keys)
 
-    def _discrete(self, programs, keys, params, particles: Particle, rewards):
+    def _discrete(self, programs, keys, params, particles: Particle):
         """The score-function part of a gradient, as the gradient of something of value zero."""
         if "score" in self.estimators.values():
-            moved = particles.discrete - lax.stop_gradient(particles.discrete)
-            return jnp.mean((rewards - leave_one_out(rewards)) * moved)
+            terms = [
+                jnp.sum((costs - leave_one_out(costs)) * (law - freeze(law)))
+                for costs, law in ((particles.costs[k], particles.laws[k]) for k in particles.laws)
+            ]
+            return sum(terms, start=jnp.zeros(())) / self.num_particles
         moving, fill = floating_leaves(params)
 
-        def scores(key):
-            return jax.grad(lambda p: particle(programs, key, fill(p), False)[0].discrete)(
-                freeze(moving)
-            )
+        def of_one(key):
+            def laws(moving):
+                found = particle(programs, key, fill(moving), False)[0]
+                return found.laws, found.costs
 
-        gradient = freeze(score_function(rewards, jax.vmap(scores)(keys), "optimal"))
+            found, pull, costs = jax.vjp(laws, freeze(moving), has_aux=True)
+            return pull(costs)[0], pull(jax.tree.map(jnp.ones_like, found))[0]
+
+        gradient = freeze(least_variance(*jax.vmap(of_one)(keys)))
         products = jax.tree.map(lambda g, p: jnp.sum(g * (p - freeze(p))), gradient, moving)
-        return sum(products, start=jnp.zeros_like(rewards[0]))
+        return sum(products, start=jnp.zeros(()))
 
 
 def _coefficients(particles: Particle) -> Array:

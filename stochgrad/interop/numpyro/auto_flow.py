@@ -53,6 +53,10 @@ class FlowTransform(Transform):
     def call_with_intermediates(self, x):
         return self.over_batch(lambda b, x, c: b.transform_and_log_det(x, c), x)
 
+    def push(self, x, score):
+        """Output, its intermediates, which are the log-determinant, and the score behind it."""
+        return self.over_batch(push_score, x, score)
+
     def log_abs_det_jacobian(self, x, y, intermediates=None):
         return self.call_with_intermediates(x)[1] if intermediates is None else intermediates
 
@@ -86,7 +90,7 @@ class FlowTransform(Transform):
 
 @push_score.register(FlowTransform)
 def _flow_transform(layer, x, score, condition=None) -> Pushed:
-    return Pushed(*layer.over_batch(push_score, x, score))
+    return Pushed(*layer.push(x, score))
 
 
 @components_of.register(_DistributionToNumpyro)
