@@ -3,7 +3,7 @@
 Variance of gradients against the closed form, linear regression on real tables, and metric
 learning with held-out likelihood; networks are in ``benchmarks/renewal.py``, overhead in
 ``benchmarks/conducive.py``. ``python benchmarks/fsgld_claims.py`` writes
-``benchmarks/results/fsgld_claims.json`` and prints what is in ``docs/federated.md``. Seeds are
+``benchmarks/results/fsgld_claims.json`` and prints what is in ``docs/start/federated.md``. Seeds are
 of the split into rows to learn from and rows to predict, of chains and minibatches.
 """
 

@@ -3,7 +3,7 @@
 ``python benchmarks/heldout_elbo.py`` trains four numpyro models from three seeds, each with the
 same guide, optimizer and number of particles under both objectives, and evaluates the bound by many
 fresh draws when a quarter, a half and all of the seconds are over. It writes
-``benchmarks/results/heldout_elbo.json`` and the table between the marks in ``docs/flows.md``.
+``benchmarks/results/heldout_elbo.json`` and the table between the marks in ``docs/start/flows.md``.
 Seconds are of the processor, one thread, and begin after compilation. ``--smoke`` is one model with
 a fraction of the seconds, and writes nothing.
 """
@@ -34,7 +34,7 @@ from stochgrad.numpyro import AutoFlow, PathGradientELBO
 RNG = np.random.default_rng(0)
 PARTICLES, CHUNK, DRAWS, MARKS = 4, 100, 20_000, (0.25, 0.5, 1.0)
 OBJECTIVES = {"Trace_ELBO": Trace_ELBO, "PathGradientELBO": PathGradientELBO}
-RESULTS, PAGE = Path("benchmarks/results/heldout_elbo.json"), Path("docs/flows.md")
+RESULTS, PAGE = Path("benchmarks/results/heldout_elbo.json"), Path("docs/start/flows.md")
 BEGIN, END = "<!-- held-out bound -->", "<!-- end of held-out bound -->"
 
 X = RNG.normal(size=(500, 20)).astype(np.float32)

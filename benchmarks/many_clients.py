@@ -8,7 +8,7 @@ effective draw of the worst coordinate; and standard deviations against those of
 predicted before the run and of the posterior, which is Laplace's.
 
 ``python benchmarks/many_clients.py`` writes ``benchmarks/results/many_clients.json`` and prints the
-table of ``docs/federated.md``.
+table of ``docs/start/federated.md``.
 """
 
 import argparse

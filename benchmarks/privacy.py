@@ -3,7 +3,7 @@
 ``python benchmarks/privacy.py`` writes ``benchmarks/results/privacy.json``; ``--smoke`` is a short
 version of the same that writes nothing. Needs ``pip install 'stochgrad[privacy]'``.
 
-Three runs are counted by the formula, without being run: that of docs/federated.md, the same with a
+Three runs are counted by the formula, without being run: that of docs/start/federated.md, the same with a
 hospital of ten rows, and one of fifteen owners of 20,000 rows. The last one is run as well, for
 three budgets, and its draws are held against the posterior that all rows have without clipping.
 """
@@ -59,7 +59,7 @@ def counted(sizes, *, batch_size, order, step_size, norm, steps, delta):
 
 
 def page():
-    """The first run of docs/federated.md: 4 chains of 550 draws of 100 steps."""
+    """The first run of docs/start/federated.md: 4 chains of 550 draws of 100 steps."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3000, 3)).astype(np.float32)
     y = (rng.random(3000) < 1 / (1 + np.exp(-x @ [1.0, -1.0, 0.5]))).astype(np.float32)

@@ -2,7 +2,7 @@
 
 The network and the twenty skewed clients of ``examples/federated_digits.py`` at temperature one,
 where draws are far from the mode. ``python benchmarks/renewal.py`` writes
-``benchmarks/results/renewal.json`` and prints the table of ``docs/federated.md``; ``--seeds`` and
+``benchmarks/results/renewal.json`` and prints the table of ``docs/start/federated.md``; ``--seeds`` and
 ``--draws`` make it shorter. Seeds are of the starting network, of chains and minibatches.
 """
 
