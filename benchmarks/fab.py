@@ -121,7 +121,7 @@ def by_fab(problem, seed, evaluations, learning_rate):
     keys = jax.random.split(jax.random.fold_in(key, 1), rounds)
     (params, *_), rates = jax.jit(partial(jax.lax.scan, one))(carry, (keys, jnp.arange(rounds)))
     model = eqx.combine(params, static)
-    weighted = flows.sample(model, jax.random.fold_in(key, 2), WEIGHTED, problem.log_density)
+    weighted = flows.sample(jax.random.fold_in(key, 2), model, WEIGHTED, problem.log_density)
     shares = jax.nn.softmax(weighted.log_weight)
     exact = problem.samples(jax.random.key(1000 + seed), 4000)
     return {

@@ -439,9 +439,9 @@ def flights_problem(options):
     targets = {order: make((x, train["late"]), batch_size=500, order=order) for order in ORDERS}
     target = targets["reshuffled"]
     check_same(target, train, sizes, where)
-    center = stochgrad.find_center(target, jax.random.key(0), init=jnp.zeros(where.size))
+    center = stochgrad.find_center(jax.random.key(0), target, init=jnp.zeros(where.size))
     note(f"center, {center.distance:.2f} posterior sds from the mode")
-    mass = stochgrad.find_mass(target, jax.random.key(1), center)
+    mass = stochgrad.find_mass(jax.random.key(1), target, center)
     reference = flights_reference(target, center.position, options["reference"])
     note(f"reference: smallest ESS {ess(reference).min():.0f}")
     epoch = options["rows"] // 500
@@ -466,7 +466,7 @@ def our_flights(problem, options):
     key = jax.random.key(2)
 
     def step_size(gradient, **settings):
-        return stochgrad.find_step_size(gradient, key, center, **settings).step_size
+        return stochgrad.find_step_size(key, gradient, center, **settings).step_size
 
     def go(label, kernel, h, per_step, seed):
         draws = run(
@@ -500,7 +500,7 @@ def our_flights(problem, options):
     yield langevin(problem.targets["iid"], "BAOAB", ("plain", "iid"), 1, seed := seed + 1)
 
     gradient, label = centered["reshuffled"], ("control variate", "reshuffled")
-    found = stochgrad.find_step_size(gradient, key, center)
+    found = stochgrad.find_step_size(key, gradient, center)
     h = found.step_size
     yield go(("sgld", *label), stochgrad.sgld(gradient, h), h, 2, seed + 1)
     # the preconditioner is N over the root of a squared gradient, about the curvature
@@ -517,7 +517,7 @@ def rival_flights(problem, options):
     """Contenders of other libraries, each at its best step size."""
     target, center = problem.targets["iid"], problem.center
     key = jax.random.key(3)
-    limit_of = lambda **settings: stochgrad.find_step_size(target, key, center, **settings).limit
+    limit_of = lambda **settings: stochgrad.find_step_size(key, target, center, **settings).limit
     slow, fast = limit_of(), limit_of(friction=1.0)
     start = jnp.tile(center, (CHAINS, 1))
     go = partial(rival_runs, budget=options["budget"], keep=options["draws"])
@@ -781,12 +781,12 @@ def our_net(net, options):
     """Contenders of this library on the network."""
     base = net.targets["reshuffled"]
     center = stochgrad.find_center(
-        base, jax.random.key(4), init=net.start[0], num_steps=3000, learning_rate=0.02
+        jax.random.key(4), base, init=net.start[0], num_steps=3000, learning_rate=0.02
     )
     key, budget, friction = jax.random.key(5), options["net_budget"], 10.0
 
     def found(gradient, **settings):
-        return stochgrad.find_step_size(gradient, key, center, bias=0.1, **settings)
+        return stochgrad.find_step_size(key, gradient, center, bias=0.1, **settings)
 
     def go(label, kernel, h, per_step, seed, sampling=False):
         draws = run(
@@ -837,7 +837,7 @@ def rival_net(net, options):
     target = net.targets["iid"]
     key = jax.random.key(6)
     limit_of = lambda **settings: (
-        stochgrad.find_step_size(target, key, 0.0 * net.start[0], **settings).limit
+        stochgrad.find_step_size(key, target, 0.0 * net.start[0], **settings).limit
     )
     slow, fast = limit_of(), limit_of(friction=1.0)
     for i, (name, limit) in enumerate((("sgld", slow), ("sghmc", fast), ("sgnht", fast))):

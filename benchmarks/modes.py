@@ -167,9 +167,9 @@ def start(problem, key):
 def by_flow(problem, seed, options):
     """One call of fit_modes; its record, and what its flow says on samples of the density."""
     found = flows.fit_modes(
+        jax.random.key(seed),
         problem.flow,
         problem.log_density,
-        jax.random.key(seed),
         chains=partial(tempering, problem),
         init=partial(start, problem),
         modes=problem.modes,

@@ -228,7 +228,7 @@ def autoregressive(dim, layers, width, batch, steps):
     )
     if steps:
         objective = reverse_kl(flow, log_density, num_samples=batch)
-        flow = stochgrad.fit(objective, KEY, steps, learning_rate=1e-3, progress=False).model
+        flow = stochgrad.fit(KEY, objective, steps, learning_rate=1e-3, progress=False).model
     return Work(
         f"Affine autoregressive, d = {dim}, {layers} layers, batch {batch}, {state(steps)}",
         "The inverse of this flow, which stick-the-landing needs, is sequential; the path gradient "

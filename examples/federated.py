@@ -74,7 +74,7 @@ def contenders(target, reference):
         "ours, first order": lambda: federated.global_first_order(target, reference),
         "ours, quadratic": lambda: federated.global_quadratic(target, reference),
         "Laplace at local modes": lambda: federated.laplace_local(target, reference),
-        "moments of local draws": lambda: federated.sampled(target, jax.random.key(2), reference),
+        "moments of local draws": lambda: federated.sampled(jax.random.key(2), target, reference),
         "none (DSGLD)": lambda: None,
     }
     for name, make in makers.items():

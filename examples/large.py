@@ -70,10 +70,10 @@ def run(folder, resident_bytes, num_samples):
     """The whole job, which goes on wherever it was stopped: the same call each time."""
     posterior = target(folder, resident_bytes)
     center = stochgrad.find_center(
-        posterior, jax.random.key(0), init=jnp.zeros(DIM), num_steps=1000, learning_rate=0.02
+        jax.random.key(0), posterior, init=jnp.zeros(DIM), num_steps=1000, learning_rate=0.02
     )
     gradient = stochgrad.control_variate(posterior, center)
-    mass = stochgrad.find_mass(posterior, jax.random.key(1), center)
+    mass = stochgrad.find_mass(jax.random.key(1), posterior, center)
     kernel = stochgrad.sghmc(gradient, 0.4, 2 * mass, mass=mass, integrator="BAOAB")
     return stochgrad.sample(
         jax.random.key(2),

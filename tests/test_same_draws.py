@@ -145,11 +145,11 @@ def renewed(posterior):
 
 def searched(tmp_path):
     posterior = target()
-    center = stochgrad.find_center(posterior, jax.random.key(0), init=START, num_steps=200)
-    mass = stochgrad.find_mass(posterior, jax.random.key(1), center)
+    center = stochgrad.find_center(jax.random.key(0), posterior, init=START, num_steps=200)
+    mass = stochgrad.find_mass(jax.random.key(1), posterior, center)
     gradient = stochgrad.control_variate(posterior, center)
     report = stochgrad.find_step_size(
-        gradient, jax.random.key(2), center, friction=mass, mass=mass, integrator="BAOAB"
+        jax.random.key(2), gradient, center, friction=mass, mass=mass, integrator="BAOAB"
     )
     kernel = stochgrad.sghmc(
         gradient, report.step_size, friction=mass, mass=mass, integrator="BAOAB"

@@ -9,6 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Gradient,
     Kernel,
@@ -90,9 +91,10 @@ class Law(NamedTuple):
         )
 
 
+@key_first
 def predict_law(
-    kernel: Kernel,
     key: PRNGKey,
+    kernel: Kernel,
     center: Any,
     *,
     hessian: Float[Array, "d d"] | None = None,
@@ -123,9 +125,9 @@ def predict_law(
     each coordinate (of the mass) by itself.
 
     Args:
+        key: A typed PRNG key.
         kernel: From ``stochgrad.sgld``, ``stochgrad.sghmc`` or ``stochgrad.psgld``, with a constant
             step size and temperature. pSGLD's preconditioner is held at its stationary mean.
-        key: A typed PRNG key.
         center: A position near the mode or the mean, or what ``stochgrad.find_center`` found.
         hessian: H, minus the Hessian of the log density over the raveled position, if known.
         covariance: The covariance of the draws, if known, with which the chain's is compared and
@@ -144,7 +146,7 @@ def predict_law(
         ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), order="full"
         ... )
         >>> law = stochgrad.diagnostics.predict_law(
-        ...     stochgrad.sgld(target, 0.001), jax.random.key(0), jnp.float32(1.0)
+        ...     jax.random.key(0), stochgrad.sgld(target, 0.001), jnp.float32(1.0)
         ... )
         >>> print(law)
         about 19 gradients an effective draw; sds up to 2.6% too wide; means off by up to 0 sd

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import Kernel, PRNGKey
 from stochgrad.diagnostics._law import Law, predict_law
 from stochgrad.sgmcmc import DENSE_DIMENSION, WarmUp, sghmc
@@ -11,7 +12,8 @@ _MOST_BIAS = 0.02
 _TRIALS = 6
 
 
-def with_law(tuned: WarmUp, key: PRNGKey) -> tuple[Kernel, Law | None]:
+@key_first
+def with_law(key: PRNGKey, tuned: WarmUp) -> tuple[Kernel, Law | None]:
     """The kernel of a warm-up with the longest step whose spreads are right to 2%, and its law.
 
     ``find_step_size`` looks at the noise of all coordinates together and reckons that little of it
@@ -45,7 +47,7 @@ def with_law(tuned: WarmUp, key: PRNGKey) -> tuple[Kernel, Law | None]:
 
 def _law(kernel: Kernel, key: PRNGKey, tuned: WarmUp) -> Law | None:
     try:
-        return predict_law(kernel, key, tuned.center, covariance=tuned.precision.covariance)
+        return predict_law(key, kernel, tuned.center, covariance=tuned.precision.covariance)
     except ValueError:  # unstable at this step, or of a kind that has no law
         return None
 

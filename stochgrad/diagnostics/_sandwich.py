@@ -10,6 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Gradient,
     Observations,
@@ -52,9 +53,10 @@ class Sandwich(NamedTuple):
     settings: Mapping[str, Any]
 
 
+@key_first
 def sandwich(
-    target: Target,
     key: PRNGKey,
+    target: Target,
     center: Any,
     *,
     step_size: float | None = None,
@@ -78,8 +80,8 @@ def sandwich(
     itself. For draws of the mode of SGD with momentum see arXiv:2606.00293.
 
     Args:
-        target: A posterior, or a gradient of one.
         key: A typed PRNG key.
+        target: A posterior, or a gradient of one.
         center: The mode, as ``stochgrad.find_center`` finds it.
         step_size: h, in units of a direction's frequency, below 2; by default 0.3, or what is left
             of it after halvings until gradient noise alone is not wider than the sandwich.
@@ -103,7 +105,7 @@ def sandwich(
         ...     lambda m: 0.0 * m, lambda m, x: -0.5 * (x - m) ** 2, x, batch_size=10
         ... )
         >>> gradient = stochgrad.control_variate(target, jnp.mean(x))
-        >>> robust = stochgrad.diagnostics.sandwich(gradient, jax.random.key(0), jnp.mean(x))
+        >>> robust = stochgrad.diagnostics.sandwich(jax.random.key(0), gradient, jnp.mean(x))
         >>> kernel = stochgrad.sghmc(gradient, **robust.settings)
         >>> round(float(robust.covariance[0, 0] / (jnp.var(x) / 1000)), 3)
         1.0

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     PRNGKey,
     Target,
@@ -20,7 +21,8 @@ from stochgrad.diagnostics._inputs import check_fit, flattened, gradient_of, pos
 _BLOCK = 512
 
 
-def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") -> float:
+@key_first
+def ksd(key: PRNGKey, draws: Any, target: Target, *, scores: str = "minibatch") -> float:
     r"""Kernel Stein discrepancy between draws and a posterior, by the inverse multiquadric.
 
     $$\mathrm{KSD}^2 = \frac{1}{n(n-1)}\sum_{i \ne j} k_\pi(x_i, x_j), \qquad
@@ -34,9 +36,9 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
     quadratic in the number of draws, memory is not: thin to a few thousand.
 
     Args:
+        key: A typed PRNG key, for the minibatches.
         draws: ``stochgrad.Draws``, or an ArviZ object.
         target: The posterior that the draws should follow, or a gradient.
-        key: A typed PRNG key, for the minibatches.
         scores: ``"minibatch"``, a fresh minibatch gradient at each draw, or ``"full"``.
 
     Raises:
@@ -53,7 +55,7 @@ def ksd(draws: Any, target: Target, key: PRNGKey, *, scores: str = "minibatch") 
         >>> draws = stochgrad.sample(
         ...     jax.random.key(0), kernel, init=jnp.float32(0.9), num_samples=500, thin=20
         ... )
-        >>> ksd(draws, target, jax.random.key(1)) < 0.1
+        >>> ksd(jax.random.key(1), draws, target) < 0.1
         True
     """
     check_key(key)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Draws,
     PRNGKey,
@@ -36,8 +37,9 @@ class Temperatures(NamedTuple):
     configurational_error: Any
 
 
+@key_first
 def temperatures(
-    draws: Any, target: Target, key: PRNGKey, *, per_chain: bool = False
+    key: PRNGKey, draws: Any, target: Target, *, per_chain: bool = False
 ) -> Temperatures:
     r"""Kinetic and configurational temperature of a run.
 
@@ -53,9 +55,9 @@ def temperatures(
     those of one super-block).
 
     Args:
+        key: A typed PRNG key, for the minibatches.
         draws: Draws of positions (not of a ``collect`` of yours), all finite, or an ArviZ object.
         target: The posterior or the gradient that was sampled.
-        key: A typed PRNG key, for the minibatches.
         per_chain: Whether to give each chain's own: one that is hotter than the others has not
             settled, or has left for where the step is too large.
 

@@ -297,7 +297,7 @@ def slopes(
     Along random directions that is so on average; ``None`` is whole gradients.
     """
     if directions is not None:
-        along = directional_derivatives(log_prob, params, key, directions)
+        along = directional_derivatives(key, log_prob, params, directions)
         return lax.stop_gradient(along) / math.sqrt(directions)
     leaves = jax.tree.leaves(jax.jacrev(log_prob)(params))
     return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)

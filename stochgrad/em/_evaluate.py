@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     PRNGKey,
     check_array,
@@ -92,11 +93,12 @@ class Evaluation(NamedTuple):
         return metrics
 
 
+@key_first
 def evaluate(
+    key: PRNGKey,
     model: LatentModel,
     params: Any,
     questions: Questions,
-    key: PRNGKey,
     *,
     samples: int = 8,
     batch_size: int = 64,
@@ -112,10 +114,10 @@ def evaluate(
     [Chen et al. 2021]. Intervals are over questions.
 
     Args:
+        key: A PRNG key.
         model: As ``verified`` makes it.
         params: Parameters.
         questions: Questions.
-        key: A PRNG key.
         samples: Draws for each question, n.
         batch_size: Questions decoded at once.
         vote: ``(tokens, mask) -> (examples,)``, the answer that each rationale gives as a whole
@@ -138,7 +140,7 @@ def evaluate(
         >>> model = em.verified(
         ...     em.Policy(sample, log_prob), lambda tokens, mask, answers: tokens[:, 0] == answers)
         >>> questions = em.Questions(jnp.arange(200), jnp.full(200, 1))
-        >>> found = em.evaluate(model, jnp.log(jnp.array([0.5, 0.5])), questions, jax.random.key(0))
+        >>> found = em.evaluate(jax.random.key(0), model, jnp.log(jnp.array([0.5, 0.5])), questions)
         >>> found.pass_at[1].low < 0.5 < found.pass_at[1].high, found.pass_at[8].mean > 0.98
         (True, True)
     """
@@ -180,7 +182,7 @@ def evaluate(
             return rewards, votes
 
         def one(key):
-            latents = model.policy.sample(params, key, rows.prompts)
+            latents = model.policy.sample(key, params, rows.prompts)
             return *verdict(latents), latents.tokens, latents.mask
 
         rewards, votes, tokens, mask = jax.lax.map(one, jax.random.split(key, samples))

@@ -102,7 +102,7 @@ def mcmc_em(
         >>> questions = em.Questions(jnp.arange(3), jnp.array([1, 2, 1]))
         >>> gradient = em.mcmc_em(model, questions, batch_size=3, order="full")
         >>> fit = stochgrad.fit(
-        ...     gradient, jax.random.key(0), 300, init=jnp.zeros((3, 8)), learning_rate=0.1)
+        ...     jax.random.key(0), gradient, 300, init=jnp.zeros((3, 8)), learning_rate=0.1)
         >>> bool(jax.nn.softmax(fit.model)[1, :2].sum() > 0.95)
         True
     """

@@ -39,7 +39,7 @@ SURROGATES: dict[str, Callable[[PRNGKey, Posterior, Any], Surrogates]] = {
     "global_diagonal": lambda key, target, at: global_quadratic(target, at, form="diagonal"),
     "exact": lambda key, target, at: exact(target, at),
     "laplace_local": lambda key, target, at: laplace_local(target, at),
-    "sampled": lambda key, target, at: sampled(target, key, at),
+    "sampled": lambda key, target, at: sampled(key, target, at),
 }
 RIVALS = ("FALD", "VR-FALD*", "QLSD++")
 

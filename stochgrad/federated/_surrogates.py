@@ -9,6 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     ConvergenceWarning,
     Position,
@@ -146,9 +147,10 @@ def laplace_local(
     return _gaussian(origin, stacked, np.asarray(precision.matrices), form)
 
 
+@key_first
 def sampled(
-    posterior: Posterior,
     key: PRNGKey,
+    posterior: Posterior,
     reference: Any,
     *,
     form: str = "full",
@@ -162,8 +164,8 @@ def sampled(
     wander off in it: as with ``laplace_local``, prefer ``global_first_order``.
 
     Args:
-        posterior: A posterior of data that clients own.
         key: A typed PRNG key.
+        posterior: A posterior of data that clients own.
         reference: Where the chains start.
         form: ``"full"`` or ``"diagonal"``.
         num_samples: Draws, of ten steps each.

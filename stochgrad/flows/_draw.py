@@ -11,6 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     PRNGKey,
     check_array,
@@ -36,16 +37,17 @@ class FlowDraws(NamedTuple):
     score: Float[Array, "n ..."]
 
 
+@key_first
 def draw_with_score(
-    flow: AbstractDistribution, key: PRNGKey, num_samples: int, condition: Any = None
+    key: PRNGKey, flow: AbstractDistribution, num_samples: int, condition: Any = None
 ) -> FlowDraws:
     r"""Draw from a flow, with log density and score, without inverting it.
 
     The score is carried along the forward pass, layer by layer, as ``push_score`` says.
 
     Args:
-        flow: A flowjax distribution.
         key: A PRNG key.
+        flow: A flowjax distribution.
         num_samples: How many draws.
         condition: The condition of a conditional flow, one for all draws.
 
@@ -56,7 +58,7 @@ def draw_with_score(
     Example:
         >>> import jax, jax.numpy as jnp, stochgrad
         >>> from flowjax.distributions import Normal
-        >>> draws = stochgrad.flows.draw_with_score(Normal(jnp.ones(3), 2.0), jax.random.key(1), 5)
+        >>> draws = stochgrad.flows.draw_with_score(jax.random.key(1), Normal(jnp.ones(3), 2.0), 5)
         >>> bool(jnp.allclose(draws.score, (1.0 - draws.value) / 4.0, atol=1e-5))
         True
     """

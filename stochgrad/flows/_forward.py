@@ -72,7 +72,7 @@ def forward_kl(
         >>> from flowjax.distributions import Normal
         >>> x = 1.0 + jax.random.normal(jax.random.key(0), (20, 2))
         >>> objective = stochgrad.flows.forward_kl(Normal(jnp.zeros(2)), x, lambda x: 1.0 - x)
-        >>> fit = stochgrad.fit(objective, jax.random.key(0), 1000, learning_rate=0.05)
+        >>> fit = stochgrad.fit(jax.random.key(0), objective, 1000, learning_rate=0.05)
         >>> fit.model.loc.round(1)  # not the mean of the twenty samples, which is off by 0.2
         Array([1., 1.], dtype=float32)
     """

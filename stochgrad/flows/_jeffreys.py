@@ -56,7 +56,7 @@ def jeffreys(
         >>> objective = stochgrad.flows.jeffreys(
         ...     Normal(jnp.zeros(2)), lambda x: -0.5 * jnp.sum((x - 1.0) ** 2), x
         ... )
-        >>> fit = stochgrad.fit(objective, jax.random.key(0), 1000, learning_rate=0.05)
+        >>> fit = stochgrad.fit(jax.random.key(0), objective, 1000, learning_rate=0.05)
         >>> fit.model.loc.round()
         Array([1., 1.], dtype=float32)
     """

@@ -12,6 +12,7 @@ import numpy as np
 from flowjax.distributions import AbstractDistribution, AbstractTransformed, StandardNormal
 from jaxtyping import Array
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Draws,
     Kernel,
@@ -72,10 +73,11 @@ class ModesFit(NamedTuple):
         return not self.reasons
 
 
+@key_first
 def fit_modes(
+    key: PRNGKey,
     flow: AbstractDistribution | Callable[[Array], AbstractDistribution],
     log_density: LogDensity,
-    key: PRNGKey,
     *,
     chains: Callable[[Posterior], Kernel],
     init: Any,
@@ -111,10 +113,10 @@ def fit_modes(
     What neither a chain nor the flow has ever seen, no comparison shows.
 
     Args:
+        key: A PRNG key.
         flow: A flowjax distribution, or a function of draws of the chains, of shape (n, \*shape),
             that makes one, for example on ``mixture_of_normals``.
         log_density: ``x -> scalar``, unnormalized.
-        key: A PRNG key.
         chains: ``target -> Kernel``, such as ``lambda target: stochgrad.replica_exchange(
             stochgrad.mala, target, 0.1, temperatures=(1, 3, 9), energy_batches=1)``. The target is
             made of ``log_density``.
@@ -153,7 +155,7 @@ def fit_modes(
         >>> def log_density(x):
         ...     return jnp.logaddexp(-((x[0] + 3.0) ** 2), jnp.log(4.0) - (x[0] - 3.0) ** 2)
         >>> found = stochgrad.flows.fit_modes(
-        ...     lambda x: stochgrad.flows.mixture_of_normals(x, 2), log_density, jax.random.key(0),
+        ...     jax.random.key(0), lambda x: stochgrad.flows.mixture_of_normals(x, 2), log_density,
         ...     chains=lambda target: stochgrad.replica_exchange(
         ...         stochgrad.mala, target, (0.3, 1.0), temperatures=(1, 8), energy_batches=1
         ...     ),
@@ -217,7 +219,7 @@ def fit_modes(
             num_samples=num_samples,
         )  # fmt: skip
         trained = fit(
-            objective, keys[1], num_steps, learning_rate=learning_rate, init=position,
+            keys[1], objective, num_steps, learning_rate=learning_rate, init=position,
             held_out=judge, held_out_draws=1, every=math.ceil(num_steps / _LOOKS),
             progress=progress,
         )  # fmt: skip
@@ -233,7 +235,7 @@ def fit_modes(
         places = jnp.asarray(moved.positions)[:, -1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WeightsWarning)
-            weighted = sample(model, keys[3], num_weighted, log_density)
+            weighted = sample(keys[3], model, num_weighted, log_density)
         ess_target = ess_under_target(model, others, log_density)
         evaluations += num_chains * (num_metropolis + 1) + num_weighted + len(others)
         moved = moved[num_metropolis // 2 :]

@@ -69,7 +69,7 @@ def reverse_kl(
         >>> from flowjax.distributions import Normal
         >>> flow = Normal(jnp.zeros(2))
         >>> objective = stochgrad.flows.reverse_kl(flow, lambda x: -0.5 * jnp.sum((x - 1.0) ** 2))
-        >>> fit = stochgrad.fit(objective, jax.random.key(0), 500, learning_rate=0.05)
+        >>> fit = stochgrad.fit(jax.random.key(0), objective, 500, learning_rate=0.05)
         >>> fit.model.loc.round(3)
         Array([1., 1.], dtype=float32)
     """

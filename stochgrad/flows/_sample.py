@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Kernel,
     Position,
@@ -31,9 +32,10 @@ from stochgrad.flows._weighted import WeightedDraws, WeightsWarning, good_khat, 
 from stochgrad.kernels import Fit, independence
 
 
+@key_first
 def sample(
-    flow: AbstractDistribution,
     key: PRNGKey,
+    flow: AbstractDistribution,
     num_samples: int,
     log_density: LogDensity,
     condition: Any = None,
@@ -41,8 +43,8 @@ def sample(
     """Draw from a flow and weight the draws to a density: neural importance sampling.
 
     Args:
-        flow: A flowjax distribution, or a ``Fit`` whose model is one.
         key: A PRNG key.
+        flow: A flowjax distribution, or a ``Fit`` whose model is one.
         num_samples: How many draws.
         log_density: ``x -> scalar``, unnormalized.
         condition: The condition of a conditional flow.
@@ -58,7 +60,7 @@ def sample(
         >>> from flowjax.distributions import Normal
         >>> flow = Normal(jnp.zeros(2), 1.2)
         >>> draws = stochgrad.flows.sample(
-        ...     flow, jax.random.key(0), 10_000, lambda x: -0.5 * jnp.sum(x**2)
+        ...     jax.random.key(0), flow, 10_000, lambda x: -0.5 * jnp.sum(x**2)
         ... )
         >>> bool(abs(draws.log_z - jnp.log(2 * jnp.pi)) < 4 * draws.log_z_error)
         True

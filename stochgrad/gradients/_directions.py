@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Position,
     PRNGKey,
@@ -17,15 +18,16 @@ from stochgrad.core import (
 )
 
 
+@key_first
 def directional_derivatives(
-    function: Callable[[Position], PyTree], position: Position, key: PRNGKey, count: int
+    key: PRNGKey, function: Callable[[Position], PyTree], position: Position, count: int
 ) -> PyTree:
     """Derivatives along random directions of signs, forward: no gradient of a row is ever held.
 
     Args:
+        key: For the directions, which all rows have in common.
         function: ``position -> arrays`` of shape (n,).
         position: Where.
-        key: For the directions, which all rows have in common.
         count: Number of directions, m.
 
     Returns:

@@ -57,7 +57,7 @@ def trainable(target: Target, params: PyTree, where: Callable[[str], bool]) -> T
         ...     lambda p, x: -0.5 * (x - p["a"] - p["b"]) ** 2, jnp.ones(9), order="full")
         >>> free = stochgrad.trainable(
         ...     target, {"a": jnp.array(0.0), "b": jnp.array(1.0)}, lambda name: name == "a")
-        >>> fit = stochgrad.fit(free, jax.random.key(0), 300, learning_rate=0.05)
+        >>> fit = stochgrad.fit(jax.random.key(0), free, 300, learning_rate=0.05)
         >>> {name: abs(round(float(x), 2)) for name, x in fit.position.items()}
         {'a': 0.0}
     """
@@ -95,7 +95,7 @@ def mixed_precision(target: Target, dtype: Any = jnp.bfloat16) -> Target:
         ...     3 * jnp.ones(8, jnp.bfloat16), order="full")
         >>> wide = stochgrad.mixed_precision(target)
         >>> fit = stochgrad.fit(
-        ...     wide, jax.random.key(0), 200, optimizer=optax.adam(1e-3), init=jnp.float32(1))
+        ...     jax.random.key(0), wide, 200, optimizer=optax.adam(1e-3), init=jnp.float32(1))
         >>> round(float(fit.position), 1)  # in bfloat16 it would be 1.0 still
         1.2
     """

@@ -127,8 +127,8 @@ def infer(
     chosen = "sghmc" if robust else _choose(posterior, source, method, say)
     warm_key, run_key = jax.random.split(key)
     tuned = warm_up(
-        source,
         warm_key,
+        source,
         init=init,
         num_chains=num_chains,
         kernel_at=nuts_at(posterior) if chosen == "nuts" else None,
@@ -140,7 +140,7 @@ def infer(
     if robust:
         kernel, law, finer = robust_kernel(tuned, law_key)
     else:
-        kernel, law = with_law(tuned, law_key)
+        kernel, law = with_law(law_key, tuned)
     if law is not None:
         say(f"predicted, with steps of {dict(kernel.settings)['step_size']:.3g}: {law}")
     draws = sample_until(

@@ -27,16 +27,16 @@ def robust_kernel(
     assert gradient is not None  # a kernel of the warm-up keeps it
     assert gradient.posterior is not None
     center_key, key = jax.random.split(key)
-    center = find_center(gradient.posterior, center_key, init=tuned.center).position
-    robust = sandwich(gradient, key, center)
+    center = find_center(center_key, gradient.posterior, init=tuned.center).position
+    robust = sandwich(key, gradient, center)
     hessian = robust.settings["mass"]
     known = {"hessian": hessian, "score_covariance": hessian @ robust.covariance @ hessian}
 
     def finer(_: Kernel, step_size: float) -> Kernel:
         return sghmc(
-            gradient, **sandwich(gradient, key, center, step_size=step_size, **known).settings
+            gradient, **sandwich(key, gradient, center, step_size=step_size, **known).settings
         )
 
     kernel = sghmc(gradient, **robust.settings)
-    law = predict_law(kernel, key, center, hessian=hessian, covariance=robust.covariance)
+    law = predict_law(key, kernel, center, hessian=hessian, covariance=robust.covariance)
     return kernel, law, finer

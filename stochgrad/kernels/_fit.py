@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     DivergenceWarning,
     Gradient,
@@ -78,9 +79,10 @@ class _Best(NamedTuple):
     history: Any
 
 
+@key_first
 def fit(
-    objective: Target,
     key: PRNGKey,
+    objective: Target,
     num_steps: int,
     *,
     learning_rate: float | Callable[[Any], Any] = 1e-3,
@@ -105,8 +107,8 @@ def fit(
     It is ``stochgrad.sample`` with the kernel ``stochgrad.ascend``: restarts are its chains.
 
     Args:
-        objective: A gradient, as ``stochgrad.flows.reverse_kl`` makes it, or a posterior.
         key: A PRNG key.
+        objective: A gradient, as ``stochgrad.flows.reverse_kl`` makes it, or a posterior.
         num_steps: Steps, rounded down to a multiple of ``every``.
         learning_rate: Of Adam's: a number, from which it falls to zero as a cosine, or an optax
             schedule. Gradients are clipped at a norm of 100.
@@ -136,7 +138,7 @@ def fit(
         >>> target = stochgrad.posterior(
         ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(9), order="full"
         ... )
-        >>> fit = stochgrad.fit(target, jax.random.key(0), 500, init=jnp.array(0.0),
+        >>> fit = stochgrad.fit(jax.random.key(0), target, 500, init=jnp.array(0.0),
         ...     learning_rate=0.05)
         >>> round(float(fit.model), 2)
         0.9

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     ConvergenceWarning,
     Draws,
@@ -71,9 +72,10 @@ def last_tenth(
     return path if path.num_draws == tail and path.finite.all() else None
 
 
+@key_first
 def find_center(
-    posterior: Posterior,
     key: PRNGKey,
+    posterior: Posterior,
     *,
     init: Position | None = None,
     num_steps: int = 3000,
@@ -88,8 +90,8 @@ def find_center(
     method on all rows. ``stochgrad.control_variate`` and ``stochgrad.sample`` take the result.
 
     Args:
-        posterior: A posterior and its stream of minibatches.
         key: A typed PRNG key.
+        posterior: A posterior and its stream of minibatches.
         init: Where to start; optional where the posterior knows (a numpyro model).
         num_steps: Minibatch gradients to spend.
         learning_rate: The largest step of any coordinate; it falls to zero in the end.
@@ -109,7 +111,7 @@ def find_center(
         >>> target = stochgrad.posterior(
         ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), batch_size=9
         ... )
-        >>> center = stochgrad.find_center(target, jax.random.key(0), init=jnp.float32(0.0))
+        >>> center = stochgrad.find_center(jax.random.key(0), target, init=jnp.float32(0.0))
         >>> round(float(center.position), 2), center.distance < 0.1
         (0.99, True)
     """

@@ -9,6 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Gradient,
     Position,
@@ -133,8 +134,9 @@ def _scores(gradient: Gradient, whitening: Whitening) -> Callable[..., Any]:
     return scores
 
 
+@key_first
 def find_mass(
-    posterior: Posterior, key: PRNGKey, position: Position, *, num_probes: int = 64
+    key: PRNGKey, posterior: Posterior, position: Position, *, num_probes: int = 64
 ) -> PyTree:
     r"""A diagonal mass from the curvature: $M_{ii} = |H_{ii}|$ at a position, on all data.
 
@@ -145,8 +147,8 @@ def find_mass(
     $z \odot Hz$ over random signs z.
 
     Args:
-        posterior: A posterior.
         key: A typed PRNG key, for the random signs.
+        posterior: A posterior.
         position: Where to look: near the mode, as ``stochgrad.find_center`` finds it.
         num_probes: Random signs beyond 500 parameters.
 
@@ -159,7 +161,7 @@ def find_mass(
         >>> target = stochgrad.posterior(
         ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), order="full"
         ... )
-        >>> float(stochgrad.find_mass(target, jax.random.key(0), jnp.float32(1.0)))
+        >>> float(stochgrad.find_mass(jax.random.key(0), target, jnp.float32(1.0)))
         100.0
     """
     check_instance("posterior", posterior, Posterior, "a Posterior")

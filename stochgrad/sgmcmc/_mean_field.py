@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Gradient,
     Position,
@@ -26,9 +27,10 @@ from stochgrad.sgmcmc._precision import Precision
 _LOG_SD = -3.0
 
 
+@key_first
 def mean_field(
-    posterior: Posterior,
     key: PRNGKey,
+    posterior: Posterior,
     *,
     init: Position | Callable[[PRNGKey], Position] | None = None,
     num_steps: int = 4000,
@@ -48,8 +50,8 @@ def mean_field(
     ``stochgrad.warm_up`` widen them.
 
     Args:
-        posterior: A posterior.
         key: A typed PRNG key.
+        posterior: A posterior.
         init: Where to start; optional where the posterior knows.
         num_steps: Steps.
         num_draws: Draws of a step, on one minibatch.
@@ -63,7 +65,7 @@ def mean_field(
         >>> target = stochgrad.posterior(
         ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), batch_size=9
         ... )
-        >>> found = stochgrad.mean_field(target, jax.random.key(0), init=jnp.float32(0.0))
+        >>> found = stochgrad.mean_field(jax.random.key(0), target, init=jnp.float32(0.0))
         >>> round(float(found.position), 2), found.precision.variances.round(3).tolist()
         (0.99, [0.01])
     """

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Position,
     Posterior,
@@ -33,9 +34,10 @@ _REACHES = (0.2, 0.05, 1.0, 0.5)
 _UNLIMITED = 10**9
 
 
+@key_first
 def pathfinder(
-    posterior: Posterior,
     key: PRNGKey,
+    posterior: Posterior,
     *,
     init: Position | Callable[[PRNGKey], Position] | None = None,
     num_paths: int | None = None,
@@ -53,8 +55,8 @@ def pathfinder(
     scales. All is computed on the host in double precision but the density itself.
 
     Args:
-        posterior: A posterior.
         key: A typed PRNG key.
+        posterior: A posterior.
         init: Where the paths start: a position, or a function of a key; where the posterior knows
             (a numpyro model), at random at several distances from the origin.
         num_paths: Paths; eight by default, four beyond 50,000 rows.
@@ -70,7 +72,7 @@ def pathfinder(
         >>> target = stochgrad.posterior(
         ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), order="full"
         ... )
-        >>> found = stochgrad.pathfinder(target, jax.random.key(0), init=jnp.float32(0.0))
+        >>> found = stochgrad.pathfinder(jax.random.key(0), target, init=jnp.float32(0.0))
         >>> round(float(found.position), 2), found.precision.variances.round(3).tolist()
         (0.99, [0.01])
     """

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Position,
     PRNGKey,
@@ -50,9 +51,10 @@ class StepSizeReport(NamedTuple):
     noise_bias: float
 
 
+@key_first
 def find_step_size(
-    target: Target,
     key: PRNGKey,
+    target: Target,
     position: Position,
     *,
     friction: float | PyTree | None = None,
@@ -71,9 +73,9 @@ def find_step_size(
     without bound (the neck of a funnel) a chain may still diverge.
 
     Args:
+        key: A typed PRNG key, for the minibatches.
         target: A posterior, or a gradient; what the kernel will be given, so that a control variate
             is taken for what it is.
-        key: A typed PRNG key, for the minibatches.
         position: Where to look: near the mode, as ``stochgrad.find_center`` finds it.
         friction: C of ``stochgrad.sghmc``; None for ``stochgrad.sgld``.
         mass: M of ``stochgrad.sghmc``.
@@ -92,7 +94,7 @@ def find_step_size(
         ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), order="full"
         ... )
         >>> found = stochgrad.find_step_size(
-        ...     target, jax.random.key(0), jnp.float32(1.0), friction=10.0, integrator="BAOAB"
+        ...     jax.random.key(0), target, jnp.float32(1.0), friction=10.0, integrator="BAOAB"
         ... )
         >>> round(found.curvature), round(found.limit, 3)
         (100, 0.2)

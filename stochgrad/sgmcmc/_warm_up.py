@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Gradient,
     Kernel,
@@ -92,9 +93,10 @@ class WarmUp(NamedTuple):
         )
 
 
+@key_first
 def warm_up(
-    target: Posterior | Gradient,
     key: PRNGKey,
+    target: Posterior | Gradient,
     *,
     init: Position | Callable[[PRNGKey], Position] | None = None,
     num_chains: int = 4,
@@ -116,8 +118,8 @@ def warm_up(
     them find chains that mix well, each by itself, and disagree.
 
     Args:
-        target: A posterior, or a gradient of one, which then takes the control variate's place.
         key: A typed PRNG key.
+        target: A posterior, or a gradient of one, which then takes the control variate's place.
         init: Where to start, as in ``stochgrad.pathfinder``.
         num_chains: Chains.
         bias: As in ``stochgrad.find_step_size``.
@@ -138,7 +140,7 @@ def warm_up(
         >>> target = stochgrad.posterior(
         ...     lambda m: -0.5 * m**2, lambda m, x: -0.5 * (x - m) ** 2, jnp.ones(99), batch_size=9
         ... )
-        >>> tuned = stochgrad.warm_up(target, jax.random.key(0), init=jnp.float32(0.0))
+        >>> tuned = stochgrad.warm_up(jax.random.key(0), target, init=jnp.float32(0.0))
         >>> tuned.settled, round(float(tuned.center), 1)
         (True, 1.0)
     """
@@ -224,11 +226,11 @@ def _approximation(posterior, key, init, start: str, report) -> NormalApproximat
         start = "mean_field" if large else "pathfinder"
     if start == "pathfinder":
         report("looking for the posterior's bulk (Pathfinder on all rows)")
-        first = pathfinder(posterior, key, init=init)
+        first = pathfinder(key, posterior, init=init)
         report(f"Pathfinder: {first.passes} passes, evidence bound {first.elbo:.1f}")
     else:
         report("looking for the posterior's bulk (mean-field approximation on minibatches)")
-        first = mean_field(posterior, key, init=init)
+        first = mean_field(key, posterior, init=init)
         report(f"mean-field approximation: evidence bound {first.elbo:.1f}")
     return first
 
@@ -281,10 +283,10 @@ def langevin_at(
             step = values.pop("step_size")
             step = step if callable(step) else shrink * step
             return TunedKernel(factory(gradient, step, **values), center)
-        report = find_step_size(gradient, key, place.center, bias=bias, **dynamics)
+        report = find_step_size(key, gradient, place.center, bias=bias, **dynamics)
         if own is None and report.step_size < _SMALL_STEP:  # far from where the chains are
             plain = minibatch(posterior)
-            other = find_step_size(plain, key, place.center, bias=bias, **dynamics)
+            other = find_step_size(key, plain, place.center, bias=bias, **dynamics)
             if other.step_size > report.step_size:
                 report, gradient = other, plain
         return TunedKernel(factory(gradient, shrink * report.step_size, **values), center, report)

@@ -261,7 +261,7 @@ def drawn(**parts):
     """A policy's draws with parts replaced, by functions of the right ones."""
 
     def sample(params, key, prompts):
-        right = POLICY.sample(params, key, prompts)
+        right = POLICY.sample(key, params, prompts)
         return right._replace(
             **{name: change(getattr(right, name)) for name, change in parts.items()}
         )
@@ -276,7 +276,7 @@ def fails(*arguments):
 SAMPLES = {
     "fails": fails,
     "none": lambda params, key, prompts: None,
-    "tuple": lambda params, key, prompts: tuple(POLICY.sample(params, key, prompts)),
+    "tuple": lambda params, key, prompts: tuple(POLICY.sample(key, params, prompts)),
     "one row": drawn(tokens=lambda tokens: tokens[:1]),
     "scalar log_prob": drawn(log_prob=jnp.sum),
     "mask of numbers": drawn(mask=lambda mask: mask.astype(jnp.int32)),
@@ -317,7 +317,7 @@ VERIFIERS = {
 )
 def test_bad_functions_get_one_sentence(model, name, use):
     if use == "evaluate":
-        refuses(lambda: em.evaluate(model, THETA, QUESTIONS, KEY), name)
+        refuses(lambda: em.evaluate(KEY, model, THETA, QUESTIONS), name)
     else:
         refuses(lambda: em.mcmc_em(model, QUESTIONS, batch_size=2).init(KEY, THETA), name)
 
@@ -349,12 +349,12 @@ USES = {
         lambda: learned(drawn(tokens=doubled, mask=doubled)).init(KEY, (THETA, THETA)),
         "proposal.policy",
     ),
-    "vote": (lambda: em.evaluate(MODEL, THETA, QUESTIONS, KEY, vote=fails), "vote"),
+    "vote": (lambda: em.evaluate(KEY, MODEL, THETA, QUESTIONS, vote=fails), "vote"),
     "vote of floats": (
-        lambda: em.evaluate(MODEL, THETA, QUESTIONS, KEY, vote=lambda t, m: 1.0 * t[:, 0]), "vote",
+        lambda: em.evaluate(KEY, MODEL, THETA, QUESTIONS, vote=lambda t, m: 1.0 * t[:, 0]), "vote",
     ),
     "rewards": (
-        lambda: em.evaluate(model_of(judge=lambda t, m, a: -1.5 * m[:, 0]), THETA, QUESTIONS, KEY),
+        lambda: em.evaluate(KEY, model_of(judge=lambda t, m, a: -1.5 * m[:, 0]), THETA, QUESTIONS),
         "verify",
     ),
     "no greedy": (

@@ -131,7 +131,7 @@ COUNTS = (
     "num_weighted", "most_rounds",
 )  # fmt: skip
 NOT_MADE = {k: v for k, v in NO_FLOW.items() if k not in ("function", "class")}
-DRAWS = flows.sample(FLOW, KEY, 200, density)
+DRAWS = flows.sample(KEY, FLOW, 200, density)
 ELBO = PathGradientELBO()
 REVERSE = {"flow": FLOW, "log_density": density, "estimator": "path", "num_samples": 4}
 OF_REVERSE = {

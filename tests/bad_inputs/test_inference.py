@@ -27,15 +27,15 @@ def infer(key=KEY, model=TARGET, **options):
 
 
 def warm_up(target=TARGET, key=KEY, **options):
-    return stochgrad.warm_up(target, key, **{"init": START, **options})
+    return stochgrad.warm_up(key, target, **{"init": START, **options})
 
 
 def pathfinder(posterior=TARGET, key=KEY, **options):
-    return stochgrad.pathfinder(posterior, key, **{"init": START, **options})
+    return stochgrad.pathfinder(key, posterior, **{"init": START, **options})
 
 
 def mean_field(posterior=TARGET, key=KEY, **options):
-    return stochgrad.mean_field(posterior, key, **{"init": START, **options})
+    return stochgrad.mean_field(key, posterior, **{"init": START, **options})
 
 
 def precision(scale=SCALE, basis=NONE, values=NONE[0], rate=1.0):

@@ -72,7 +72,7 @@ USES = {
     "estimator": (lambda: learn(estimator=em.raft()), "likelihood"),
     "plate": (lambda: learn(plate="groups"), "groups"),
     "to evaluate": (
-        lambda: em.evaluate(latent_model(mixture), {}, em.Questions((X,)), KEY), "model",
+        lambda: em.evaluate(KEY, latent_model(mixture), {}, em.Questions((X,))), "model",
     ),
     "NaN": (lambda: learn(x=jnp.full(4, jnp.nan)), "questions"),
     "other parameters": (lambda: learn().init(KEY, {"mu": jnp.zeros(2)}), "mu"),

@@ -86,9 +86,9 @@ def test_a_warm_up_by_another_key_compiles_nothing():
     """Whatever rank of a mass its first approximation has."""
     target = normal_rows(1.0)
     with jax.numpy_dtype_promotion("standard"):
-        stochgrad.warm_up(target, jax.random.key(0), init=jnp.zeros(2))
+        stochgrad.warm_up(jax.random.key(0), target, init=jnp.zeros(2))
         with compilations() as names:
-            stochgrad.warm_up(target, jax.random.key(1), init=jnp.zeros(2))
+            stochgrad.warm_up(jax.random.key(1), target, init=jnp.zeros(2))
     assert names == []
 
 
@@ -98,17 +98,17 @@ def test_the_usual_recipe_compiles_nothing_the_second_time():
 
     def recipe(seed):
         key = jax.random.key(seed)
-        center = stochgrad.find_center(target, key, init=jnp.zeros(2), num_steps=50)
-        mass = stochgrad.find_mass(target, key, center)
+        center = stochgrad.find_center(key, target, init=jnp.zeros(2), num_steps=50)
+        mass = stochgrad.find_mass(key, target, center)
         gradient = stochgrad.control_variate(target, center)
         report = stochgrad.find_step_size(
-            gradient, key, center, friction=mass, mass=mass, integrator="BAOAB"
+            key, gradient, center, friction=mass, mass=mass, integrator="BAOAB"
         )
         kernel = stochgrad.sghmc(
             gradient, report.step_size / (1 + seed), friction=mass, mass=mass, integrator="BAOAB"
         )
         draws = stochgrad.sample(key, kernel, init=center, num_samples=5, progress=False)
-        stochgrad.diagnostics.temperatures(draws, gradient, key)
+        stochgrad.diagnostics.temperatures(key, draws, gradient)
 
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
         recipe(0)

@@ -202,7 +202,7 @@ def test_the_posterior_of_streamed_data_is_right(tmp_path, kind):
         target = stochgrad.from_numpyro(model, source, order="streamed", resident_bytes=16_000)
         init = None
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        center = stochgrad.find_center(target, jax.random.key(1), init=init, num_steps=600)
+        center = stochgrad.find_center(jax.random.key(1), target, init=init, num_steps=600)
     assert center.distance < 0.5
     gradient = stochgrad.control_variate(target, center)
     draws = stochgrad.sample(
@@ -241,7 +241,7 @@ def test_what_is_found_on_streamed_data_is_what_is_found_on_all():
     at = jnp.asarray([0.1, 0.2, 0.3])
     expected = jax.value_and_grad(whole.log_density)(at, whole.batches.full)
     with jax.numpy_dtype_promotion("standard"):
-        center = stochgrad.find_center(parts, jax.random.key(0), init=jnp.zeros(3), num_steps=200)
+        center = stochgrad.find_center(jax.random.key(0), parts, init=jnp.zeros(3), num_steps=200)
     np.testing.assert_allclose(
         center.log_density,
         float(whole.log_density(jnp.asarray(center.position), whole.batches.full)),
@@ -253,10 +253,10 @@ def test_what_is_found_on_streamed_data_is_what_is_found_on_all():
         jax.tree.leaves(expected), strict=True,
     ):  # fmt: skip
         np.testing.assert_allclose(a, b, rtol=1e-4)
-    mass = stochgrad.find_mass(parts, jax.random.key(0), at)
+    mass = stochgrad.find_mass(jax.random.key(0), parts, at)
     np.testing.assert_allclose(mass, 801.0, rtol=1e-4)
     gradient = stochgrad.control_variate(parts, center)
-    found = stochgrad.find_step_size(gradient, jax.random.key(0), at, friction=50.0)
+    found = stochgrad.find_step_size(jax.random.key(0), gradient, at, friction=50.0)
     np.testing.assert_allclose(found.curvature, 801.0, rtol=1e-3)
 
 

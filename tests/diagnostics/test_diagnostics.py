@@ -78,7 +78,7 @@ def test_temperatures_read_the_closed_forms():
         thin=10,
         num_chains=8,
     )
-    t = temperatures(draws, gradient, jax.random.key(1))
+    t = temperatures(jax.random.key(1), draws, gradient)
     k = np.array([1.0, 0.5])
     q2 = 2 * (2 - c * h) / (k * (4 - 2 * c * h - h**2 * k))
     p2 = 4 / (4 - 2 * c * h - h**2 * k)
@@ -108,7 +108,7 @@ def test_the_noise_ratio_predicts_what_gradient_noise_adds():
     v = np.var(np.array(sums), axis=0).mean()
     ratio = np.nanmean(draws.stats["noise_ratio"])
     np.testing.assert_allclose(ratio, h * v / (2 * c), rtol=0.1)
-    t = temperatures(draws, target, jax.random.key(1))
+    t = temperatures(jax.random.key(1), draws, target)
     p2 = 2 * (2 * c + v * h) / (c * (4 - 2 * c * h - h**2 * precision))  # the closed form
     assert abs(t.kinetic - p2) < Z * t.kinetic_error
 
@@ -123,5 +123,5 @@ def test_what_cannot_be_diagnosed_is_refused(key):
         key, kernel, init=jnp.zeros(2), num_samples=5, collect=lambda s: s.position
     )
     with pytest.raises(ValueError, match="draws of positions are needed"):
-        temperatures(odd, target, key)
-    assert np.isnan(temperatures(one, target, key).kinetic)
+        temperatures(key, odd, target)
+    assert np.isnan(temperatures(key, one, target).kinetic)

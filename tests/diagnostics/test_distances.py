@@ -39,7 +39,7 @@ def test_the_stein_discrepancy_is_its_definition():
 
     pairs = jax.jit(jax.vmap(jax.vmap(stein, (None, 0)), (0, None)))(z, z)
     expected = (pairs.sum() - jnp.trace(pairs)) / (12 * 11)
-    found = ksd(as_draws(x), target, jax.random.key(0))
+    found = ksd(jax.random.key(0), as_draws(x), target)
     np.testing.assert_allclose(found, np.sign(expected) * np.sqrt(abs(expected)), rtol=1e-4)
 
 
@@ -50,7 +50,7 @@ def test_the_stein_discrepancy_tells_right_draws_from_wrong_ones(scores):
     wide = mean + 1.3 * (right - mean)
     moved = right + 0.5 / np.sqrt(precision)
     found = [
-        ksd(as_draws(x), target, jax.random.key(0), scores=scores) for x in (right, wide, moved)
+        ksd(jax.random.key(0), as_draws(x), target, scores=scores) for x in (right, wide, moved)
     ]
     assert abs(found[0]) < 0.15
     assert min(found[1:]) > 2 * abs(found[0])
@@ -103,11 +103,11 @@ def test_temperatures_of_each_chain():
     x = RNG.normal(size=(4, 3000, 2)) * np.sqrt(heat)[..., None]
     draws = as_draws(x, kinetic_temperature=heat * RNG.chisquare(2, (4, 3000)) / 2)
     target = exact_gradient(lambda q: -0.5 * jnp.sum(q**2))
-    t = temperatures(draws, target, jax.random.key(0), per_chain=True)
+    t = temperatures(jax.random.key(0), draws, target, per_chain=True)
     assert np.all(np.abs(t.kinetic - heat[:, 0]) < Z * t.kinetic_error)
     centered_on_all = t.configurational - heat[:, 0]
     assert np.all(np.abs(centered_on_all) < Z * t.configurational_error)
-    through = temperatures(draws.to_arviz(), target, jax.random.key(0), per_chain=True)
+    through = temperatures(jax.random.key(0), draws.to_arviz(), target, per_chain=True)
     np.testing.assert_allclose(through.kinetic, t.kinetic, rtol=1e-6)
 
 
@@ -122,8 +122,8 @@ def test_arviz_objects_of_a_numpyro_model_go_back_to_where_the_score_is():
         target = stochgrad.from_numpyro(model, np.asarray(RNG.normal(size=40), np.float32))
         kernel = stochgrad.sghmc(target, 0.02, 10.0)
         draws = stochgrad.sample(jax.random.key(0), kernel, num_samples=200, num_chains=2, thin=5)
-        one = ksd(draws, target, jax.random.key(1), scores="full")
-        two = ksd(draws.to_arviz(), target, jax.random.key(1), scores="full")
+        one = ksd(jax.random.key(1), draws, target, scores="full")
+        two = ksd(jax.random.key(1), draws.to_arviz(), target, scores="full")
     np.testing.assert_allclose(one, two, rtol=1e-3)
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(TypeError, match="must be stochgrad.Draws or an ArviZ object"):  # noqa: RUF043
         mcse(np.zeros(3))
     with pytest.raises(ValueError, match=r"scores must be one of .*'minibatch', 'full'"):
-        ksd(as_draws(np.zeros((1, 3, 2))), target, jax.random.key(0), scores="some")
+        ksd(jax.random.key(0), as_draws(np.zeros((1, 3, 2))), target, scores="some")
     with pytest.raises(ValueError, match="draws have 2 dimensions, the reference 3"):
         knn_divergence(as_draws(np.zeros((1, 9, 2))), as_draws(np.zeros((1, 9, 3))))
     bad = np.zeros((1, 3, 2))

@@ -61,7 +61,7 @@ def slow(*values):
 def test_covariances_are_those_of_the_exact_moments(scheme, order, key):
     factory, h = stochgrad.sgld if scheme == "SGLD" else sghmc(scheme), 0.2
     exact = weak_order(factory, Problem(place_density, 2, 3, order), [h, h / 2])
-    law = predict_law(factory(places(order), h), key, jnp.asarray(PLACES.mean(axis=0)))
+    law = predict_law(key, factory(places(order), h), jnp.asarray(PLACES.mean(axis=0)))
     truth = np.linalg.inv(CURVATURE)
     found = np.linalg.norm(law.covariance - truth) / np.linalg.norm(truth)
     # iid minibatches: V is a mean over 1,024 of them, sd of about 0.02
@@ -142,7 +142,7 @@ def test_modes_are_the_whole_and_autocorrelations_sum_up(factory):
 def test_sgld_has_its_closed_form(key):
     curvatures, h, sd = np.array([1.0, 4.0]), 0.1, 3.0
     target = noisy_gradient(lambda q: -0.5 * jnp.sum(jnp.asarray(curvatures) * q**2), sd)
-    law = predict_law(stochgrad.sgld(target, h), key, jnp.zeros(2))
+    law = predict_law(key, stochgrad.sgld(target, h), jnp.zeros(2))
     variance = (1 + h * sd**2 / 2) / curvatures / (1 - h * curvatures / 2)
     np.testing.assert_allclose(law.sd, np.sqrt(variance), rtol=0.03)  # V of 1,024 draws
     times = (2 - h * curvatures) / (h * curvatures)
@@ -167,7 +167,7 @@ def test_the_bias_of_the_mean_is_that_of_the_exact_chain(key):
     bias = (chain @ x - mean) / width
     target = noisy_gradient(lambda q: -0.5 * q**2 - 0.05 * q**3 / 6 - 0.002 * q**4, sd)
     kernel = stochgrad.sgld(target, h)
-    law = predict_law(kernel, key, jnp.float32(mean), covariance=np.array([[width**2]]))
+    law = predict_law(key, kernel, jnp.float32(mean), covariance=np.array([[width**2]]))
     assert bias < -1e-3
     np.testing.assert_allclose(law.mean_bias, bias, rtol=0.12)
     wide = np.sqrt(chain @ (x - chain @ x) ** 2) / width - 1
@@ -200,10 +200,10 @@ def test_the_noise_of_a_control_variate_is_what_it_is_where_draws_are(key):
     turn = np.linalg.eigh(hessian)[1]
     order = NoiseOrder(8, "reshuffled")
     moments = stationary_moments(maps, turn.T @ v @ turn, np.linalg.eigvalsh(hessian), order)
-    law = predict_law(stochgrad.sgld(gradient, 0.002), key, center)
+    law = predict_law(key, stochgrad.sgld(gradient, 0.002), center)
     exact = turn @ moments.covariance @ turn.T
     np.testing.assert_allclose(law.covariance, exact, rtol=1e-4)
-    plain = predict_law(stochgrad.sgld(target, 0.002), key, center)
+    plain = predict_law(key, stochgrad.sgld(target, 0.002), center)
     assert 0 < law.noise_share < plain.noise_share / 2
 
 
@@ -211,15 +211,15 @@ def test_a_dense_mass_is_the_same_mass_and_a_tree_is_a_vector(key):
     target, _, center = regression("symmetric")
     make = partial(stochgrad.sghmc, integrator="OBABO")
     mass = np.array([20.0, 60.0])
-    plain = predict_law(make(target, 0.2, 2 * mass, mass=mass), key, center)
-    dense = predict_law(make(target, 0.2, 2 * np.diag(mass), mass=np.diag(mass)), key, center)
+    plain = predict_law(key, make(target, 0.2, 2 * mass, mass=mass), center)
+    dense = predict_law(key, make(target, 0.2, 2 * np.diag(mass), mass=np.diag(mass)), center)
     np.testing.assert_allclose(plain.covariance, dense.covariance, rtol=1e-3)
     np.testing.assert_allclose(plain.autocorrelation_time, dense.autocorrelation_time, rtol=1e-3)
     tree = {"a": jnp.zeros(()), "b": jnp.zeros((1, 2))}
     q = exact_gradient(
         lambda p: -0.5 * (p["a"] ** 2 + jnp.sum(jnp.array([[4.0, 9.0]]) * p["b"] ** 2))
     )
-    law = predict_law(make(q, 0.1, 1.0, mass={"a": 1.0, "b": 2.0}), key, tree)
+    law = predict_law(key, make(q, 0.1, 1.0, mass={"a": 1.0, "b": 2.0}), tree)
     assert jax.tree.map(np.shape, law.sd) == jax.tree.map(jnp.shape, tree)
     np.testing.assert_allclose(law.sd["b"][0], [1 / 2, 1 / 3], rtol=0.02)
 
@@ -228,7 +228,7 @@ def test_many_coordinates_are_taken_by_themselves(key):
     size = 501
     curvatures = np.geomspace(1, 10, size).astype(np.float32)
     target = noisy_gradient(lambda q: -0.5 * jnp.sum(jnp.asarray(curvatures) * q**2), 1.0)
-    law = predict_law(stochgrad.sgld(target, 0.05), key, jnp.zeros(size))
+    law = predict_law(key, stochgrad.sgld(target, 0.05), jnp.zeros(size))
     assert not law.dense
     assert law.covariance.shape == (size,)
     exact = (1 + 0.025) / curvatures / (1 - 0.025 * curvatures)
@@ -239,10 +239,10 @@ def test_many_coordinates_are_taken_by_themselves(key):
 def test_what_has_no_such_law_is_refused(key):
     target, _, center = regression("iid")
     with pytest.raises(ValueError, match="thermostat multiplies"):
-        predict_law(stochgrad.sgnht(target, 0.01, 1.0), key, center)
+        predict_law(key, stochgrad.sgnht(target, 0.01, 1.0), center)
     with pytest.raises(ValueError, match="cyclical"):
         predict_law(
-            stochgrad.cyclical(stochgrad.sgld, target, 0.01, steps_per_cycle=5), key, center
+            key, stochgrad.cyclical(stochgrad.sgld, target, 0.01, steps_per_cycle=5), center
         )
     owned = stochgrad.federated.posterior(
         lambda b: -0.5 * jnp.sum(b**2),
@@ -251,18 +251,18 @@ def test_what_has_no_such_law_is_refused(key):
         batch_size=3,
     )
     with pytest.raises(ValueError, match="lasts as long as a visit"):
-        predict_law(stochgrad.sgld(owned, 0.01), key, center)
+        predict_law(key, stochgrad.sgld(owned, 0.01), center)
     with pytest.raises(ValueError, match="schedule"):
-        predict_law(stochgrad.sgld(target, lambda step: 0.01), key, center)
+        predict_law(key, stochgrad.sgld(target, lambda step: 0.01), center)
     with pytest.raises(ValueError, match="unstable"):
-        predict_law(stochgrad.sgld(target, 1.0), key, center)
+        predict_law(key, stochgrad.sgld(target, 1.0), center)
     with pytest.raises(TypeError, match="kernel must be"):
-        predict_law(target, key, center)
+        predict_law(key, target, center)
     with pytest.raises(ValueError, match="hessian must have shape"):
-        predict_law(stochgrad.sgld(target, 0.01), key, center, hessian=np.eye(3))
+        predict_law(key, stochgrad.sgld(target, 0.01), center, hessian=np.eye(3))
     saddle = exact_gradient(lambda q: q[0] ** 2 - q[1] ** 2)
     with pytest.raises(ValueError, match="not strictly concave"):
-        predict_law(stochgrad.sgld(saddle, 0.01), key, jnp.zeros(2))
+        predict_law(key, stochgrad.sgld(saddle, 0.01), jnp.zeros(2))
 
 
 def measured_times(draws, times):
@@ -319,7 +319,7 @@ def test_long_runs_of_a_logistic_regression_have_the_law(method, gradient, order
             estimate, 0.1, 2.0 * hessian, mass=hessian, integrator="BAOAB"
         ),
     }[method]()
-    law = predict_law(kernel, key, center, covariance=exact)
+    law = predict_law(key, kernel, center, covariance=exact)
     chains = 16 if method == "sgld" else 4
     draws = stochgrad.sample(
         key, kernel, init=center, num_samples=100_000, num_chains=chains, num_warmup=2000
@@ -356,7 +356,7 @@ def test_long_runs_of_other_kernels_have_the_law(kind, key):
             target, 0.02, 100.0, noise_estimate="online", integrator="BAOAB"
         ),
     }[kind]()
-    law = predict_law(kernel, key, jnp.asarray(mean))
+    law = predict_law(key, kernel, jnp.asarray(mean))
     draws = stochgrad.sample(
         key, kernel, init=jnp.asarray(mean), num_samples=60_000, num_chains=4, num_warmup=3000
     ).positions

@@ -32,31 +32,31 @@ def misspecified(order="reshuffled", batch_size=100, size=1000):
 def test_the_stationary_covariance_is_the_sandwich(order, centered, key):
     target, mode, hessian, exact = misspecified(order)
     gradient = stochgrad.control_variate(target, mode) if centered else target
-    found = sandwich(gradient, key, mode, step_size=0.1)
+    found = sandwich(key, gradient, mode, step_size=0.1)
     np.testing.assert_allclose(found.covariance, exact, rtol=1e-3)
     assert np.all(np.diag(exact) > 2 * np.diag(np.linalg.inv(hessian)))
     kernel = stochgrad.sghmc(gradient, **found.settings)
-    law = predict_law(kernel, key, mode, hessian=hessian, covariance=exact)
+    law = predict_law(key, kernel, mode, hessian=hessian, covariance=exact)
     np.testing.assert_allclose(law.covariance, exact, rtol=1e-3, atol=1e-3 * np.abs(exact).max())
 
 
 def test_what_cannot_be_had_is_refused(key):
     target, mode, hessian, _ = misspecified("iid", batch_size=20)
     with pytest.raises(ValueError, match="smaller step_size, larger minibatches"):
-        sandwich(target, key, mode, step_size=0.5)
+        sandwich(key, target, mode, step_size=0.5)
     with pytest.raises(ValueError, match="below 2"):
-        sandwich(target, key, mode, step_size=2.5)
+        sandwich(key, target, mode, step_size=2.5)
     with pytest.raises(ValueError, match="hessian must be a symmetric positive"):
-        sandwich(target, key, mode, hessian=-hessian)
+        sandwich(key, target, mode, hessian=-hessian)
     with pytest.raises(ValueError, match="score_covariance must have shape"):
-        sandwich(target, key, mode, score_covariance=np.eye(2))
+        sandwich(key, target, mode, score_covariance=np.eye(2))
 
 
 @pytest.mark.slow
 def test_draws_have_the_sandwich_for_covariance(key):
     target, mode, _, exact = misspecified("symmetric")
     gradient = stochgrad.control_variate(target, mode)
-    kernel = stochgrad.sghmc(gradient, **sandwich(gradient, key, mode).settings)
+    kernel = stochgrad.sghmc(gradient, **sandwich(key, gradient, mode).settings)
     draws = stochgrad.sample(
         key, kernel, init=mode, num_samples=50_000, num_chains=4, num_warmup=1000
     )

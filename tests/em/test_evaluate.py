@@ -16,10 +16,10 @@ def test_rates_are_those_of_the_enumeration():
     toy, theta, copies = small(), jnp.array([0.4, -0.3]), 700
     number = jnp.tile(jnp.arange(3, dtype=jnp.int32), copies)
     found = em.evaluate(
+        jax.random.key(0),
         toy.model(),
         theta,
         em.Questions(number, number),
-        jax.random.key(0),
         samples=4,
         batch_size=1024,
         vote=lambda tokens, mask: tokens[:, 0],
@@ -45,10 +45,10 @@ def test_rates_are_those_of_the_enumeration():
 def test_rationales_without_an_answer_have_no_vote():
     toy, theta = small(), jnp.array([0.4, -0.3])
     found = em.evaluate(
+        jax.random.key(0),
         toy.model(),
         theta,
         toy.questions(),
-        jax.random.key(0),
         vote=lambda tokens, mask: jnp.full(tokens.shape[0], -1),
     )
     assert found.majority.mean == 0
@@ -79,7 +79,7 @@ def test_metrics_are_lines_of_json(tmp_path):
 def test_bad_input_gets_one_sentence():
     toy = small()
     with pytest.raises(ValueError, match="samples"):
-        em.evaluate(toy.model(), jnp.zeros(2), toy.questions(), jax.random.key(0), samples=0)
+        em.evaluate(jax.random.key(0), toy.model(), jnp.zeros(2), toy.questions(), samples=0)
     empty = em.Questions(jnp.zeros((0,), jnp.int32), jnp.zeros((0,), jnp.int32))
     with pytest.raises(ValueError, match="at least one row"):
-        em.evaluate(toy.model(), jnp.zeros(2), empty, jax.random.key(0))
+        em.evaluate(jax.random.key(0), toy.model(), jnp.zeros(2), empty)

@@ -320,7 +320,7 @@ def test_a_verifier_that_returns_no_bool_is_refused():
         with pytest.raises(TypeError, match="verify must return a bool, got"):
             em.mcmc_em(model, toy.questions(), batch_size=1)
         with pytest.raises(TypeError, match="verify must return a bool, got"):
-            em.evaluate(model, jnp.zeros(2), toy.questions(), jax.random.key(0))
+            em.evaluate(jax.random.key(0), model, jnp.zeros(2), toy.questions())
     with pytest.raises(TypeError, match="decode must be a function"):
         em.host_verifier(lambda text, answer: True, None)
     with pytest.raises(ValueError, match="timeout"):

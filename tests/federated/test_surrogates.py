@@ -197,7 +197,7 @@ def test_exact_is_for_gaussian_likelihoods_alone(federation):
 def test_local_surrogates_of_a_gaussian_likelihood_are_exact():
     target, data, mean = gaussian_mean(batch_size=4)
     laplace = federated.laplace_local(target, jnp.zeros(2))
-    drawn = federated.sampled(target, jax.random.key(0), jnp.zeros(2), num_samples=2000)
+    drawn = federated.sampled(jax.random.key(0), target, jnp.zeros(2), num_samples=2000)
     for s, x in enumerate(data):
         np.testing.assert_allclose(laplace.slope[s], x.sum(axis=0), rtol=1e-3, atol=1e-2)
         matrix = drawn.precision.matrices[s]

@@ -112,7 +112,7 @@ def flow(request):
 def test_scores_are_those_of_the_density(flow, key):
     """By the whole Jacobian: some of these cannot be inverted."""
     plain = unwrap_flow(flow)
-    found = draw_with_score(flow, key, 3)
+    found = draw_with_score(key, flow, 3)
 
     def one(key):
         z = plain.base_dist._sample(key)
@@ -134,11 +134,11 @@ def test_scores_are_those_of_the_density(flow, key):
 @pytest.mark.parametrize("estimator", ["path", "auto"])
 def test_trained_outside_svi(flow, estimator, key, request):
     objective = flows.reverse_kl(flow, log_density, estimator, num_samples=16)
-    fit = stochgrad.fit(objective, key, 1000, learning_rate=0.02, every=500, progress=False)
+    fit = stochgrad.fit(key, objective, 1000, learning_rate=0.02, every=500, progress=False)
     assert fit.value > LOG_Z - 0.05
     if "block" in request.node.callspec.id:  # the tails of its layers are not a normal's
         return
-    weighted = flows.sample(fit, key, 4000, log_density)
+    weighted = flows.sample(key, fit, 4000, log_density)
     assert abs(weighted.log_z - LOG_Z) < 5 * weighted.log_z_error + 1e-6
 
 
@@ -162,7 +162,7 @@ def test_what_bijx_holds_constant_is_not_trained():
 
 def test_a_distribution_itself_is_a_flow_to_draw_from(key):
     flow = as_flow(dist.LogNormal(jnp.zeros(2), 0.5).to_event(1))
-    draws = flows.sample(flow, key, 1000, lambda x: flow.log_prob(x))
+    draws = flows.sample(key, flow, 1000, lambda x: flow.log_prob(x))
     np.testing.assert_allclose(draws.log_weight, 0.0, atol=1e-9)
     assert jax.tree.leaves(parameters(flow)) == []
 

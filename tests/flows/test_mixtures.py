@@ -185,7 +185,7 @@ def test_weights_train_to_the_targets(estimator, key):
     """Where flow and target are one family the divergence has its minimum at zero noise."""
     target = VmapMixture(COMPONENTS, weights=jnp.array([0.8, 0.2]))
     fit = stochgrad.fit(
-        flows.reverse_kl(MIXTURE, target.log_prob, estimator, num_samples=16), key, 1500,
+        key, flows.reverse_kl(MIXTURE, target.log_prob, estimator, num_samples=16), 1500,
         learning_rate=0.05, every=500, progress=False,
     )  # fmt: skip
     weights = jnp.exp(paramax.unwrap(fit.model).log_normalized_weights)

@@ -198,9 +198,8 @@ def test_forty_modes(key):
         return -0.5 * jnp.sum((x - means) ** 2, axis=1) / 1.7 - float(np.log(40 * 2 * np.pi * 1.7))
 
     found = flows.fit_modes(
-        lambda x: flows.mixture_of_normals(x, 60),
+        key, lambda x: flows.mixture_of_normals(x, 60),
         lambda x: logsumexp(each(x)),
-        key,
         chains=lambda target: stochgrad.replica_exchange(
             stochgrad.mala, target, (1.0, 4.0, 20.0, 100.0), temperatures=(1.0, 4.0, 16.0, 100.0),
             swap_every=5, energy_batches=1,

@@ -111,12 +111,12 @@ def test_a_flow_learns_its_target_and_says_so(key):
         key, base_dist=StandardNormal((2,)), invert=False, flow_layers=6, nn_activation=jnp.tanh
     )
     fit = stochgrad.fit(
-        flows.reverse_kl(flow, banana, num_samples=128), key, 2500, learning_rate=5e-3,
+        key, flows.reverse_kl(flow, banana, num_samples=128), 2500, learning_rate=5e-3,
         every=500, progress=False,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", flows.WeightsWarning)  # its tails are near the limit
-        draws = flows.sample(fit, key, 20_000, banana)
+        draws = flows.sample(key, fit, 20_000, banana)
     log_z = np.log(2 * np.pi * 0.5)
     assert draws.ess > 0.5
     assert draws.khat < 0.9
@@ -147,7 +147,7 @@ def test_effective_sample_sizes_of_two_normals(key):
     flow = Normal(jnp.zeros(1), s)
     x = jax.random.normal(key, (100_000, 1))
     under_p = flows.ess_under_target(flow, x, lambda x: -0.5 * jnp.sum(x**2) + 3.0)
-    under_q = flows.sample(flow, key, 100_000, lambda x: -0.5 * jnp.sum(x**2)).ess
+    under_q = flows.sample(key, flow, 100_000, lambda x: -0.5 * jnp.sum(x**2)).ess
     np.testing.assert_allclose([under_p, under_q], wanted, atol=0.01)
 
 
@@ -155,12 +155,12 @@ def test_weights_that_cannot_be_trusted_say_so(key):
     """As ArviZ's Pareto k: a flow narrower than the density, and too few draws."""
     narrow = Normal(jnp.zeros(2), 0.3)
     with pytest.warns(flows.WeightsWarning, match=r"above 0.70, the limit for 5000 draws: .*log_z"):
-        draws = flows.sample(narrow, key, 5000, log_density)
+        draws = flows.sample(key, narrow, 5000, log_density)
     assert draws.khat > draws.good_khat == 0.7
     assert draws.to_arviz(100).posterior.attrs["good_khat"] == 0.7
     with pytest.warns(flows.WeightsWarning, match="above 0.23, the limit for 20 draws: those are"):
-        flows.sample(FLOW, key, 20, log_density)
-    assert flows.sample(FLOW, key, 1000, FLOW.log_prob).khat < 0.1
+        flows.sample(key, FLOW, 20, log_density)
+    assert flows.sample(key, FLOW, 1000, FLOW.log_prob).khat < 0.1
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_bad_input(key):
         (ValueError, "alpha must be", lambda: flows.renyi_bound(FLOW, jnp.sum, -1.0)),
         (
             ValueError, "has a finite weight",
-            lambda: flows.sample(FLOW, key, 10, lambda x: jnp.log(-jnp.sum(x**2))),
+            lambda: flows.sample(key, FLOW, 10, lambda x: jnp.log(-jnp.sum(x**2))),
         ),
         (
             ValueError, "needs a flow with layers",

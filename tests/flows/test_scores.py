@@ -38,7 +38,7 @@ def test_scores_are_those_of_brute_force(name, key):
     @jax.jit
     def both():
         return (
-            draw_with_score(flow, key, 3, condition),
+            draw_with_score(key, flow, 3, condition),
             toys.scores_by_force(flow, key, 3, condition),
         )
 
@@ -196,6 +196,6 @@ def test_too_large_to_solve_densely():
 def test_single_precision_stays_single():
     with jax.enable_x64(False):
         flow = toys.make("autoregressive")
-        draws = draw_with_score(flow, jax.random.key(0), 3)
+        draws = draw_with_score(jax.random.key(0), flow, 3)
         assert {leaf.dtype for leaf in draws} == {jnp.dtype("float32")}
         assert stochgrad.flows.parameters(flow) is not None

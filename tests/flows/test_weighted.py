@@ -13,7 +13,7 @@ def log_density(x):
 
 
 def of(scale, count, key):
-    return flows.sample(Normal(jnp.zeros(2), scale), key, count, log_density)
+    return flows.sample(key, Normal(jnp.zeros(2), scale), count, log_density)
 
 
 @pytest.mark.slow

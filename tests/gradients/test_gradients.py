@@ -239,7 +239,7 @@ def test_one_draw_serves_several_evaluations():
 def test_find_center_finds_the_mode():
     target = logistic()
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
-        center = stochgrad.find_center(target, jax.random.key(0), init=jnp.zeros(3))
+        center = stochgrad.find_center(jax.random.key(0), target, init=jnp.zeros(3))
     mode = jnp.asarray(center.position)
     value, slope = full(target, mode)
     curvature = -jax.hessian(target.log_density)(mode, target.batches.full)
@@ -262,4 +262,4 @@ def test_find_center_says_when_it_fails():
         pytest.warns(stochgrad.DivergenceWarning),
         pytest.raises(ValueError, match="find_center diverged"),
     ):
-        stochgrad.find_center(target, jax.random.key(0), init=jnp.float32(1.0), learning_rate=3.0)
+        stochgrad.find_center(jax.random.key(0), target, init=jnp.float32(1.0), learning_rate=3.0)

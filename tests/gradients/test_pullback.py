@@ -92,14 +92,14 @@ def test_what_is_fixed_may_be_of_integers(key):
     model = toy.model()
     policy = em.Policy(
         lambda p, key, prompts: model.policy.sample(
-            p["theta"] * p["scale"].astype(jnp.float32), key, prompts
+            key, p["theta"] * p["scale"].astype(jnp.float32), prompts
         ),
         lambda p, *rest: model.policy.log_prob(p["theta"] * p["scale"].astype(jnp.float32), *rest),
     )
     params = {"theta": theta, "scale": scale}
     whole = em.mcmc_em(model._replace(policy=policy), toy.questions(), batch_size=1, order="full")
     free = stochgrad.trainable(whole, params, lambda name: name == "theta")
-    fit = stochgrad.fit(free, key, 20, init={"theta": theta}, every=10, optimizer=optax.sgd(0.1))
+    fit = stochgrad.fit(key, free, 20, init={"theta": theta}, every=10, optimizer=optax.sgd(0.1))
     assert fit.model["scale"].dtype == jnp.int8
     assert not np.array_equal(fit.position["theta"], theta)
 
@@ -110,8 +110,8 @@ def test_small_updates_move_weights_that_are_kept_wide(key):
     climb = {"optimizer": optax.adam(1e-5), "every": 5, "progress": False}
     with jax.numpy_dtype_promotion("standard"):
         with pytest.warns(stochgrad.PrecisionWarning, match=r"mixed_precision\(objective, jnp.bf"):
-            lost = stochgrad.fit(target(), key, 10, init=narrow, **climb)
-        wide = stochgrad.fit(stochgrad.mixed_precision(target()), key, 10, init=params, **climb)
+            lost = stochgrad.fit(key, target(), 10, init=narrow, **climb)
+        wide = stochgrad.fit(key, stochgrad.mixed_precision(target()), 10, init=params, **climb)
     jax.tree.map(np.testing.assert_array_equal, lost.last, narrow)
     for x, y in zip(jax.tree.leaves(wide.last), jax.tree.leaves(params), strict=True):
         assert x.dtype == jnp.float32

@@ -58,7 +58,7 @@ def run(over, **options):
         "timeout": 0.2,
     }
     key = jax.random.key(0)
-    return flower.federate(over, kernel, INIT, key, **{**settings, **options})
+    return flower.federate(key, over, kernel, INIT, **{**settings, **options})
 
 
 @pytest.mark.slow
@@ -362,10 +362,10 @@ def test_a_server_that_stops_goes_on_from_its_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="a different run: probabilities was None"):
         run(grid(), checkpoint=path, resume=True, probabilities=[0.2, 0.3, 0.5])
     go = lambda kernel: flower.federate(
+        jax.random.key(0),
         grid(),
         kernel,
         INIT,
-        jax.random.key(0),
         clients=NAMES,
         num_visits=6,
         num_chains=3,
@@ -495,10 +495,10 @@ def test_a_numpyro_model_visits_clients_too():
         mine = flower.client_app(of_node, kernel)
         nodes = {i: (mine, {"name": name}) for i, name in enumerate(NAMES)}
         draws = flower.federate(
+            jax.random.key(0),
             flower.LoopbackGrid(nodes),
             kernel,
             {"mean": INIT},
-            jax.random.key(0),
             clients=NAMES,
             num_visits=4,
             num_chains=2,

@@ -265,10 +265,10 @@ def test_visits_that_run_away_are_warned_of_before_they_do():
         made = flower.client_app(of_node, quick, start)
         nodes = {i: (made, {"name": name}) for i, name in enumerate(NAMES)}
         return flower.federate(
+            jax.random.key(0),
             flower.LoopbackGrid(nodes),
             quick,
             start,
-            jax.random.key(0),
             clients=NAMES,
             num_visits=2,
             num_chains=3,

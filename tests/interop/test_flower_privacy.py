@@ -48,7 +48,7 @@ def run(app, init, tap=lambda way, message: None, make=kernel, **options):
         "timeout": 5.0,
     }
     options = {**settings, **options}
-    return flower.federate(over, make, init, jax.random.key(0), **options)
+    return flower.federate(jax.random.key(0), over, make, init, **options)
 
 
 def rebuilt(secret):
@@ -205,10 +205,10 @@ def test_a_budget_that_is_spent_leaves_a_run_to_the_surrogate(tmp_path):
     options["most_move"] = np.inf  # the reference is not near the mode
     with pytest.warns(flower.FederationWarning, match=r"one was visited no more .*budget is spent"):
         draws = flower.federate(
+            jax.random.key(0),
             flower.LoopbackGrid(nodes),
             kernel,
             jnp.zeros(2),
-            jax.random.key(0),
             clients=["one", "two"],
             on_absent="surrogate",
             poll=0.0,
@@ -314,10 +314,10 @@ def test_private_draws_are_of_the_posterior_where_no_row_is_clipped(tmp_path):
 
     app = flower.client_app(of_node, kernel, jnp.zeros(2), privacy=policy)
     draws = flower.federate(
+        jax.random.key(0),
         flower.LoopbackGrid({n: (app, {"name": name}) for n, name in enumerate(names)}),
         kernel,
         jnp.zeros(2),
-        jax.random.key(0),
         clients=names,
         num_visits=250,
         num_chains=4,

@@ -29,7 +29,7 @@ def hill(at=1.0, noise=0.1, breaks=None):
 
 
 def test_it_climbs_and_reports(key):
-    fit = stochgrad.fit(hill(), key, 400, learning_rate=0.1, every=40, progress=False)
+    fit = stochgrad.fit(key, hill(), 400, learning_rate=0.1, every=40, progress=False)
     np.testing.assert_allclose(fit.model, 1.0, atol=0.1)
     assert fit.values.shape == fit.held_out.shape == (1, 10)
     assert fit.value == fit.held_out.max()
@@ -40,18 +40,18 @@ def test_patience_ends_it_the_same_way_whatever_the_chunks(key):
     """The best of two runs that were cut differently is one and the same."""
     options = {"learning_rate": optax.constant_schedule(0.2), "every": 5, "progress": False}
     climb = hill()
-    long = stochgrad.fit(climb, key, 4000, patience=4, **options)
+    long = stochgrad.fit(key, climb, 4000, patience=4, **options)
     last = int(np.sum(~np.isnan(long.held_out)))
     assert last < 800
     assert last - long.best_step // 5 == 4
-    again = stochgrad.fit(climb, key, 4000, patience=4, **options)
+    again = stochgrad.fit(key, climb, 4000, patience=4, **options)
     np.testing.assert_array_equal(long.position, again.position)
 
 
 def test_restarts_run_side_by_side_and_the_best_is_returned(key):
     starts = iter([0.0, 50.0, 20.0])
     fit = stochgrad.fit(
-        hill(), key, 50, init=lambda key: jnp.full(2, next(starts)), num_restarts=3, every=10,
+        key, hill(), 50, init=lambda key: jnp.full(2, next(starts)), num_restarts=3, every=10,
         optimizer=optax.adam(0.05), progress=False,
     )  # fmt: skip
     assert fit.restart == 0
@@ -77,9 +77,9 @@ def test_training_that_breaks_returns_the_best_state_before(key):
 def test_it_goes_on_from_a_checkpoint(key, tmp_path):
     options = {"learning_rate": 0.1, "every": 20, "progress": False}
     climb = hill()
-    whole = stochgrad.fit(climb, key, 200, **options)
-    stochgrad.fit(climb, key, 200, checkpoint=tmp_path / "state", **options)
-    again = stochgrad.fit(climb, key, 200, checkpoint=tmp_path / "state", resume=True, **options)
+    whole = stochgrad.fit(key, climb, 200, **options)
+    stochgrad.fit(key, climb, 200, checkpoint=tmp_path / "state", **options)
+    again = stochgrad.fit(key, climb, 200, checkpoint=tmp_path / "state", resume=True, **options)
     np.testing.assert_array_equal(whole.position, again.position)
     np.testing.assert_array_equal(whole.held_out, again.held_out)
 
@@ -87,7 +87,7 @@ def test_it_goes_on_from_a_checkpoint(key, tmp_path):
 def test_held_out_is_what_it_is_judged_by(key):
     """Overfitting: the hill of the held-out objective is passed on the way to the other."""
     fit = stochgrad.fit(
-        hill(at=3.0), key, 300, held_out=hill(at=1.0, noise=0.0), learning_rate=0.05, every=1,
+        key, hill(at=3.0), 300, held_out=hill(at=1.0, noise=0.0), learning_rate=0.05, every=1,
         progress=False,
     )  # fmt: skip
     np.testing.assert_allclose(fit.model, 1.0, atol=0.1)
@@ -110,7 +110,7 @@ def test_a_module_that_can_be_called_is_a_position(key):
     line = Line(jnp.array(0.0))
     for restarts in (1, 2):
         fit = stochgrad.fit(
-            objective, key, 200, init=line, optimizer=optax.sgd(0.1), num_restarts=restarts,
+            key, objective, 200, init=line, optimizer=optax.sgd(0.1), num_restarts=restarts,
             every=100, progress=False,
         )  # fmt: skip
         np.testing.assert_allclose(fit.model.slope, 1.5, rtol=1e-5)
@@ -127,7 +127,7 @@ def test_what_is_not_finite_at_the_start_is_named(key):
     with pytest.warns(stochgrad.DivergenceWarning, match=r"start is not finite: \['b'\]"):
         stochgrad.fit(Gradient(lambda key, x: (), next), key, 2, init=start, progress=False)
     with pytest.raises(ValueError, match="held_out must be finite at the start"):
-        stochgrad.fit(hill(), key, 2, held_out=hill(breaks=-1.0), progress=False)
+        stochgrad.fit(key, hill(), 2, held_out=hill(breaks=-1.0), progress=False)
     with pytest.raises(ValueError, match=r"init\['b'\] must be finite"):
         stochgrad.fit(
             Gradient(lambda key, x: (), next), key, 2, init=start | {"b": jnp.float32(jnp.nan)}
@@ -146,10 +146,10 @@ def test_independence_starts_at_its_proposals(key):
 def test_bad_input(key):
     broken = hill(breaks=-1.0)
     for words, call in [
-        ("objective must be finite at the start", lambda: stochgrad.fit(broken, key, 10)),
-        ("num_steps must be", lambda: stochgrad.fit(hill(), key, 0)),
-        ("learning_rate must be", lambda: stochgrad.fit(hill(), key, 10, learning_rate=-1.0)),
-        ("init is needed", lambda: stochgrad.fit(hill()._replace(initial=None), key, 10)),
+        ("objective must be finite at the start", lambda: stochgrad.fit(key, broken, 10)),
+        ("num_steps must be", lambda: stochgrad.fit(key, hill(), 0)),
+        ("learning_rate must be", lambda: stochgrad.fit(key, hill(), 10, learning_rate=-1.0)),
+        ("init is needed", lambda: stochgrad.fit(key, hill()._replace(initial=None), 10)),
     ]:
         with pytest.raises(ValueError, match=words):
             call()

@@ -60,7 +60,7 @@ def test_moments_agree_with_nuts(model, args):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         reference = nuts(model, *args)
         target = stochgrad.from_numpyro(model, *args, minibatch=200)
-        center = stochgrad.find_center(target, jax.random.key(1))
+        center = stochgrad.find_center(jax.random.key(1), target)
         kernel = stochgrad.sghmc(
             stochgrad.control_variate(target, center), step_size=0.006, friction=12.0
         )

@@ -48,7 +48,7 @@ def test_the_mode_of_raw_regressions_is_reached(name):
     mean = np.asarray(b)[0] + columns @ np.asarray(b)[1:]
     y = mean + sd * np.random.default_rng(2).normal(size=len(mean))
     target, init, b, scale, errors = regression(columns, y)
-    center = stochgrad.find_center(target, KEY, init=init)
+    center = stochgrad.find_center(KEY, target, init=init)
     dimension = len(b) + 1
     assert center.distance < 0.1 * np.sqrt(dimension)
     # single precision carries what is left: rounding of the rows and of their sums
@@ -63,9 +63,9 @@ def test_no_pass_over_all_rows_where_the_optimizer_has_arrived():
         batch_size=30,
     )  # fmt: skip
     init = jnp.zeros(3)
-    plain = stochgrad.find_center(target, KEY, init=init, passes=0)
+    plain = stochgrad.find_center(KEY, target, init=init, passes=0)
     np.testing.assert_array_equal(
-        plain.position, stochgrad.find_center(target, KEY, init=init).position
+        plain.position, stochgrad.find_center(KEY, target, init=init).position
     )
     exact = x.sum(0) / 301
     g = x.sum(0) - 301 * plain.position
@@ -89,7 +89,7 @@ def no_mode(name):
 def test_a_density_without_a_mode_is_said_and_refused(name):
     target = no_mode(name)
     with pytest.warns(stochgrad.ConvergenceWarning, match="find_center: the log density is not"):
-        center = stochgrad.find_center(target, KEY, init=jnp.full(4, 0.1), num_steps=300)
+        center = stochgrad.find_center(KEY, target, init=jnp.full(4, 0.1), num_steps=300)
     assert np.isnan(center.distance)
     with pytest.raises(ValueError, match="center: the log density is not strictly concave"):
         stochgrad.control_variate(target, center)
@@ -103,7 +103,7 @@ def test_a_search_that_is_too_short_is_said_and_refused():
     x = 50 + np.random.default_rng(0).normal(size=300).astype(np.float32)
     target = stochgrad.posterior(lambda m: 0.0, lambda m, b: -0.5 * (b - m) ** 2, x, batch_size=30)
     with pytest.warns(stochgrad.ConvergenceWarning, match="standard deviations away"):
-        center = stochgrad.find_center(target, KEY, init=jnp.float32(0.0), num_steps=20, passes=0)
+        center = stochgrad.find_center(KEY, target, init=jnp.float32(0.0), num_steps=20, passes=0)
     # 300 rows of unit variance: the mode is |mean - center| times sqrt(300) away
     exact = abs(x.mean(dtype=np.float64) - float(center.position)) * np.sqrt(300)
     np.testing.assert_allclose(center.distance, exact, rtol=1e-4)
@@ -111,4 +111,4 @@ def test_a_search_that_is_too_short_is_said_and_refused():
         stochgrad.control_variate(target, center)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stochgrad.find_center(target, KEY, init=jnp.float32(0.0), num_steps=20)
+        stochgrad.find_center(KEY, target, init=jnp.float32(0.0), num_steps=20)

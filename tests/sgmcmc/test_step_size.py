@@ -32,7 +32,7 @@ def stiff(q):
 )
 def test_stability_limits_are_the_known_ones(integrator, limit, key):
     found = stochgrad.find_step_size(
-        exact_gradient(stiff), key, jnp.zeros(3), friction=K**0.5, integrator=integrator
+        key, exact_gradient(stiff), jnp.zeros(3), friction=K**0.5, integrator=integrator
     )
     np.testing.assert_allclose(found.curvature, K, rtol=1e-3)
     np.testing.assert_allclose(found.limit * K**0.5, limit, rtol=2e-3)
@@ -45,7 +45,7 @@ def test_stability_limits_are_the_known_ones(integrator, limit, key):
 @pytest.mark.parametrize("integrator", ["SGHMC", "BAOAB", "EM"])
 def test_a_chain_diverges_just_beyond_the_limit_and_not_before(integrator, key):
     target = exact_gradient(stiff)
-    found = stochgrad.find_step_size(target, key, jnp.zeros(3), friction=5.0, integrator=integrator)
+    found = stochgrad.find_step_size(key, target, jnp.zeros(3), friction=5.0, integrator=integrator)
 
     def spread(factor):
         kernel = stochgrad.sghmc(target, factor * found.limit, 5.0, integrator=integrator)
@@ -57,7 +57,7 @@ def test_a_chain_diverges_just_beyond_the_limit_and_not_before(integrator, key):
 
 
 def test_sgld_has_its_closed_form(key):
-    found = stochgrad.find_step_size(exact_gradient(stiff), key, jnp.zeros(3), bias=0.1)
+    found = stochgrad.find_step_size(key, exact_gradient(stiff), jnp.zeros(3), bias=0.1)
     np.testing.assert_allclose(found.limit, 2 / K, rtol=1e-3)
     h = found.step_size
     np.testing.assert_allclose(1 / (1 - h * K / 2) - 1, 0.1, rtol=1e-2)
@@ -88,12 +88,12 @@ def test_a_mass_makes_the_curvature_one(key):
         lambda q: -0.5 * jnp.sum(scales * q**2), lambda q, x: 0.0 * x + 0 * q[0], np.ones(4),
         order="full",
     )  # fmt: skip
-    mass = stochgrad.find_mass(target, key, jnp.ones(3))
+    mass = stochgrad.find_mass(key, target, jnp.ones(3))
     np.testing.assert_allclose(mass, scales, rtol=1e-5)
-    found = stochgrad.find_step_size(target, key, jnp.ones(3), friction=mass, mass=mass)
+    found = stochgrad.find_step_size(key, target, jnp.ones(3), friction=mass, mass=mass)
     np.testing.assert_allclose(found.curvature, 1.0, rtol=1e-4)
     dense = np.diag(np.asarray(scales, float)) + 0.005
-    found = stochgrad.find_step_size(target, key, jnp.ones(3), friction=dense, mass=dense)
+    found = stochgrad.find_step_size(key, target, jnp.ones(3), friction=dense, mass=dense)
     expected = np.linalg.eigvals(np.linalg.solve(dense, np.diag(scales))).max()
     np.testing.assert_allclose(found.curvature, expected, rtol=1e-3)
 
@@ -104,15 +104,15 @@ def test_many_parameters_are_probed(key):
         order="full",
     )  # fmt: skip
     np.testing.assert_allclose(
-        stochgrad.find_mass(target, key, jnp.zeros(600), num_probes=4), 3.0, rtol=1e-5
+        stochgrad.find_mass(key, target, jnp.zeros(600), num_probes=4), 3.0, rtol=1e-5
     )
 
 
 def test_what_cannot_be_found_is_refused(key):
     target = exact_gradient(stiff)
     with pytest.raises(ValueError, match="bias must be a positive number"):
-        stochgrad.find_step_size(target, key, jnp.zeros(3), bias=0.0)
+        stochgrad.find_step_size(key, target, jnp.zeros(3), bias=0.0)
     with pytest.raises(ValueError, match="the curvature at position came out as"):
-        stochgrad.find_step_size(exact_gradient(jnp.sum), key, jnp.zeros(3), friction=1.0)
+        stochgrad.find_step_size(key, exact_gradient(jnp.sum), jnp.zeros(3), friction=1.0)
     with pytest.raises(ValueError, match="integrator must be one of"):
-        stochgrad.find_step_size(target, key, jnp.zeros(3), friction=1.0, integrator="QUICK")
+        stochgrad.find_step_size(key, target, jnp.zeros(3), friction=1.0, integrator="QUICK")

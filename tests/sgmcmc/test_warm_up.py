@@ -64,7 +64,7 @@ def scale_of_groups():
 
 def test_pathfinder_on_raw_data_gives_the_exact_normal():
     target = stochgrad.from_numpyro(raw_regression, YEAR, WEIGHT, MILES)
-    found = stochgrad.pathfinder(target, jax.random.key(0), num_paths=4)
+    found = stochgrad.pathfinder(jax.random.key(0), target, num_paths=4)
     mean, covariance = exact_regression()
     white = found.precision.whiten(found.paths[0].mean - mean)
     assert np.sqrt(np.mean(white**2)) < 0.1
@@ -74,7 +74,7 @@ def test_pathfinder_on_raw_data_gives_the_exact_normal():
 
 def test_pathfinder_does_not_fall_into_a_singularity():
     target = stochgrad.from_numpyro(hierarchy, GROUP, SCORES)
-    found = stochgrad.pathfinder(target, jax.random.key(0))
+    found = stochgrad.pathfinder(jax.random.key(0), target)
     mean, sd = scale_of_groups()
     scale = float(target.constrain(found.position)["scale"])
     assert abs(scale - mean) < 2 * sd
@@ -83,7 +83,7 @@ def test_pathfinder_does_not_fall_into_a_singularity():
 def test_windows_on_raw_data_keep_a_condition_of_ten_million():
     target = stochgrad.from_numpyro(raw_regression, YEAR, WEIGHT, MILES, order="symmetric")
     lines = []
-    tuned = stochgrad.warm_up(target, jax.random.key(0), report=lines.append)
+    tuned = stochgrad.warm_up(jax.random.key(0), target, report=lines.append)
     assert tuned.settled
     assert not tuned.reasons
     assert len(lines) == len(tuned.windows) + 2
@@ -109,7 +109,7 @@ def test_a_centered_hierarchy_is_sampled_right():
 
 def test_a_warm_up_that_ends_early_says_so():
     target = stochgrad.from_numpyro(hierarchy, GROUP, SCORES)
-    tuned = stochgrad.warm_up(target, jax.random.key(0), max_windows=1, num_chains=2)
+    tuned = stochgrad.warm_up(jax.random.key(0), target, max_windows=1, num_chains=2)
     assert not tuned.settled
     assert "has not settled after 1 windows" in tuned.reasons[0]
 
@@ -130,7 +130,7 @@ def test_a_window_whose_mean_is_no_center_is_run_again(monkeypatch):
 
     monkeypatch.setattr(_warm_up, "run_window", astray)
     options = {"init": jnp.float32(0.0), "report": lines.append}
-    assert stochgrad.warm_up(target, jax.random.key(0), **options).settled
+    assert stochgrad.warm_up(jax.random.key(0), target, **options).settled
     assert places[2] is places[0]
     assert any("back to where the one before began (center must be" in line for line in lines)
 
@@ -139,7 +139,7 @@ def test_a_window_whose_mean_is_no_center_is_run_again(monkeypatch):
 
     monkeypatch.setattr(_warm_up, "run_window", steep)
     with pytest.raises(ValueError, match="steep"):
-        stochgrad.warm_up(target, jax.random.key(0), **options)
+        stochgrad.warm_up(jax.random.key(0), target, **options)
 
 
 def test_no_start_is_refused():
@@ -147,9 +147,9 @@ def test_no_start_is_refused():
         lambda q: 0.0 * q - jnp.inf, lambda q, x: -0.5 * (x - q) ** 2, jnp.ones(9), order="full"
     )
     with pytest.raises(ValueError, match="no starting point leads to"):
-        stochgrad.pathfinder(target, jax.random.key(0), init=jnp.float32(0.0))
+        stochgrad.pathfinder(jax.random.key(0), target, init=jnp.float32(0.0))
     with pytest.raises(ValueError, match="init is needed"):
-        stochgrad.pathfinder(target, jax.random.key(0))
+        stochgrad.pathfinder(jax.random.key(0), target)
 
 
 class Walk(NamedTuple):

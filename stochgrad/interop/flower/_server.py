@@ -12,6 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from jaxtyping import PyTree
 
+from stochgrad._deprecations import key_first
 from stochgrad.core import (
     Draws,
     Gradient,
@@ -64,11 +65,12 @@ from stochgrad.interop.flower._visits import Chain, Limits, Visits
 FORMS = {"global_first_order": "none", "global_diagonal": "diagonal", "global_quadratic": "full"}
 
 
+@key_first
 def federate(
+    key: PRNGKey,
     grid: Grid,
     kernel: Callable[[Gradient], Kernel],
     init: Position,
-    key: PRNGKey,
     *,
     clients: Sequence[str],
     num_visits: int,
@@ -116,10 +118,10 @@ def federate(
     Hessians at the reference and at two points far from it.
 
     Args:
+        key: A typed PRNG key.
         grid: What Flower gives the server, or a ``stochgrad.flower.LoopbackGrid``.
         kernel: ``gradient -> kernel``.
         init: Where the search for the reference starts; a position of the model's shape.
-        key: A typed PRNG key.
         clients: Names of the clients to wait for: the ``name`` in the configuration of each node.
         num_visits: Visits of each chain.
         num_chains: Chains.
@@ -286,7 +288,7 @@ def server_app(
                 "make must return a dict of the arguments of federate, all but the grid, got "
                 f"{describe(arguments)}."
             )
-        finish(federate(grid, **arguments), context)
+        finish(federate(grid=grid, **arguments), context)
 
     return app
 

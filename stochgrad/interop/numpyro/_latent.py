@@ -53,7 +53,7 @@ def latent_model(model: Callable, plate: str | None = None) -> LatentModel:
         >>> gradient = stochgrad.em.mcmc_em(
         ...     stochgrad.numpyro.latent_model(mixture), stochgrad.em.Questions((x,)),
         ...     batch_size=40, estimator=stochgrad.em.trice("none"), order="full")
-        >>> fit = stochgrad.fit(gradient, jax.random.key(0), 500, learning_rate=0.1)
+        >>> fit = stochgrad.fit(jax.random.key(0), gradient, 500, learning_rate=0.1)
         >>> (4 * fit.model["share"]).round().tolist(), fit.model["mean"].round(1).tolist()
         ([3.0, 1.0], [-3.0, 2.0])
     """

@@ -84,15 +84,15 @@ def tune(
         return Tuning(kernel, posterior.initial, {n: chosen[n] for n in ("mass",) if n in chosen})
     key = jax.random.key(_SEED)
     if not missing:
-        first = pathfinder(posterior, key)
+        first = pathfinder(key, posterior)
         kernel = factory(control_variate(posterior, first.position), **chosen)
         around = _around(first.unravel, first.starts(key, 64))
         return Tuning(kernel, around, center=center_at(posterior, first.position))
     own = None if gradient == "control_variate" else as_named_gradient(gradient, posterior, None)
     windows = _MOST_WINDOWS if "friction" in missing and num_warmup else 0
     kernel_at = langevin_at(posterior, own, _BIAS, 1.0, factory, **chosen)
-    tuned = warm_up(posterior, key, kernel_at=kernel_at, max_windows=windows)
-    kernel = with_law(tuned, jax.random.fold_in(key, 1))[0] if windows else tuned.kernel
+    tuned = warm_up(key, posterior, kernel_at=kernel_at, max_windows=windows)
+    kernel = with_law(jax.random.fold_in(key, 1), tuned)[0] if windows else tuned.kernel
     values = dict(kernel.settings)
     return Tuning(
         kernel=kernel,

@@ -288,7 +288,7 @@ class AutoFlow(AutoContinuous):
             return posterior.log_density(self._unpack_latent(x), posterior.batches.full)
 
         flow = self._made(params[name])
-        weighted = sample(flow, rng_key, num_samples, log_density, condition)
+        weighted = sample(rng_key, flow, num_samples, log_density, condition)
         draws = weighted.to_draws()
         unpack = jax.jit(jax.vmap(jax.vmap(self._unpack_latent)))
         positions = jax.tree.map(np.asarray, unpack(jnp.asarray(draws.positions)))

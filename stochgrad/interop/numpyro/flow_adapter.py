@@ -44,7 +44,7 @@ def as_flow(
         ...     return dist.TransformedDistribution(start, layer)
         >>> flow = as_flow(make, init(jax.random.key(0), (2,))[1])
         >>> objective = stochgrad.flows.reverse_kl(flow, lambda x: -0.5 * jnp.sum((x - 1.0) ** 2))
-        >>> fit = stochgrad.fit(objective, jax.random.key(1), 500, learning_rate=0.02)
+        >>> fit = stochgrad.fit(jax.random.key(1), objective, 500, learning_rate=0.02)
         >>> bool(abs(fit.value - jnp.log(2 * jnp.pi)) < 0.01)  # the log evidence
         True
     """
