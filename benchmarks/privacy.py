@@ -106,7 +106,7 @@ def stage(clients, reference, start, each, h, slope_noise, seed, warm):
     target = federated.posterior(log_prior, log_likelihood, clients, order="full")
     target = federated.visiting(target, selection="permuted")
     surrogates = federated.private_surrogates(
-        target, reference, jax.random.key(seed), norm=NORM, noise_multiplier=slope_noise
+        jax.random.key(seed), target, reference, norm=NORM, noise_multiplier=slope_noise
     )
     gradient = federated.conducive(federated.clipped_minibatch(target, NORM), surrogates)
     draws = stochgrad.sample(

@@ -93,9 +93,9 @@ def clipped_minibatch(posterior: Posterior, norm: float) -> Gradient:
 
 
 def private_surrogates(
+    key: PRNGKey,
     posterior: Posterior,
     reference: Any,
-    key: PRNGKey,
     *,
     norm: float,
     noise_multiplier: float,
@@ -115,9 +115,9 @@ def private_surrogates(
     posterior of short visits.
 
     Args:
+        key: A typed PRNG key, which must remain unknown to whoever sees the surrogates.
         posterior: A posterior of data that clients own.
         reference: $\theta_*$. It is taken as public: a mode that was found from the data is not.
-        key: A typed PRNG key, which must remain unknown to whoever sees the surrogates.
         norm: C.
         noise_multiplier: z. A slope or a curvature costs $1/z^2$ of what
             ``stochgrad.federated.privacy_of_steps`` adds up.

@@ -73,7 +73,7 @@ def test_rows_of_a_numpyro_model_are_clipped_too():
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         target = stochgrad.from_numpyro(model, clients=data)
         found = federated.private_surrogates(
-            target, {"w": AT}, jax.random.key(0), norm=0.6, noise_multiplier=1e-6, form="full"
+            jax.random.key(0), target, {"w": AT}, norm=0.6, noise_multiplier=1e-6, form="full"
         )
         score, _ = federated.clipped_minibatch(target, 0.6).next(
             jax.random.key(1), {"w": AT}, target.batches.init(jax.random.key(2))
@@ -223,7 +223,12 @@ def test_the_noise_of_slopes_and_curvatures_is_what_is_said():
     data = logistic(num_rows=60, clients=1)
     target = logistic_posterior(data, batch_size=7)
     draw = functools.partial(
-        federated.private_surrogates, target, AT, norm=0.5, noise_multiplier=3.0, form="full"
+        federated.private_surrogates,
+        posterior=target,
+        reference=AT,
+        norm=0.5,
+        noise_multiplier=3.0,
+        form="full",
     )
     rows = row_by_row(AT, *data[0], 0.5)
     made = [draw(jax.random.key(n)) for n in range(150)]
@@ -235,7 +240,7 @@ def test_the_noise_of_slopes_and_curvatures_is_what_is_said():
     for s in made[:3]:
         assert np.linalg.eigvalsh(s.precision.matrices[0])[0] > -1e-3
     zero = federated.private_surrogates(
-        target, AT, jax.random.key(0), norm=0.5, noise_multiplier=3.0, adjacency="zero_out"
+        jax.random.key(0), target, AT, norm=0.5, noise_multiplier=3.0, adjacency="zero_out"
     )
     np.testing.assert_allclose(
         np.asarray(made[0].slope[0], np.float64) - rows.sum(axis=0),

@@ -68,7 +68,7 @@ def test_the_bias_of_gradient_noise_is_predicted(key):
     """hV/2C, with V known: rows of a Gaussian mean, independent blocks of a fixed partition."""
     target, mean, precision = gaussian_posterior(num_rows=400, dim=3, batch_size=20, order="iid")
     find = partial(stochgrad.find_step_size, friction=40.0, integrator="BAOAB")
-    found = find(target, key, jnp.asarray(mean))
+    found = find(key, target, jnp.asarray(mean))
     blocks = target.batches.blocks
     sums = [np.asarray(blocks.at(b).data.sum(axis=0)) * 20 for b in range(20)]
     v = np.var(sums, axis=0).mean()
@@ -77,9 +77,9 @@ def test_the_bias_of_gradient_noise_is_predicted(key):
     np.testing.assert_allclose(found.noise_bias + abs(found.integrator_bias), 0.02, rtol=0.01)
     np.testing.assert_allclose(found.curvature, precision, rtol=1e-3)
     swept, _, _ = gaussian_posterior(num_rows=400, dim=3, batch_size=20, order="reshuffled")
-    assert find(swept, key, jnp.asarray(mean)).step_size > 2 * found.step_size
+    assert find(key, swept, jnp.asarray(mean)).step_size > 2 * found.step_size
     centered = stochgrad.control_variate(target, jnp.asarray(mean))
-    assert find(centered, key, jnp.asarray(mean)).noise_bias < 1e-6  # one curvature for all rows
+    assert find(key, centered, jnp.asarray(mean)).noise_bias < 1e-6  # one curvature for all rows
 
 
 def test_a_mass_makes_the_curvature_one(key):
