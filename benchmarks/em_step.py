@@ -67,7 +67,7 @@ def main():
 
     runs = {
         "decoding": jax.jit(
-            lambda params, key, state: model.policy.sample(key, params, rows.prompts)
+            lambda params, key, state: model.policy.sample(params, key, rows.prompts)
         ),
         "E-step": jax.jit(lambda params, key, state: gradient.next(key, params, state)[1]),
         "whole step": jax.jit(whole),

@@ -182,7 +182,7 @@ def evaluate(
             return rewards, votes
 
         def one(key):
-            latents = model.policy.sample(key, params, rows.prompts)
+            latents = model.policy.sample(params, key, rows.prompts)
             return *verdict(latents), latents.tokens, latents.mask
 
         rewards, votes, tokens, mask = jax.lax.map(one, jax.random.split(key, samples))

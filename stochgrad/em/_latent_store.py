@@ -192,7 +192,7 @@ def initial_memory(
     def block(memory: Memory, key_and_index):
         key, index = key_and_index
         rows = take(questions, index % size)
-        latents = guide.policy.sample(key, theta, rows.hints)
+        latents = guide.policy.sample(theta, key, rows.hints)
         latent = latents.tokens, latents.mask
         log_likelihood = model.log_likelihood(theta, rows.prompts, *latent, rows.answers)
         zeros = jnp.zeros(batch_size)

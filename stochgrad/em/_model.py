@@ -231,7 +231,7 @@ def proposal_kind(model: LatentModel, guide: Guide | None, greedy: bool) -> Prop
     def sample(theta, phi, key, rows):
         if greedy and policy.greedy is not None:
             return policy.greedy(theta, rows.prompts)
-        return policy.sample(key, theta, rows.prompts)
+        return policy.sample(theta, key, rows.prompts)
 
     def log_weight(theta, phi, rows, tokens, mask, log_likelihood, log_q):
         return log_likelihood  # the policy is the prior, which cancels
@@ -241,7 +241,7 @@ def proposal_kind(model: LatentModel, guide: Guide | None, greedy: bool) -> Prop
 
 def _of_guide(model: LatentModel, guide: Guide) -> ProposalKind:
     def sample(theta, phi, key, rows):
-        return guide.policy.sample(key, phi, rows.hints)
+        return guide.policy.sample(phi, key, rows.hints)
 
     def log_prob(phi, rows, tokens, mask):
         return guide.policy.log_prob(phi, rows.hints, tokens, mask)

@@ -35,7 +35,7 @@ from stochgrad.flows._objective import LogDensity, check_density
 from stochgrad.flows._sample import ess_under_target, metropolis, sample
 from stochgrad.flows._strata import mixture_of
 from stochgrad.flows._weighted import WeightedDraws, WeightsWarning
-from stochgrad.kernels import fit
+from stochgrad.kernels import Fit, fit
 
 _HELD_OUT = 4
 _LOOKS = 10
@@ -194,6 +194,10 @@ def fit_modes(
     evaluations = round(counted * per_step)
     held_out = np.arange(num_chains) % _HELD_OUT == _HELD_OUT - 1
     options: dict[str, Any] = {"num_chains": num_chains, "progress": progress}
+    settings = _Training(
+        num_steps=num_steps, learning_rate=learning_rate, batch_size=batch_size,
+        num_samples=num_samples, num_judged=num_weighted // _LOOKS, progress=progress,
+    )  # fmt: skip
 
     rounds: list[Agreement] = []
     position = None
@@ -212,22 +216,12 @@ def fit_modes(
             made = flow(training) if callable(flow) else flow
             check_density(made, log_density, None)
             labels = labels or default_modes(made, training)
-        judge = jeffreys(made, log_density, others, "ml", num_samples=num_weighted // _LOOKS)
-        way = _way(forward, made, rounds)
-        objective = jeffreys(
-            made, log_density, training, way, batch_size=min(batch_size, len(training)),
-            num_samples=num_samples,
-        )  # fmt: skip
-        trained = fit(
-            keys[1], objective, num_steps, learning_rate=learning_rate, init=position,
-            held_out=judge, held_out_draws=1, every=math.ceil(num_steps / _LOOKS),
-            progress=progress,
+        trained, spent = _trained(
+            keys[1], made, log_density, training, others, position, _way(forward, made, rounds),
+            settings,
         )  # fmt: skip
         model, position = trained.model, trained.position
-        looks = trained.held_out.shape[1]
-        scores = len(training) if way == "path" else 0
-        evaluations += scores + looks * trained.every * _in_rows(made, num_samples)
-        evaluations += (looks + 1) * _in_rows(made, num_weighted // _LOOKS)
+        evaluations += spent
         moved = run_chains(
             keys[2], metropolis(model, log_density), x[:, -1], num_samples=num_metropolis,
             **options,
@@ -253,6 +247,45 @@ def fit_modes(
         )
     draws = replace(moved, posterior=target, notes=(*moved.notes, *reasons))
     return ModesFit(model, weighted, draws, tuple(rounds), evaluations, reasons)
+
+
+class _Training(NamedTuple):
+    num_steps: int
+    learning_rate: float
+    batch_size: int
+    num_samples: int
+    num_judged: int
+    progress: bool
+
+
+def _trained(
+    key: PRNGKey,
+    flow: AbstractDistribution,
+    log_density: LogDensity,
+    training: Array,
+    others: Array,
+    position: Any,
+    way: Any,
+    settings: _Training,
+) -> tuple[Fit, int]:
+    """A round's training, judged by draws that it does not see, and evaluations of the density."""
+    num_samples, num_judged = settings.num_samples, settings.num_judged
+    batch_size = min(settings.batch_size, len(training))
+    trained = fit(
+        key,
+        jeffreys(flow, log_density, training, way, batch_size=batch_size, num_samples=num_samples),
+        settings.num_steps,
+        learning_rate=settings.learning_rate,
+        init=position,
+        held_out=jeffreys(flow, log_density, others, "ml", num_samples=num_judged),
+        held_out_draws=1,
+        every=math.ceil(settings.num_steps / _LOOKS),
+        progress=settings.progress,
+    )
+    looks = trained.held_out.shape[1]
+    scores = len(training) if way == "path" else 0
+    steps = looks * trained.every * _in_rows(flow, num_samples)
+    return trained, scores + steps + (looks + 1) * _in_rows(flow, num_judged)
 
 
 def _way(forward: Any, flow: Any, rounds: list[Agreement]) -> Any:

@@ -261,7 +261,7 @@ def drawn(**parts):
     """A policy's draws with parts replaced, by functions of the right ones."""
 
     def sample(params, key, prompts):
-        right = POLICY.sample(key, params, prompts)
+        right = POLICY.sample(params, key, prompts)
         return right._replace(
             **{name: change(getattr(right, name)) for name, change in parts.items()}
         )
@@ -276,7 +276,7 @@ def fails(*arguments):
 SAMPLES = {
     "fails": fails,
     "none": lambda params, key, prompts: None,
-    "tuple": lambda params, key, prompts: tuple(POLICY.sample(key, params, prompts)),
+    "tuple": lambda params, key, prompts: tuple(POLICY.sample(params, key, prompts)),
     "one row": drawn(tokens=lambda tokens: tokens[:1]),
     "scalar log_prob": drawn(log_prob=jnp.sum),
     "mask of numbers": drawn(mask=lambda mask: mask.astype(jnp.int32)),

@@ -72,7 +72,7 @@ def test_all_rationales_together_have_probability_one(params):
     p = np.exp(policy.log_prob(params, prompts, jnp.asarray(tokens), jnp.asarray(mask)))
     assert p.sum() == pytest.approx(1, abs=1e-5)
     draws = 6000
-    drawn = policy.sample(jax.random.key(2), params, em.left_padded([[1, 2]] * draws))
+    drawn = policy.sample(params, jax.random.key(2), em.left_padded([[1, 2]] * draws))
     for n in np.argsort(p)[-8:]:
         same = (np.asarray(drawn.tokens) == tokens[n]).all(axis=1).mean()
         assert abs(same - p[n]) < Z * np.sqrt(p[n] * (1 - p[n]) / draws)
@@ -92,14 +92,14 @@ def test_a_nucleus_is_the_fewest_tokens_with_its_mass():
 
 def test_bad_input_gets_one_sentence(params):
     with pytest.raises(ValueError, match="do not fit a context of 8"):
-        decoder(context=8).sample(jax.random.key(0), params, em.left_padded(PROMPTS))
+        decoder(context=8).sample(params, jax.random.key(0), em.left_padded(PROMPTS))
     with pytest.raises(ValueError, match="prompt 0 has 4 tokens where length is 3"):
         em.left_padded(PROMPTS, length=3)
     for bad in ([], [[1], []]):
         with pytest.raises(ValueError, match="non-empty"):
             em.left_padded(bad)
     with pytest.raises(TypeError, match="left_padded"):
-        decoder().sample(jax.random.key(0), params, jnp.zeros((2, 2), jnp.int32))
+        decoder().sample(params, jax.random.key(0), jnp.zeros((2, 2), jnp.int32))
     for settings, words in (
         ({"temperature": 0.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),

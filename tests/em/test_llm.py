@@ -149,7 +149,7 @@ def test_a_tiny_llama_is_what_numpy_computes(tmp_path, key, tied):
     model = llm.read_gguf(write(tmp_path / "tiny.gguf", tensors))
     assert ("logits" in model.params) is not tied
     policy, prompts = model.policy(length=6), em.left_padded(RAGGED)
-    drawn = policy.sample(key, model.params, prompts)
+    drawn = policy.sample(model.params, key, prompts)
     forced = policy.log_prob(model.params, prompts, drawn.tokens, drawn.mask)
     np.testing.assert_allclose(drawn.log_prob, forced, rtol=0, atol=1e-5)
     rest = [np.asarray(t)[np.asarray(m)] for t, m in zip(drawn.tokens, drawn.mask, strict=True)]

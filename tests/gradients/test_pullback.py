@@ -92,7 +92,7 @@ def test_what_is_fixed_may_be_of_integers(key):
     model = toy.model()
     policy = em.Policy(
         lambda p, key, prompts: model.policy.sample(
-            key, p["theta"] * p["scale"].astype(jnp.float32), prompts
+            p["theta"] * p["scale"].astype(jnp.float32), key, prompts
         ),
         lambda p, *rest: model.policy.log_prob(p["theta"] * p["scale"].astype(jnp.float32), *rest),
     )
