@@ -215,15 +215,21 @@ def warn_of_unstable_visits(
     report = Stability(values[0, :, 0], values[:, :, 0].min(axis=0), values[0, :, -1])
     time = step_time(kernel)
     times = None if time is None else np.full(len(clients), time * local_steps)
+    message = describe_unstable(clients, report, times)
+    if message:
+        warnings.warn(message, StabilityWarning, stacklevel=3)
+
+
+def describe_unstable(clients: Sequence[str], report: Stability, times: Any) -> str:
+    """Which clients' visits run away, and what helps; empty if none do."""
     unsafe = report.unsafe(times=times)
-    if unsafe.any():
-        named = ", ".join(clients[int(s)] for s in np.flatnonzero(unsafe)[:5])
-        warnings.warn(
-            f"long local runs are unstable at {report.describe(times=times)}, which are {named}: "
-            "take fewer local_steps or a smaller step_size.",
-            StabilityWarning,
-            stacklevel=3,
-        )
+    if not unsafe.any():
+        return ""
+    named = ", ".join(clients[int(s)] for s in np.flatnonzero(unsafe)[:5])
+    return (
+        f"long local runs are unstable at {report.describe(times=times)}, which are {named}: "
+        "take fewer local_steps or a smaller step_size."
+    )
 
 
 def _row(tree: Any, s: int) -> Any:

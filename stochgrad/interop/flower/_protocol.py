@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from stochgrad.core import Gradient, Kernel, Posterior, describe, first_line
-from stochgrad.federated import Diagonal, Full
+from stochgrad.federated import Diagonal, Full, LowRank
 
 MakeKernel = Callable[[Gradient], Kernel]
 
@@ -19,6 +19,7 @@ SETTINGS = {
     "form": str,
     "curvature": str,
     "share": float,
+    "scale": float,
     "steps": int,
     "thin": int,
     "centered": bool,
@@ -90,7 +91,27 @@ def sum_shapes(position: PyTree, form: str) -> dict[str, Any]:
     size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(position))
     matrix: Any = jax.ShapeDtypeStruct((size, size), np.float32)
     precision = {"none": None, "diagonal": Diagonal(position), "full": Full(matrix)}
-    return {"slope": position, "precision": precision[form]}
+    kind, _ = form_and_rank(form)
+    return {"slope": position, "precision": precision["full" if kind == "low_rank" else kind]}
+
+
+def answer_shapes(position: PyTree, form: str) -> dict[str, Any]:
+    """Shapes of one client's slope and curvature; the latter with a leading axis of one."""
+    kind, rank = form_and_rank(form)
+    if kind != "low_rank":
+        told = sum_shapes(position, form)
+        whole = lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
+        return {**told, "precision": jax.tree.map(whole, told["precision"])}
+    size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(position))
+    numbers: Any = lambda *shape: jax.ShapeDtypeStruct((1, *shape), np.float32)
+    low = LowRank(numbers(rank, size), numbers(rank), numbers(size))
+    return {"slope": position, "precision": low}
+
+
+def form_and_rank(form: str) -> tuple[str, int]:
+    """A form of curvature as messages name it, ``"low_rank 4"`` with its rank."""
+    kind, _, rank = form.partition(" ")
+    return kind, int(rank or 1)
 
 
 def digest_of(value: Any) -> str:
