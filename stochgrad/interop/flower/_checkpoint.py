@@ -76,13 +76,8 @@ def load_run_notes(path: Path) -> dict[str, Any]:
             f"checkpoint={str(path)!r} is no file that a run of stochgrad.flower.federate wrote: "
             "name another one, or remove it."
         ) from error
-    if not isinstance(notes, dict) or not {
-        "run",
-        "clients",
-        "minibatches",
-        "rows",
-        "choice",
-    } <= set(notes):
+    needed = {"run", "clients", "minibatches", "rows", "choice"}
+    if not isinstance(notes, dict) or not needed <= set(notes):
         raise ValueError(
             f"checkpoint={str(path)!r} holds something other than a run of this version of "
             "stochgrad.flower.federate: name another file, or remove it."

@@ -41,7 +41,7 @@ from stochgrad.interop.flower._likelihoods import (
 )
 from stochgrad.interop.flower._network import Network, PolicyError, log
 from stochgrad.interop.flower._protocol import answer_shapes
-from stochgrad.interop.flower._wire import check_reply, metadata, tree_limit, unpack
+from stochgrad.interop.flower._wire import Refused, check_reply, metadata, tree_limit, unpack
 
 _MOST_POINTS_DIMENSIONS = 300
 """Dimensions beyond which visits are looked at in half as many points."""
@@ -262,7 +262,10 @@ class _Look:
         def read(name, reply):
             content = check_reply(reply, "train.margin", 0)
             told = metadata(content, margin=float, far_margin=float, largest=float)
-            return np.array([told[key] for key in Stability._fields])
+            numbers = np.array([told[key] for key in Stability._fields])
+            if not np.isfinite(numbers).all():
+                raise Refused("its margins are not finite")
+            return numbers
 
         answers = self.network.gather(self.network.clients, "train.margin", request, read)
         report = Stability(*np.stack(list(answers.values())).T)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from stochgrad.core import (
     hoisted_jit,
 )
 from stochgrad.federated import (
-    Curvatures,
     Surrogates,
     as_matrices,
     global_first_order,
@@ -37,7 +36,6 @@ from stochgrad.interop.flower._client_look import (
     HashableTree,
     MarginRequest,
     curvatures_at,
-    matrix_of,
     prior_answer,
 )
 from stochgrad.interop.flower._ledger import Item
@@ -219,7 +217,7 @@ class Owner:
         self.score = hoisted_jit(lambda position: score(jnp.int32(0), position))
         self.prior = hoisted_jit(prior_only(posterior, jax.value_and_grad(posterior.log_density)))
         self.programs = lru_cache(maxsize=4)(self._program)
-        self.curvatures = lru_cache(maxsize=1)(self._curvatures)
+        self.curvatures = lru_cache(maxsize=1)(partial(curvatures_at, posterior, self._own))
 
     def hello(self, context: Context) -> RecordDict:
         name = str(context.node_config.get("name", context.node_config.get("partition-id", "")))
@@ -279,15 +277,6 @@ class Owner:
     def _check_look(self) -> None:
         if self.guard is not None and self.guard.policy.counts:
             raise Declined("surrogate='global_first_order'")
-
-    def _curvatures(
-        self, form: str, curvature: str, where: HashableTree
-    ) -> tuple[Curvatures, np.ndarray]:
-        """Curvatures at the origin and at other points, and that of the surrogate, a matrix."""
-        origin, points = where.tree
-        at = jax.tree.map(jnp.asarray, origin)
-        own = self._own(at, form, curvature).precision
-        return curvatures_at(self.posterior, at, points), matrix_of(own)
 
     def secret_at(self, context: Context) -> bytes:
         """The client's secret: given, or kept in its ledger or in Flower's state of the node."""

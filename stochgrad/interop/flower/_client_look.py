@@ -1,5 +1,6 @@
 """What a client answers where a server looks at curvatures before a run."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import PyTree
 from stochgrad.core import Posterior
 from stochgrad.federated import (
     Curvatures,
-    Precision,
+    Surrogates,
     as_matrices,
     curvature_matrices,
     prior_curvature,
@@ -60,16 +61,19 @@ def prior_answer(posterior: Posterior, content: RecordDict, position: PyTree) ->
     return pack({"precision": prior_curvature(posterior, at, form)}, {"status": "done"})
 
 
-def curvatures_at(posterior: Posterior, origin: PyTree, points: np.ndarray) -> Curvatures:
-    """A client's curvatures at an origin and at other points."""
-    flat = np.asarray(ravel_pytree(origin)[0])
-    return curvature_matrices(posterior, origin, np.concatenate([flat[None], points]))
-
-
-def matrix_of(precision: Precision | None) -> np.ndarray:
-    """One client's precision as a matrix."""
-    own: Any = as_matrices(precision)
-    return np.asarray(own.matrices, np.float64)
+def curvatures_at(
+    posterior: Posterior,
+    own_of: Callable[[PyTree, str, str], Surrogates],
+    form: str,
+    curvature: str,
+    where: "HashableTree",
+) -> tuple[Curvatures, np.ndarray]:
+    """A client's curvatures at an origin and at other points, and its surrogate's, a matrix."""
+    at, points = jax.tree.map(jnp.asarray, where.tree[0]), where.tree[1]
+    flat = np.asarray(ravel_pytree(at)[0])
+    own: Any = as_matrices(own_of(at, form, curvature).precision)
+    found = curvature_matrices(posterior, at, np.concatenate([flat[None], points]))
+    return found, np.asarray(own.matrices, np.float64)
 
 
 class HashableTree:
