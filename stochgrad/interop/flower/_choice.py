@@ -40,7 +40,7 @@ from stochgrad.interop.flower._likelihoods import (
     search_reference,
 )
 from stochgrad.interop.flower._network import Network, PolicyError, log
-from stochgrad.interop.flower._protocol import answer_shapes
+from stochgrad.interop.flower._protocol import answer_shapes, flat_shape
 from stochgrad.interop.flower._wire import Refused, check_reply, metadata, tree_limit, unpack
 
 _MOST_POINTS_DIMENSIONS = 300
@@ -246,7 +246,7 @@ class _Look:
         own = self.told.matrices if isinstance(self.told, Full) else _rows(self.told)
         points = rim(flat, prior + np.asarray(own, np.float64).sum(axis=0))
         few = flat.size > _MOST_POINTS_DIMENSIONS
-        return np.asarray(points[::2] if few else points, np.float32)
+        return np.asarray(points[::2] if few else points, flat_shape(self.like)[1])
 
     def _margins(self, made: Surrogates, points: np.ndarray, scale: np.ndarray) -> Stability:
         """What clients say of visits to them with so much of the curvature."""
@@ -280,7 +280,7 @@ def _rows(precision: Diagonal) -> np.ndarray:
 
 
 def _total(precision: Precision | None) -> Any:
-    """The sum over clients as a matrix, in single precision."""
+    """The sum over clients as a matrix."""
     if isinstance(precision, LowRank):
         return np.asarray(precision.matrix_of_all())
     assert isinstance(precision, Full)

@@ -19,7 +19,7 @@ from stochgrad.federated import (
     prior_curvature,
     visit_margins,
 )
-from stochgrad.interop.flower._protocol import sum_shapes
+from stochgrad.interop.flower._protocol import flat_shape, sum_shapes
 from stochgrad.interop.flower._secret import secret_digest
 from stochgrad.interop.flower._wire import metadata, pack, unpack
 
@@ -34,9 +34,9 @@ class MarginRequest:
         wanted = {"form": str, "curvature": str, "share": float, "scale": float, "points": int}
         self.request = {name: metadata(content, **wanted)[name] for name in wanted}
         form, count = self.request["form"], min(self.request["points"], _MOST_POINTS)
-        size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(position))
+        (size,), dtype = flat_shape(position)
         self.origin = unpack(content, "position", position)
-        shape = jax.ShapeDtypeStruct((count, size), np.float32)
+        shape = jax.ShapeDtypeStruct((count, size), dtype)
         self.points = unpack(content, "points", shape)
         self.total = unpack(content, "total", sum_shapes(position, form)["precision"])
 
