@@ -13,7 +13,7 @@ from stochgrad.core import Posterior, hoisted_jit, tree_size
 from stochgrad.federated._client_sums import all_likelihoods, likelihood_sum, prior_only
 from stochgrad.federated._clients import require_clients
 from stochgrad.federated._curvature import curvature_diagonal, curvature_matrix, fisher, hessian
-from stochgrad.federated._gaussians import Full, Precision
+from stochgrad.federated._gaussians import Diagonal, Full, LowRank, Precision
 
 _MOST_DIMENSIONS, _MOST_NUMBERS = 100, 2e7
 _FLOOR = 1e-6
@@ -47,7 +47,13 @@ def fits_matrices(
 
     And, by default, at most a thousand clients.
     """
-    d, count = tree_size(origin), require_clients(posterior).count
+    return few_matrices(tree_size(origin), require_clients(posterior).count, most, clients)
+
+
+def few_matrices(
+    d: int, count: int, most: int = _MOST_DIMENSIONS, clients: int = MOST_CLIENTS
+) -> bool:
+    """The same by numbers of dimensions and of clients."""
     return d <= most and count <= clients and count * d**2 <= _MOST_NUMBERS
 
 
@@ -76,6 +82,28 @@ def curvature_matrices(
     both = hoisted_jit(lambda points: lax.map(lambda x: (own(x), prior(x)), points))
     found = both(jnp.asarray(points, flat.dtype))
     return Curvatures(*(np.asarray(x, np.float64) for x in found))
+
+
+def prior_curvature(posterior: Posterior, origin: Any, form: str) -> Full | Diagonal:
+    """Minus the Hessian of the log prior, ``"full"`` or ``"diagonal"``, with an axis of one.
+
+    As a diagonal the sum of each row, which it is where the prior's numbers are independent.
+    """
+    flat, unravel = ravel_pytree(origin)
+    product = prior_only(posterior, hessian(posterior).product)
+    times = lambda v: product(origin, unravel(v))
+    if form == "diagonal":
+        rows = hoisted_jit(times)(jnp.ones_like(flat))
+        return Diagonal(jax.tree.map(lambda x: jnp.maximum(x, 0)[None], rows))
+    matrix = hoisted_jit(lambda basis: lax.map(lambda v: ravel_pytree(times(v))[0], basis))
+    return Full(matrix(jnp.eye(flat.size, dtype=flat.dtype))[None])
+
+
+def as_matrices(precision: Precision | None) -> Precision | None:
+    """What one client's precision of low rank is as a matrix; others as they are."""
+    if isinstance(precision, LowRank):
+        return Full(precision.matrix_of_all()[None])
+    return precision
 
 
 def total_curvature(posterior: Posterior, origin: Any) -> np.ndarray:

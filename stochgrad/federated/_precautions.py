@@ -1,8 +1,8 @@
 """What is done before a run with visits that are too long for the surrogates."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -11,12 +11,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from stochgrad.core import Kernel, Posterior, check_choice, tree_size
+from stochgrad.federated._choice import choose_surrogates, too_wide
 from stochgrad.federated._clients import require_clients
 from stochgrad.federated._curvature import hessian, precisions
-from stochgrad.federated._gaussians import Full, Surrogates
+from stochgrad.federated._gaussians import Full, Precision, Surrogates
 from stochgrad.federated._matrices import (
     MOST_CLIENTS,
-    MOST_EXACT_DIAGONALS,
     Curvatures,
     curvature_matrices,
     fits_matrices,
@@ -28,14 +28,9 @@ from stochgrad.federated._spread import (
     spread_of_draws,
     step_time,
 )
-from stochgrad.federated._stability import Margins, Stability, margins_about, safe_scale
+from stochgrad.federated._stability import Margins, Stability, margins_about, margins_of, safe_scale
 
 _MOST_DIMENSIONS = 1000
-_SPREAD = 1.1
-"""Error in standard deviations, as a factor, from which on visits are too long."""
-_ENOUGH = 1.05
-"""The same, up to which surrogates of first order are taken by default."""
-_RANKS = (4, 16)
 
 
 def visit_times(posterior: Posterior, kernel: Kernel) -> np.ndarray | None:
@@ -79,14 +74,19 @@ def enforce_stability(
         None if time is None else spread_of_draws(posterior, made, time, here, period)
     )
     margins = cache(lambda: margins_about(posterior, origin))
-    spread = spread_of(surrogates)
     few = clients.count <= MOST_CLIENTS
-    if choose and few and _needs_curvature(spread, time, clients.steps):
-        chosen, surrogates = with_curvature(posterior, surrogates, here, spread_of)
-        if surrogates.precision is not None:
-            scale = safe_scale(margins(), surrogates, times=times)
-            surrogates = surrogates.scaled(scale)
-            spread = spread_of(surrogates)
+    if choose and few:
+        chosen, surrogates, spread = choose_surrogates(
+            surrogates,
+            time,
+            clients.steps,
+            here is not None,
+            partial(_precision, posterior, origin, here),
+            spread_of,
+            lambda made: safe_scale(margins_of(margins(), made), clients.count, times=times),
+        )
+    else:
+        spread = spread_of(surrogates)
     if on_unsafe == "ignore":
         return surrogates, chosen
     messages = []
@@ -121,37 +121,10 @@ def _not_looked_at(count: int, on_unsafe: str) -> str:
     )
 
 
-def _needs_curvature(spread: Spread | None, time: float | None, steps: np.ndarray) -> bool:
-    if time is None:
-        return steps.max() > 1
-    return spread is not None and too_wide(spread, _ENOUGH)
-
-
-def with_curvature(
-    posterior: Posterior,
-    first: Surrogates,
-    here: Curvatures | None,
-    spread_of: Callable[[Surrogates], Spread | None],
-) -> tuple[str, Surrogates]:
-    """Surrogates of first order with the curvature of the clients: full, or of low rank.
-
-    Beyond 100 dimensions of the least rank by which the spread of draws is right; beyond 500, where
-    diagonals are not known well enough to tell, they stay as they are.
-    """
-    origin = first.origin
+def _precision(posterior, origin, here: Curvatures | None, form: str, rank: int) -> Precision:
     if here is not None:
-        dtype = ravel_pytree(origin)[0].dtype
-        return "global_quadratic", first._replace(precision=Full(jnp.asarray(here.own, dtype)))
-    if tree_size(origin) > MOST_EXACT_DIAGONALS:
-        return "global_first_order", first
-    best, kind = first, "global_first_order"
-    for rank in _RANKS:
-        at = precisions(posterior, hessian(posterior), lambda _: origin, "low_rank", rank)
-        best, kind = first._replace(precision=at), f"low rank {rank}"
-        spread = spread_of(best)
-        if spread is None or not too_wide(spread, _ENOUGH):
-            break
-    return kind, best
+        return Full(jnp.asarray(here.own, ravel_pytree(origin)[0].dtype))
+    return precisions(posterior, hessian(posterior), lambda _: origin, form, rank)
 
 
 def _drawn_back(
@@ -166,16 +139,11 @@ def _drawn_back(
         "a smaller step, or probabilities in proportion to the clients' rows."
     )
     if on_unsafe == "cap" and surrogates.precision is not None:
-        scale = safe_scale(margins, surrogates, times=times)
+        scale = safe_scale(margins_of(margins, surrogates), surrogates.count, times=times)
         shrunk = [f"{s} to {x:.2g}" for s, x in enumerate(scale) if x < 1]
         message = f"the curvature of clients {', '.join(shrunk)} of itself: {message}"
         surrogates = surrogates.scaled(scale)
     return surrogates, message
-
-
-def too_wide(spread: Spread, most: float = _SPREAD) -> bool:
-    """Whether the spread of draws is wrong, by default by more than a tenth."""
-    return not 1 / most <= spread.ratio <= most
 
 
 def describe_spread(spread: Spread, client: str, *, curved: bool = False) -> str:
@@ -247,15 +215,21 @@ def warn_of_unstable_visits(
     report = Stability(values[0, :, 0], values[:, :, 0].min(axis=0), values[0, :, -1])
     time = step_time(kernel)
     times = None if time is None else np.full(len(clients), time * local_steps)
+    message = describe_unstable(clients, report, times)
+    if message:
+        warnings.warn(message, StabilityWarning, stacklevel=3)
+
+
+def describe_unstable(clients: Sequence[str], report: Stability, times: Any) -> str:
+    """Which clients' visits run away, and what helps; empty if none do."""
     unsafe = report.unsafe(times=times)
-    if unsafe.any():
-        named = ", ".join(clients[int(s)] for s in np.flatnonzero(unsafe)[:5])
-        warnings.warn(
-            f"long local runs are unstable at {report.describe(times=times)}, which are {named}: "
-            "take fewer local_steps or a smaller step_size.",
-            StabilityWarning,
-            stacklevel=3,
-        )
+    if not unsafe.any():
+        return ""
+    named = ", ".join(clients[int(s)] for s in np.flatnonzero(unsafe)[:5])
+    return (
+        f"long local runs are unstable at {report.describe(times=times)}, which are {named}: "
+        "take fewer local_steps or a smaller step_size."
+    )
 
 
 def _row(tree: Any, s: int) -> Any:

@@ -112,12 +112,25 @@ def spread_of_draws(
     if here is None:
         flat = np.asarray(ravel_pytree(origin)[0])
         here = curvature_matrices(posterior, origin, flat[None]).at(0)
-    own, prior = here
     known = surrogate_matrices(surrogates.precision, surrogates.count, origin)
+    return matrix_spread(origin, here, known, clients.shares, p, times, period)
+
+
+def matrix_spread(
+    origin: Any,
+    here: Curvatures,
+    known: np.ndarray,
+    shares: np.ndarray,
+    p: np.ndarray,
+    times: np.ndarray,
+    period: int | None = None,
+) -> Spread | None:
+    """The worst direction by the curvatures at the origin and those of surrogates, as matrices."""
+    own, prior = here
     exact = prior + own.sum(axis=0)
     if not np.all(np.isfinite(own)) or np.linalg.eigvalsh(exact)[0] <= 0:
         return None
-    visits = prior + known.sum(axis=0) + (own - known) / clients.shares[:, None, None]
+    visits = prior + known.sum(axis=0) + (own - known) / shares[:, None, None]
     if period is None:
         covariance = stationary_covariance(visits, p, times)
     else:

@@ -128,17 +128,27 @@ def curvatures_about(posterior: Posterior, origin: Any) -> Curvatures:
 def _margins_by_matrices(posterior: Posterior, origin: Any, found: Curvatures) -> Margins:
     clients = require_clients(posterior)
     over = clients.shares[:, None, None]
-    bare = found.prior[:, None] + found.own / over
-    finite = np.asarray(np.isfinite(bare).all(axis=(2, 3), keepdims=True))
 
     def of(precision):
         known = surrogate_matrices(precision, clients.count, origin)
-        curvature = bare + known.sum(axis=0) - known / over
-        values = np.linalg.eigvalsh(np.where(finite, curvature, 0))
-        least = np.where(finite[..., 0], values[..., :1], np.inf)[1:, :, 0].min(axis=0)
-        return Stability(values[0, :, 0], np.minimum(least, values[0, :, 0]), values[0, :, -1])
+        return visit_margins(found, clients.shares, known.sum(axis=0) - known / over)
 
     return of
+
+
+def visit_margins(found: Curvatures, shares: np.ndarray, added: np.ndarray) -> Stability:
+    r"""The stability by curvatures at the origin, the first point, and away from it.
+
+    Args:
+        found: The curvatures.
+        shares: The clients' shares of steps.
+        added: What surrogates add to a visit, $\sum_t\Lambda_t - \Lambda_s/f_s$ (clients, d, d).
+    """
+    bare = found.prior[:, None] + found.own / shares[:, None, None]
+    finite = np.asarray(np.isfinite(bare).all(axis=(2, 3), keepdims=True))
+    values = np.linalg.eigvalsh(np.where(finite, bare + added, 0))
+    least = np.where(finite[..., 0], values[..., :1], np.inf)[1:, :, 0].min(axis=0)
+    return Stability(values[0, :, 0], np.minimum(least, values[0, :, 0]), values[0, :, -1])
 
 
 def _margins_by_products(posterior: Posterior, origin: Any) -> Margins:
@@ -196,18 +206,26 @@ def capped(posterior: Posterior, surrogates: Surrogates, *, far: bool = True) ->
     if surrogates.precision is None:
         return surrogates
     margins = margins_about(posterior, surrogates.origin)
-    return surrogates.scaled(safe_scale(margins, surrogates, far=far))
+    return surrogates.scaled(safe_scale(margins_of(margins, surrogates), surrogates.count, far=far))
+
+
+def margins_of(margins: Margins, surrogates: Surrogates) -> Callable[[np.ndarray], Stability]:
+    """The stability of surrogates by what their clients' curvatures are multiplied with."""
+    return lambda scale: margins(surrogates.scaled(scale).precision)
 
 
 def safe_scale(
-    margins: Margins, surrogates: Surrogates, *, far: bool = True, times: np.ndarray | None = None
+    margins: Callable[[np.ndarray], Stability],
+    count: int,
+    *,
+    far: bool = True,
+    times: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What to multiply each client's curvature with."""
-    scale = best = np.ones(surrogates.count)
+    """What to multiply each of ``count`` clients' curvatures with, by the stability of that."""
+    scale = best = np.ones(count)
     least = -np.inf
     for _ in range(_ROUNDS):
-        precision = surrogates.scaled(scale).precision
-        found = margins(precision)
+        found = margins(scale)
         worst = np.minimum(found.margin, found.far_margin) if far else found.margin
         worst = np.min(worst / np.abs(found.largest))
         if worst > least:

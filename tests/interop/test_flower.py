@@ -100,7 +100,7 @@ def test_nothing_but_states_surrogates_and_counts_crosses_the_wire():
     }
     words = {
         "down": {"form", "curvature", "prior", "chain", "version", "share", "steps", "thin"}
-        | {"centered", "strength", "seed", "kernel", "minibatches"},
+        | {"scale", "centered", "strength", "seed", "kernel", "minibatches"},
         "up": {"status", "name", "rows", "value", "minibatches"},
     }
     values = np.unique(np.concatenate(rows(SIZES)))

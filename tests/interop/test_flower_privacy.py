@@ -286,6 +286,19 @@ def test_curvature_is_sent_with_noise_and_costs(surrogate, tmp_path):
     np.testing.assert_allclose(spent, federated.epsilon_of(cost, 1e-5), rtol=1e-6)
 
 
+def test_a_client_that_counts_answers_no_look_at_its_curvature(tmp_path):
+    from stochgrad.interop.flower._network import Network, PolicyError
+    from stochgrad.interop.flower._wire import check_reply
+
+    over = flower.LoopbackGrid({1: (private_app(tmp_path), {"name": "one"})})
+    network = Network(over, ["one"], 5.0, 0.0)
+    network.barrier(starting=True)
+    for action in ("train.prior", "train.margin"):
+        read = lambda name, reply, action=action: check_reply(reply, action, 0)
+        with pytest.raises(PolicyError, match="wants: surrogate='global_first_order'"):
+            network.gather(["one"], action, lambda name: ({}, {}), read)
+
+
 def test_a_run_says_that_rows_are_clipped(tmp_path):
     """All of ten, under noise of a tenth of a row; nothing is said where none is."""
     app = private_app(tmp_path, norm=0.01, slope_noise=0.1, epsilon=1e4)
@@ -293,6 +306,8 @@ def test_a_run_says_that_rows_are_clipped(tmp_path):
         draws = run(app, jnp.zeros(2), **PRIVATE, num_visits=2)
     assert any("posterior of clipped rows" in reason for reason in draws.verdict.reasons)
     assert draws.attrs["count_privacy"] == ["one"]
+    assert draws.attrs["surrogate"] == "global_first_order"
+    assert "['one'] count privacy, and are not asked" in draws.attrs["surrogate_reason"]
     (tmp_path / "one.npz").unlink()
     app = private_app(tmp_path, norm=99.0, slope_noise=0.1, epsilon=1e6)
     draws = run(app, jnp.zeros(2), **PRIVATE, num_visits=2)

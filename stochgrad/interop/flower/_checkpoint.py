@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from stochgrad.core import CheckpointWarning, check_path, load_notes, load_tree, save_tree
+from stochgrad.interop.flower._choice import Choice
 from stochgrad.interop.flower._likelihoods import Likelihoods
 from stochgrad.interop.flower._network import Network
 from stochgrad.interop.flower._protocol import sum_shapes
@@ -30,6 +31,7 @@ def save_run(
     identity: dict,
     network: Network,
     likelihoods: Likelihoods,
+    choice: Choice,
     chains: list[Chain],
 ) -> None:
     """Write all that the run needs to go on; a full disk costs a warning, not the run."""
@@ -39,7 +41,9 @@ def save_run(
         "minibatches": [c.minibatches for c in chains],
         "rows": network.rows,
         "gone": network.gone,
-        "setup": likelihoods.setup_bytes,
+        "setup": likelihoods.setup_bytes.tolist(),
+        "scales": likelihoods.scales.tolist(),
+        "choice": choice._asdict(),
     }
     join = lambda *parts: np.concatenate(parts)
     tree = {
@@ -72,7 +76,8 @@ def load_run_notes(path: Path) -> dict[str, Any]:
             f"checkpoint={str(path)!r} is no file that a run of stochgrad.flower.federate wrote: "
             "name another one, or remove it."
         ) from error
-    if not isinstance(notes, dict) or not {"run", "clients", "minibatches", "rows"} <= set(notes):
+    needed = {"run", "clients", "minibatches", "rows", "choice"}
+    if not isinstance(notes, dict) or not needed <= set(notes):
         raise ValueError(
             f"checkpoint={str(path)!r} holds something other than a run of this version of "
             "stochgrad.flower.federate: name another file, or remove it."
@@ -107,7 +112,8 @@ def load_run(
         total=tree["total"],
         values=values,
         slopes=slopes,
-        setup_bytes=notes["setup"],
+        scales=np.array(notes["scales"]),
+        setup_bytes=np.array(notes["setup"]),
     )
     states = iter(tree["chains"])
     chains = []

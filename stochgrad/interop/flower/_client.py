@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from stochgrad.core import (
 )
 from stochgrad.federated import (
     Surrogates,
+    as_matrices,
     global_first_order,
     global_quadratic,
     likelihood_sum,
@@ -31,6 +32,13 @@ from stochgrad.federated import (
     with_conducive,
 )
 from stochgrad.gradients import control_variate, minibatch
+from stochgrad.interop.flower._client_look import (
+    HashableTree,
+    MarginRequest,
+    curvatures_at,
+    prior_answer,
+)
+from stochgrad.interop.flower._ledger import Item
 from stochgrad.interop.flower._privacy import (
     Declined,
     Guard,
@@ -39,8 +47,10 @@ from stochgrad.interop.flower._privacy import (
 )
 from stochgrad.interop.flower._protocol import (
     OTHER_KERNEL,
+    SETTINGS,
     MakeKernel,
     digest_of,
+    form_and_rank,
     kernel_settings,
     kernel_without_data,
     position_shapes,
@@ -168,6 +178,8 @@ def client_app(
 
     app.query("hello")(answering(lambda owner, content, context: owner.hello(context)))
     app.train("expand")(answering(lambda owner, content, context: owner.expand(content, context)))
+    app.train("prior")(answering(lambda owner, content, context: owner.of_prior(content)))
+    app.train("margin")(answering(lambda owner, content, context: owner.margin(content, context)))
     app.train("visit")(answering(lambda owner, content, context: owner.visit(content, context)))
     return app
 
@@ -205,6 +217,7 @@ class Owner:
         self.score = hoisted_jit(lambda position: score(jnp.int32(0), position))
         self.prior = hoisted_jit(prior_only(posterior, jax.value_and_grad(posterior.log_density)))
         self.programs = lru_cache(maxsize=4)(self._program)
+        self.curvatures = lru_cache(maxsize=1)(partial(curvatures_at, posterior, self._own))
 
     def hello(self, context: Context) -> RecordDict:
         name = str(context.node_config.get("name", context.node_config.get("partition-id", "")))
@@ -241,6 +254,30 @@ class Owner:
             value, trees["slope"] = jax.tree.map(jnp.add, (value, trees["slope"]), at)
         return pack(trees, {**told, "value": float(value)})
 
+    def of_prior(self, content: RecordDict) -> RecordDict:
+        """The prior's curvature at a position."""
+        self._check_look()
+        return prior_answer(self.posterior, content, self.position)
+
+    def margin(self, content: RecordDict, context: Context) -> RecordDict:
+        """How visits are drawn back, with so much of the curvature of all surrogates."""
+        self._check_look()
+        asked = MarginRequest(content, self.position)
+        if self.guard is not None:
+            numbers, arrays = (
+                tuple(asked.request.values()),
+                (asked.origin, asked.points, asked.total),
+            )
+            told = secret_digest(self.secret_at(context), "margin", numbers, arrays)
+            self.guard.charge(context, [Item("answer" + told.hex()[:32], 0.0)])
+        form, curvature = asked.request["form"], asked.request["curvature"]
+        at = HashableTree((asked.origin, asked.points))
+        return asked.answer(*self.curvatures(form, curvature, at))
+
+    def _check_look(self) -> None:
+        if self.guard is not None and self.guard.policy.counts:
+            raise Declined("surrogate='global_first_order'")
+
     def secret_at(self, context: Context) -> bytes:
         """The client's secret: given, or kept in its ledger or in Flower's state of the node."""
         if self.secret is not None:
@@ -275,7 +312,8 @@ class Owner:
             return Surrogates(position, slope, told.get("precision"))
         if form == "none":
             return global_first_order(self.posterior, position)
-        return global_quadratic(self.posterior, position, form=form, curvature=curvature)
+        kind, rank = form_and_rank(form)
+        return global_quadratic(self.posterior, position, form=kind, curvature=curvature, rank=rank)
 
     def visit(self, content: RecordDict, context: Context) -> RecordDict:
         """Take the steps of a chain, and send back where it is."""
@@ -290,7 +328,7 @@ class Owner:
         if prepared["kernel"] != self.kernel:
             return pack({}, {"status": OTHER_KERNEL})
         settings = visit_settings(prepared)
-        form, curvature, share, steps, thin, centered, strength, seed = settings
+        form, curvature, share, scale, steps, thin, centered, strength, seed = settings
         if self.guard is not None:
             self.guard.check_visit(steps, thin, centered)
             self.guard.check_form(form, curvature)
@@ -306,7 +344,8 @@ class Owner:
         key = jax.random.wrap_key_data(jnp.asarray(words), impl=IMPLEMENTATION)
         order = jax.random.fold_in(jax.random.key(seed, impl=IMPLEMENTATION), chain)
         arrays = (words, start, origin, total, before)
-        numbers = (*settings, chain, name)
+        told = zip(SETTINGS, settings, strict=True)
+        numbers = (*(x for of, x in told if of != "scale" or scale != 1), chain, name)
         if secret:
             numbers += () if self.guard is None else self.guard.mark
             key = secret_key(secret, "visit", numbers, arrays)
@@ -320,7 +359,7 @@ class Owner:
                 names = self.answer_names(context, origin, form, curvature)
                 items += self.guard.answer_items(names, form)
             self.guard.charge(context, items)
-        run = self.programs(settings, _hashable(origin), _hashable(total), secret)
+        run = self.programs(settings, HashableTree(origin), HashableTree(total), secret)
         start = jax.tree.map(jnp.asarray, start)
         state, draws, after = run(first, key, order, start, before)
         if not self.uses_last_gradient:
@@ -330,9 +369,9 @@ class Owner:
         return pack({"state": state, "draws": draws}, reply)
 
     def _program(
-        self, settings: tuple, origin: "_hashable", total: "_hashable", secret: bytes
+        self, settings: tuple, origin: HashableTree, total: HashableTree, secret: bytes
     ) -> Callable:
-        form, curvature, share, steps, thin, centered, strength, _ = settings
+        form, curvature, share, scale, steps, thin, centered, strength, _ = settings
         at, sums = jax.tree.map(jnp.asarray, (origin.tree, total.tree))
         target = set_share(self.posterior, share)
         counts = self.guard is not None and self.guard.policy.counts
@@ -341,6 +380,7 @@ class Owner:
             own = Surrogates(at, none["slope"], none["precision"])
         else:
             own = self._own(at, form, curvature, secret)
+            own = own._replace(precision=as_matrices(own.precision)).scaled([scale])
         own_and_others = jax.tree.map(
             lambda mine, total: jnp.concatenate([mine, total[None] - mine]),
             {"slope": own.slope, "precision": own.precision},
@@ -351,18 +391,3 @@ class Owner:
         gradient = control_variate(target, at) if centered else plain(target)
         gradient = with_conducive(gradient, surrogates, np.array([share, 1.0]), strength)
         return visit_program(self.make_kernel(gradient), target, steps, thin)
-
-
-class _hashable:
-    """A tree of arrays that is equal to another by its values."""
-
-    def __init__(self, tree: PyTree):
-        self.tree = tree
-        leaves, structure = jax.tree.flatten(tree)
-        self._key = (structure, tuple((x.shape, str(x.dtype), x.tobytes()) for x in leaves))
-
-    def __hash__(self):
-        return hash(self._key)
-
-    def __eq__(self, other):
-        return isinstance(other, _hashable) and self._key == other._key

@@ -26,21 +26,31 @@ class Likelihoods(NamedTuple):
         total: Slopes, and precisions, summed over clients.
         values: The value of each client.
         slopes: The slope of each client, along a leading axis.
-        setup_bytes: Bytes that the clients sent for it.
+        scales: What each client's curvature is multiplied with.
+        setup_bytes: Bytes that the clients sent for it, and that they were sent.
     """
 
     reference: Position
     total: PyTree
     values: np.ndarray
     slopes: PyTree
-    setup_bytes: int
+    scales: np.ndarray
+    setup_bytes: np.ndarray
 
 
 def measure_likelihoods(
     network: Network, init: Position, like: PyTree, settings: dict[str, Any], max_rounds: int
 ) -> Likelihoods:
     """Find the reference, and each client's log likelihood there."""
-    curvature = settings["curvature"]
+    reference, told = search_reference(network, init, like, settings["curvature"], max_rounds)
+    answers = expand_at(network, reference, like, settings["form"], settings["curvature"], told)
+    return likelihoods_of(network, reference, answers)
+
+
+def search_reference(
+    network: Network, init: Position, like: PyTree, curvature: str, max_rounds: int
+) -> tuple[Position, dict[str, list[Answer]]]:
+    """The mode, in rounds over all clients, and what they answered on the way to it."""
     told: dict[str, list[Answer]] = {name: [] for name in network.clients}
 
     def listen(position, answers):
@@ -56,19 +66,41 @@ def measure_likelihoods(
         slopes = [tree["slope"] for _, tree in answers.values()]
         return value, jax.tree.map(lambda *x: np.sum(x, axis=0), *slopes)
 
-    reference, search_bytes = jax.tree.map(np.asarray, init), 0
+    reference = jax.tree.map(np.asarray, init)
     if max_rounds:
         mode = maximize_over_clients(score, init, len(network.clients), max_rounds, 1e-3)
-        reference, search_bytes = jax.tree.map(np.asarray, mode.position), mode.bytes_up
+        reference = jax.tree.map(np.asarray, mode.position)
     _check_slopes(told)
-    answers = network.ask(reference, like, settings["form"], curvature)
+    return reference, told
+
+
+def expand_at(
+    network: Network,
+    reference: Position,
+    like: PyTree,
+    form: str,
+    curvature: str,
+    told: dict[str, list[Answer]],
+) -> dict[str, tuple[float, PyTree]]:
+    """Each client's value, slope and curvature at the reference."""
+    answers = network.ask(reference, like, form, curvature)
     _check_repeated(reference, answers, told)
+    return answers
+
+
+def likelihoods_of(
+    network: Network, reference: Position, answers: dict[str, tuple[float, PyTree]]
+) -> Likelihoods:
+    """The likelihoods by the clients' answers at the reference."""
     trees = [tree for _, tree in answers.values()]
-    total = jax.tree.map(lambda *x: np.sum(x, axis=0), *trees)
-    setup_bytes = search_bytes + sum(x.nbytes for x in jax.tree.leaves(trees))
     values, slopes = _values_and_slopes(answers)
     return Likelihoods(
-        reference=reference, total=total, values=values, slopes=slopes, setup_bytes=setup_bytes
+        reference=reference,
+        total=jax.tree.map(lambda *x: np.sum(x, axis=0), *trees),
+        values=values,
+        slopes=slopes,
+        scales=np.ones(len(answers)),
+        setup_bytes=network.sent.copy(),
     )
 
 
@@ -79,19 +111,16 @@ def warn_of_runaways(
     settings: dict[str, Any],
     shares: np.ndarray,
     kernel: Kernel,
-) -> int:
+) -> None:
     """Warn where visits run away, by each client's Hessian at the reference and at two points.
 
     For surrogates with full matrices, up to a hundred dimensions: the points are at three and ten
     times the distance of the rim of where draws are.
-
-    Returns:
-        Bytes that the clients sent for it.
     """
     flat, unravel = ravel_pytree(jax.tree.map(jnp.asarray, found.reference))
     full = settings["form"] == "full" and flat.size <= _MOST_DIMENSIONS
     if not full or settings["steps"] == 1 or len(network.clients) == 1:
-        return 0
+        return
     total = np.asarray(found.total["precision"].matrices, np.float64)
     points = [flat, *(jnp.asarray(x, flat.dtype) for x in rim(np.asarray(flat), total)[4::4])]
 
@@ -104,7 +133,6 @@ def warn_of_runaways(
     fisher = settings["curvature"] == "fisher"
     precision = measured(points[0], "fisher").astype(np.float64) if fisher else own[0]
     warn_of_unstable_visits(network.clients, own, precision, shares, kernel, settings["steps"])
-    return flat.dtype.itemsize * (own.size + fisher * precision.size)
 
 
 def _check_slopes(told: dict[str, list[Answer]]) -> None:

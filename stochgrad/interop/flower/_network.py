@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from jaxtyping import PyTree
 
-from stochgrad.interop.flower._protocol import sum_shapes
+from stochgrad.interop.flower._protocol import answer_shapes
 from stochgrad.interop.flower._wire import (
     Lost,
     Refusal,
@@ -23,6 +24,10 @@ from stochgrad.interop.flower._wire import (
 )
 
 log = logging.getLogger("stochgrad.flower")
+
+
+class PolicyError(ValueError):
+    """A client's privacy policy does not allow what a run needs."""
 
 
 class Network:
@@ -38,6 +43,7 @@ class Network:
         clipped: How many rows of these are clipped where they were asked last, and the standard
             deviation of the noise on it.
         second_nodes: Nodes that were not taken in, as another had their client's name.
+        sent: Bytes of arrays that clients sent and were sent in answers to questions.
     """
 
     def __init__(self, grid: Grid, clients: list[str], timeout: float, poll: float):
@@ -52,6 +58,7 @@ class Network:
         self.private: set[str] = set()
         self.clipped: dict[str, tuple[float, float]] = {}
         self.second_nodes: set[tuple[str, int]] = set()
+        self.sent = np.zeros(2, np.int64)
 
     def refresh_nodes(self, *, starting: bool = False) -> None:
         """Ask nodes that were not there before for their names; forget those that are gone.
@@ -158,34 +165,62 @@ class Network:
         of: list[str] | None = None,
     ) -> dict[str, tuple[float, PyTree]]:
         """The log likelihood at a position of all clients that are not gone, asked up to thrice."""
-        total = sum_shapes(like, form)
-        shapes = {"slope": total["slope"], "precision": _with_axis(total["precision"])}
-        answers: dict[str, tuple[float, PyTree]] = {}
+        shapes = answer_shapes(like, form)
+
+        def request(name):
+            settings = {"form": form, "curvature": curvature, "prior": name == prior_of}
+            return {"position": position}, settings
+
+        def read(name, reply):
+            content = check_reply(reply, "train.expand", tree_limit(shapes))
+            value = metadata(content, value=float)["value"]
+            if not np.isfinite(value):
+                raise Refused(f"its log likelihood is {value}")
+            tree = {"slope": unpack(content, "slope", shapes["slope"]), "precision": None}
+            if form != "none":
+                whole = unpack(content, "precision", shapes["precision"])
+                tree["precision"] = jax.tree.map(lambda x: x[0], whole)
+            if name in self.private:
+                both = metadata(content, clipped=float, clipped_noise=float)
+                self.clipped[name] = (both["clipped"], both["clipped_noise"])
+            return value, tree
+
         asked = [c for c in (self.clients if of is None else of) if c not in self.gone]
+        return self.gather(asked, "train.expand", request, read)
+
+    def gather(
+        self,
+        asked: Sequence[str],
+        action: str,
+        request: Callable[[str], tuple[dict, dict]],
+        read: Callable[[str, Message | None], Any],
+    ) -> dict[str, Any]:
+        """The answer of each client to a question, which is asked up to thrice.
+
+        Args:
+            asked: The clients.
+            action: The type of the message.
+            request: ``name -> (trees, settings)`` of the message.
+            read: ``(name, reply) -> answer``, or raises ``Refused``.
+
+        Raises:
+            PolicyError: a client declines.
+            TimeoutError: one does not answer.
+        """
+        answers: dict[str, Any] = {}
         for _ in range(3):
-            requests = {}
+            requests, down = {}, {}
             for name in [c for c in asked if c not in answers]:
-                settings: dict[str, Any] = {"form": form, "curvature": curvature}
-                settings["prior"] = name == prior_of
-                node, trees = self.nodes[name], {"position": position}
-                requests[self.message(node, "train.expand", trees, settings)] = name
-            for request, reply in self.exchange(list(requests)):
-                name = requests[request]
+                trees, settings = request(name)
+                requests[self.message(self.nodes[name], action, trees, settings)] = name
+                down[name] = _array_bytes(trees)
+            for message, reply in self.exchange(list(requests)):
+                name = requests[message]
                 try:
-                    content = check_reply(reply, "train.expand", tree_limit(shapes))
-                    value = metadata(content, value=float)["value"]
-                    if not np.isfinite(value):
-                        raise Refused(f"its log likelihood is {value}")
-                    tree = {"slope": unpack(content, "slope", shapes["slope"]), "precision": None}
-                    if form != "none":
-                        whole = unpack(content, "precision", shapes["precision"])
-                        tree["precision"] = jax.tree.map(lambda x: x[0], whole)
-                    answers[name] = (value, tree)
-                    if name in self.private:
-                        both = metadata(content, clipped=float, clipped_noise=float)
-                        self.clipped[name] = (both["clipped"], both["clipped_noise"])
+                    answers[name] = read(name, reply)
+                    self.sent += (_array_bytes(answers[name]), down[name])
                 except Refusal as reason:
-                    raise ValueError(declined(name, reason)) from reason
+                    raise PolicyError(declined(name, reason)) from reason
                 except Refused as reason:
                     log.warning("client %s is asked again: %s", name, reason)
                     self.refusals[name] += not isinstance(reason, Lost)
@@ -223,5 +258,5 @@ def declined(name: str, reason: Refusal) -> str:
     )
 
 
-def _with_axis(precision: PyTree) -> PyTree:
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype), precision)
+def _array_bytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))

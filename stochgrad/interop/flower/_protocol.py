@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
 from stochgrad.core import Gradient, Kernel, Posterior, describe, first_line
-from stochgrad.federated import Diagonal, Full
+from stochgrad.federated import Diagonal, Full, LowRank
 
 MakeKernel = Callable[[Gradient], Kernel]
 
@@ -19,6 +20,7 @@ SETTINGS = {
     "form": str,
     "curvature": str,
     "share": float,
+    "scale": float,
     "steps": int,
     "thin": int,
     "centered": bool,
@@ -87,10 +89,36 @@ def visit_settings(prepared: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def sum_shapes(position: PyTree, form: str) -> dict[str, Any]:
     """Shapes of the sums over all clients."""
-    size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(position))
-    matrix: Any = jax.ShapeDtypeStruct((size, size), np.float32)
+    (size,), dtype = flat_shape(position)
+    matrix: Any = jax.ShapeDtypeStruct((size, size), dtype)
     precision = {"none": None, "diagonal": Diagonal(position), "full": Full(matrix)}
-    return {"slope": position, "precision": precision[form]}
+    kind, _ = form_and_rank(form)
+    return {"slope": position, "precision": precision["full" if kind == "low_rank" else kind]}
+
+
+def answer_shapes(position: PyTree, form: str) -> dict[str, Any]:
+    """Shapes of one client's slope and curvature; the latter with a leading axis of one."""
+    kind, rank = form_and_rank(form)
+    if kind != "low_rank":
+        told = sum_shapes(position, form)
+        whole = lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
+        return {**told, "precision": jax.tree.map(whole, told["precision"])}
+    (size,), dtype = flat_shape(position)
+    numbers: Any = lambda *shape: jax.ShapeDtypeStruct((1, *shape), dtype)
+    low = LowRank(numbers(rank, size), numbers(rank), numbers(size))
+    return {"slope": position, "precision": low}
+
+
+def flat_shape(position: PyTree) -> tuple[tuple[int, ...], Any]:
+    """Shape and type of a raveled position."""
+    flat = jax.eval_shape(lambda tree: ravel_pytree(tree)[0], position)
+    return flat.shape, flat.dtype
+
+
+def form_and_rank(form: str) -> tuple[str, int]:
+    """A form of curvature as messages name it, ``"low_rank 4"`` with its rank."""
+    kind, _, rank = form.partition(" ")
+    return kind, int(rank or 1)
 
 
 def digest_of(value: Any) -> str:

@@ -1,5 +1,6 @@
 """A Flower server: holds chains and sums over clients, sends chains from client to client."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +33,14 @@ from stochgrad.core import (
     describe,
     first_line,
 )
-from stochgrad.federated import warn_of_own_effects
+from stochgrad.federated import StabilityWarning, warn_of_own_effects
 from stochgrad.interop.flower._checkpoint import (
     check_checkpoint_path,
     load_run,
     load_run_notes,
     save_run,
 )
+from stochgrad.interop.flower._choice import Choice, measure_and_choose
 from stochgrad.interop.flower._faults import with_fault_notes
 from stochgrad.interop.flower._likelihoods import (
     measure_again,
@@ -62,7 +64,12 @@ from stochgrad.interop.flower._protocol import (
 )
 from stochgrad.interop.flower._visits import Chain, Limits, Visits
 
-FORMS = {"global_first_order": "none", "global_diagonal": "diagonal", "global_quadratic": "full"}
+FORMS = {
+    "auto": "auto",
+    "global_first_order": "none",
+    "global_diagonal": "diagonal",
+    "global_quadratic": "full",
+}
 
 
 @key_first
@@ -78,7 +85,7 @@ def federate(
     local_steps: int,
     thin: int = 1,
     probabilities: Sequence[float] | None = None,
-    surrogate: str = "global_first_order",
+    surrogate: str = "auto",
     curvature: str = "hessian",
     strength: float = 1.0,
     control_variate: bool = True,
@@ -112,8 +119,9 @@ def federate(
     likelihood, states farther away than a visit leads, more rows than are allowed. A client that
     lies as if it had other data cannot be told from one that has them.
 
-    With surrogates of first order, visits that are too long for what some clients alone inform are
-    warned of (``stochgrad.federated.StabilityWarning``), from slopes and numbers of rows; with
+    With ``surrogate="auto"`` visits that are still too long, or run away, are warned of
+    (``stochgrad.federated.StabilityWarning``) before the run. With ``"global_first_order"`` those
+    that are too long for what some clients alone inform, from slopes and numbers of rows; with
     ``"global_quadratic"``, in up to a hundred dimensions, visits that run away, from the clients'
     Hessians at the reference and at two points far from it.
 
@@ -128,7 +136,12 @@ def federate(
         local_steps: Steps of a visit; many, where a message takes seconds.
         thin: Steps per draw; a divisor of ``local_steps``.
         probabilities: As in ``stochgrad.federated.visiting``, in the order of ``clients``.
-        surrogate: ``"global_first_order"``, ``"global_diagonal"`` or ``"global_quadratic"`` (full).
+        surrogate: ``"auto"``, which chooses as ``stochgrad.federated.sample`` does, by curvatures
+            that clients tell: of first order where standard deviations come out right, else
+            with their Hessians, in full up to 100 dimensions and of low rank up to 500. Of first
+            order, unseen, where clients count privacy or are more than a thousand, and with a
+            warning where one declines. Or ``"global_first_order"``, ``"global_diagonal"`` or
+            ``"global_quadratic"`` (full).
         curvature: ``"hessian"`` or ``"fisher"``, for the last two.
         strength: $\alpha$.
         control_variate: Whether clients center their minibatch gradients.
@@ -155,8 +168,11 @@ def federate(
 
     Returns:
         Draws, with the ``client``, the number of ``visits`` and the ``bytes_up`` and ``bytes_down``
-        of states and draws in ``stats``. ``attrs`` have the ``realized_shares`` of visits, and by
-        client how many visits were lost (``lost_visits_of``) and replies refused (``refusals_of``),
+        of states and draws in ``stats``. ``attrs`` have ``setup_bytes_up`` and
+        ``setup_bytes_down`` of the preparations, the kind of ``surrogate`` that was taken and, if
+        curvatures were not looked at for it, the ``surrogate_reason``; the ``realized_shares`` of
+        visits, and by client how many visits were lost (``lost_visits_of``) and replies refused
+        (``refusals_of``),
         who left (``left_and_waited_for``), of whom there were two nodes (``second_nodes_of``) and
         who is ``gone``; who ``count_privacy``, and how many of their rows are clipped at the
         reference, under noise (``clipped_rows_of``). Refusals and what bears on the draws are in
@@ -186,6 +202,11 @@ def federate(
     shares = None if probabilities is None else _probabilities(probabilities, len(clients))
     check_choice("surrogate", surrogate, FORMS)
     check_choice("curvature", curvature, ("hessian", "fisher"))
+    if surrogate == "auto" and curvature != "hessian":
+        raise ValueError(
+            f"curvature must be 'hessian' with surrogate='auto', got {curvature!r}: give "
+            "surrogate='global_quadratic' or 'global_diagonal' with it."
+        )
     strength = check_number("strength", strength, zero=True)
     control_variate = check_flag("control_variate", control_variate)
     max_rounds = check_count("max_rounds", max_rounds, least=0)
@@ -217,41 +238,61 @@ def federate(
     }
     identity = _identity(settings, example, position, clients, num_chains, shares)
     network = Network(grid, clients, timeout, poll)
+    choice = Choice("none" if surrogate == "auto" else FORMS[surrogate], surrogate)
     if path is not None and path.exists():
         name, notes = f"checkpoint={str(path)!r}", load_run_notes(path)
         check_same_run(name, notes["run"], identity, resume)
         network.rows, network.gone = dict(notes["rows"]), dict(notes.get("gone", {}))
+        choice = Choice(**notes["choice"])
+        settings["form"] = choice.form
         network.barrier(starting=True)
         check_private(network.private, settings, max_rounds)
-        form, per_visit = settings["form"], local_steps // thin
-        likelihoods, chains = load_run(path, notes, position, state, form, per_visit)
+        likelihoods, chains = load_run(
+            path, notes, position, state, choice.form, local_steps // thin
+        )
         likelihoods = measure_again(name, network, position, likelihoods, curvature)
+        chosen = _shares(network, shares)
     else:
         network.barrier(starting=True)
         check_rows(network.rows, row_limits)
+        settings["form"] = choice.form
         check_private(network.private, settings, max_rounds)
-        likelihoods = measure_likelihoods(network, init, position, settings, max_rounds)
+        chosen = _shares(network, shares)
+        if surrogate == "auto":
+            likelihoods, choice = measure_and_choose(
+                network, init, position, max_rounds, chosen, example, local_steps
+            )
+            settings["form"] = choice.form
+        else:
+            likelihoods = measure_likelihoods(network, init, position, settings, max_rounds)
         chains = [Chain(None, [], [], [0] * len(clients)) for _ in range(num_chains)]
     save = None
     if path is not None:
-        save = lambda chains: save_run(path, identity, network, likelihoods, chains)
+        save = lambda chains: save_run(path, identity, network, likelihoods, choice, chains)
         if not path.exists():
             save(chains)
-    rows = np.array([network.rows[c] for c in clients])
-    by_rows, shares = shares is None, rows / rows.sum() if shares is None else shares
+    by_rows, shares = shares is None, chosen
     told = [rows_reason(clients, shares, num_visits * num_chains)] if by_rows else []
-    if settings["form"] == "none" and not network.private:
+    told += [f"Of the surrogates: {choice.reason}"] if choice.declined else []
+    for message in choice.warnings:
+        warnings.warn(message, StabilityWarning, stacklevel=2)
+    if choice.form == "none" and not choice.looked and not network.private:
         slopes = likelihoods.slopes
+        rows = np.array([network.rows[c] for c in clients])
         warn_of_own_effects(clients, slopes, shares, rows, example, local_steps)
-    sent = likelihoods.setup_bytes
-    if not network.gone and not network.private:
-        sent += warn_of_runaways(network, position, likelihoods, settings, shares, example)
+    sent = likelihoods.setup_bytes - network.sent
+    if not network.gone and not network.private and not choice.looked:
+        warn_of_runaways(network, position, likelihoods, settings, shares, example)
+    sent += network.sent
     limits = Limits(most_failures, deadline, most_refusals, on_absent)
     precision = likelihoods.total["precision"]
     reach = reach_of_visits(likelihoods.reference, precision, example, local_steps, most_move)
     visits = Visits(network, settings, likelihoods, shares, position, state, limits, reach, save)
     chains = visits.run(chains, jax.random.fold_in(key, 2), num_visits)
     draws = visits.as_draws(chains, num_visits, sent)
+    kind = {"surrogate": choice.surrogate}
+    kind |= {"surrogate_reason": choice.reason} if choice.reason else {}
+    draws = replace(draws, attrs={**draws.attrs, **kind})
     told = [reason for reason in [*told, clipped_reason(network)] if reason is not None]
     if network.private:
         words = [f"{c}: {n:.0f} +- {sd:.0f}" for c, (n, sd) in sorted(network.clipped.items())]
@@ -324,6 +365,12 @@ def _identity(
         "num_chains": num_chains,
         "probabilities": None if probabilities is None else probabilities.tolist(),
     }
+
+
+def _shares(network: Network, probabilities: np.ndarray | None) -> np.ndarray:
+    """The clients' shares of visits: as given, or by their rows."""
+    rows = np.array([network.rows[c] for c in network.clients])
+    return rows / rows.sum() if probabilities is None else probabilities
 
 
 def _names(clients: Any) -> list[str]:

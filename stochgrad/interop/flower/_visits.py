@@ -102,6 +102,7 @@ class Visits:
     ):
         self.network, self.settings, self.assumed = network, settings, shares
         self.sums = {"origin": likelihoods.reference, "total": likelihoods.total}
+        self.scales = likelihoods.scales
         self.gone = network.gone
         self.set_shares()
         draws = settings["steps"] // settings["thin"]
@@ -123,7 +124,9 @@ class Visits:
         if not self.shares.any():
             raise RuntimeError(f"no client is left: {self.describe_gone()}.")
         self.shares = self.shares / self.shares.sum()
-        arrays = [x.tobytes() for x in jax.tree.leaves((*self.sums.values(), self.shares))]
+        arrays = [
+            x.tobytes() for x in jax.tree.leaves((*self.sums.values(), self.shares, self.scales))
+        ]
         self.version = int(digest_of((repr(self.settings), arrays))[:7], 16)
         self.prepared: set[int] = set()
 
@@ -255,7 +258,8 @@ class Visits:
         values["minibatches"] = chain.minibatches[client]
         if node not in self.prepared:
             trees |= self.sums
-            values |= {**self.settings, "share": float(self.shares[client])}
+            own = {"share": float(self.shares[client]), "scale": float(self.scales[client])}
+            values |= {**self.settings, **own}
             self.prepared.add(node)
         return self.network.message(node, "train.visit", trees, values)
 
@@ -313,7 +317,7 @@ class Visits:
         second = sorted({name for name, _ in network.second_nodes})
         return Faults(self.lost, network.refusals, sorted(network.left), second, self.gone)
 
-    def as_draws(self, chains: list[Chain], num_visits: int, setup_bytes: int) -> Draws:
+    def as_draws(self, chains: list[Chain], num_visits: int, setup_bytes: np.ndarray) -> Draws:
         """The draws of the first visits of all chains."""
         per_visit = self.settings["steps"] // self.settings["thin"]
         size = num_visits * per_visit
@@ -322,9 +326,9 @@ class Visits:
         clients = np.array([c.clients[:num_visits] for c in chains], np.int32)
         client = np.repeat(clients, per_visit, axis=1)
         visits = np.broadcast_to(np.repeat(np.arange(1, num_visits + 1), per_visit), client.shape)
-        state, draws = (
+        state, draws, sums = (
             sum(shape_bytes(leaf) for leaf in jax.tree.leaves(tree))
-            for tree in (self.state, self.draws)
+            for tree in (self.state, self.draws, self.sums)
         )
         stats = {
             "client": client,
@@ -335,7 +339,8 @@ class Visits:
         attrs = {
             "method": "FSGLD",
             **self.settings,
-            "setup_bytes_up": setup_bytes,
+            "setup_bytes_up": int(setup_bytes[0]),
+            "setup_bytes_down": int(setup_bytes[1]) + len(self.shares) * sums,
         }
         bad = np.full(len(chains), -1, np.int32)
         return Draws(positions, stats, np.ones(client.shape, bool), bad, attrs=attrs)

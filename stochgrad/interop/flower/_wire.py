@@ -17,6 +17,8 @@ DECLINED = "policy: "
 TREES = {
     "query.hello": (),
     "train.expand": ("slope", "precision"),
+    "train.prior": ("precision",),
+    "train.margin": (),
     "train.visit": ("state", "draws"),
 }
 """The trees of arrays that a reply may hold."""
