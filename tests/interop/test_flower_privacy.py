@@ -172,10 +172,10 @@ PRIVATE = {"max_rounds": 0, "control_variate": False}
 COST = federated.langevin_cost(H, 2.0, 3.0, "replace")
 
 
-def private_app(tmp_path, data=None, **changes):
+def private_app(tmp_path, data=None, secret=None, **changes):
     data = rows((10,))[0] if data is None else data
     policy = counted(tmp_path, **changes)
-    return owner(data, log_likelihood, jnp.zeros(2), batch_size=5, privacy=policy)
+    return owner(data, log_likelihood, jnp.zeros(2), batch_size=5, privacy=policy, secret=secret)
 
 
 def test_a_budget_is_counted_by_minibatch_and_spent_for_good(tmp_path):
@@ -278,7 +278,7 @@ def test_a_run_that_counting_clients_would_decline_is_refused_before_it_starts(t
 
 @pytest.mark.parametrize("surrogate", ["global_diagonal", "global_quadratic"])
 def test_curvature_is_sent_with_noise_and_costs(surrogate, tmp_path):
-    app = private_app(tmp_path, curvature_noise=20.0)
+    app = private_app(tmp_path, secret=SECRET, curvature_noise=20.0)
     options = {**PRIVATE, "surrogate": surrogate, "curvature": "fisher", "num_visits": 1}
     run(app, jnp.zeros(2), **options, most_move=1e6)
     cost = 5 * COST + 2 / 50**2 + 1 / 20**2
@@ -301,7 +301,7 @@ def test_a_client_that_counts_answers_no_look_at_its_curvature(tmp_path):
 
 def test_a_run_says_that_rows_are_clipped(tmp_path):
     """All of ten, under noise of a tenth of a row; nothing is said where none is."""
-    app = private_app(tmp_path, norm=0.01, slope_noise=0.1, epsilon=1e4)
+    app = private_app(tmp_path, secret=SECRET, norm=0.01, slope_noise=0.1, epsilon=1e4)
     with pytest.warns(flower.FederationWarning, match=r"clipped at the reference \(10 \+- 0 of 10"):
         draws = run(app, jnp.zeros(2), **PRIVATE, num_visits=2)
     assert any("posterior of clipped rows" in reason for reason in draws.verdict.reasons)
@@ -309,7 +309,7 @@ def test_a_run_says_that_rows_are_clipped(tmp_path):
     assert draws.attrs["surrogate"] == "global_first_order"
     assert "['one'] count privacy, and are not asked" in draws.attrs["surrogate_reason"]
     (tmp_path / "one.npz").unlink()
-    app = private_app(tmp_path, norm=99.0, slope_noise=0.1, epsilon=1e6)
+    app = private_app(tmp_path, secret=SECRET, norm=99.0, slope_noise=0.1, epsilon=1e6)
     draws = run(app, jnp.zeros(2), **PRIVATE, num_visits=2)
     assert not any("clipped" in note for note in draws.notes)
 
