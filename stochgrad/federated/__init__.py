@@ -25,6 +25,7 @@ from stochgrad.federated._clipping import clipped_share as clipped_share
 from stochgrad.federated._clipping import noisy_fisher as noisy_fisher
 from stochgrad.federated._clipping import noisy_slope as noisy_slope
 from stochgrad.federated._clipping import private_surrogates as private_surrogates
+from stochgrad.federated._conducive import add_conducive as add_conducive
 from stochgrad.federated._conducive import conducive as conducive
 from stochgrad.federated._conducive import with_conducive as with_conducive
 from stochgrad.federated._conducive_svrg import conducive_svrg as conducive_svrg
@@ -35,6 +36,7 @@ from stochgrad.federated._gaussians import Full as Full
 from stochgrad.federated._gaussians import LowRank as LowRank
 from stochgrad.federated._gaussians import Precision as Precision
 from stochgrad.federated._gaussians import Surrogates as Surrogates
+from stochgrad.federated._gaussians import conducive_parameters as conducive_parameters
 from stochgrad.federated._layout import concatenate_clients as concatenate_clients
 from stochgrad.federated._matrices import MOST_CLIENTS as MOST_CLIENTS
 from stochgrad.federated._matrices import MOST_EXACT_DIAGONALS as MOST_EXACT_DIAGONALS

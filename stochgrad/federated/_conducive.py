@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochgrad.core import Gradient, Target, check_instance, check_number, check_position, describe
+from stochgrad.core import (
+    Gradient,
+    Position,
+    Target,
+    check_instance,
+    check_number,
+    check_position,
+    describe,
+)
 from stochgrad.federated._clients import current_visit, require_clients
 from stochgrad.federated._gaussians import (
     Diagonal,
@@ -66,6 +74,21 @@ def with_conducive(
     """
     slope, precision = conducive_parameters(surrogates, shares)
     origin = jax.tree.map(jnp.asarray, surrogates.origin)
+    return add_conducive(inner, origin, slope, precision, strength)
+
+
+def add_conducive(
+    inner: Gradient, origin: Position, slope: Position, precision: Any, strength: float
+) -> Gradient:
+    """A gradient and the conducive gradient by its parameters, which may be traced.
+
+    Args:
+        inner: The gradient.
+        origin: Where the slopes were taken.
+        slope: Slopes of the conducive gradient there, with a leading axis of clients.
+        precision: The precisions that go with them, or None.
+        strength: What the conducive gradient is multiplied with.
+    """
     shapes = jax.tree.map(jnp.shape, origin)
 
     def init(key, position):

@@ -279,7 +279,7 @@ def visits_of(over_secret, **changes):
 @pytest.mark.slow
 def test_the_server_cannot_compute_a_visit_that_a_secret_is_in():
     """With the key it sent it could otherwise, and subtract the noise from what comes back."""
-    from stochgrad.interop.flower._client import Owner
+    from stochgrad.interop.flower._owner import Owner
     from stochgrad.interop.flower._wire import unpack
 
     posterior = federated.posterior(log_prior, log_likelihood, [rows(SIZES)[1]], batch_size=5)
@@ -301,7 +301,7 @@ def test_the_server_cannot_compute_a_visit_that_a_secret_is_in():
 
 def test_one_key_for_two_states_does_not_give_the_same_noise():
     """A server that sent one key twice could subtract the noise, and would have gradients."""
-    from stochgrad.interop.flower._client import secret_key
+    from stochgrad.interop.flower._secret import secret_key
 
     words = np.array([1, 2], np.uint32)
     data = lambda state, *numbers: np.asarray(
@@ -317,7 +317,7 @@ def test_a_node_keeps_its_secret_and_other_nodes_have_others():
     """In the state that Flower keeps at the node: a new process for each message has it too."""
     from flwr.app import Context, RecordDict
 
-    from stochgrad.interop.flower._client import secret_of
+    from stochgrad.interop.flower._secret import secret_of
 
     one, other = (Context(1, n, {}, RecordDict(), {}) for n in (1, 2))
     assert secret_of(one) == secret_of(one)

@@ -248,7 +248,7 @@ def test_a_server_that_asks_for_one_minibatch_again_and_again_pays_for_it(tmp_pa
 
 def test_one_noise_is_never_of_two_laws_or_two_data(tmp_path):
     """The difference of two answers under one noise would be exact."""
-    from stochgrad.interop.flower._client import Owner
+    from stochgrad.interop.flower._owner import Owner
 
     def slope(data, **changes):
         of = federated.posterior(log_prior, log_likelihood, [data], batch_size=5)
@@ -462,7 +462,7 @@ def test_a_policy_that_cannot_be_is_refused_by_name(change, message, tmp_path):
 
 def test_minibatches_that_are_too_small_are_refused_at_the_client(tmp_path):
     """The last one of ten rows by four has two."""
-    from stochgrad.interop.flower._client import Owner
+    from stochgrad.interop.flower._owner import Owner
 
     of = federated.posterior(log_prior, log_likelihood, [rows((10,))[0]], batch_size=4)
     with pytest.raises(ValueError, match="a minibatch has 2 rows where least_batch=3"):

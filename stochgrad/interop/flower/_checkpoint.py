@@ -13,6 +13,7 @@ from stochgrad.interop.flower._choice import Choice
 from stochgrad.interop.flower._likelihoods import Likelihoods
 from stochgrad.interop.flower._network import Network
 from stochgrad.interop.flower._protocol import sum_shapes
+from stochgrad.interop.flower._renewal import Anchors, anchor_shapes
 from stochgrad.interop.flower._visits import Chain
 
 
@@ -33,6 +34,7 @@ def save_run(
     likelihoods: Likelihoods,
     choice: Choice,
     chains: list[Chain],
+    anchors: Anchors | None = None,
 ) -> None:
     """Write all that the run needs to go on; a full disk costs a warning, not the run."""
     notes = {
@@ -52,6 +54,9 @@ def save_run(
         "own": (likelihoods.values, likelihoods.slopes),
         "chains": [(c.state, jax.tree.map(join, *c.draws)) for c in chains if c.clients],
     }
+    if anchors is not None:
+        notes["anchors"] = {"visits": anchors.visits, "kept": anchors.kept}
+        tree["anchors"] = (anchors.positions, anchors.slopes)
     try:
         save_tree(path, tree, notes)
     except OSError as error:
@@ -92,8 +97,9 @@ def load_run(
     state: PyTree,
     form: str,
     draws_per_visit: int,
-) -> tuple[Likelihoods, list[Chain]]:
-    """The likelihoods and the chains of a checkpoint, for shapes of a position and a state."""
+    period: int | None = None,
+) -> tuple[Likelihoods, list[Chain], Anchors | None]:
+    """The likelihoods, chains and anchors of a checkpoint, for shapes of a position and a state."""
     num_clients = len(notes["rows"])
 
     def zeros(length):
@@ -105,7 +111,14 @@ def load_run(
         "own": (np.zeros(num_clients), zeros(num_clients)),
         "chains": [(state, zeros(len(c) * draws_per_visit)) for c in notes["clients"] if c],
     }
+    anchors = None
+    if period is not None:
+        like["anchors"] = anchor_shapes(position, len(notes["clients"]), num_clients)
     tree = load_tree(path, like)
+    if period is not None:
+        at, there = tree["anchors"]
+        told = notes["anchors"]
+        anchors = Anchors(period, told["visits"], at, there, dict(told["kept"]))
     values, slopes = tree["own"]
     likelihoods = Likelihoods(
         reference=tree["reference"],
@@ -120,4 +133,4 @@ def load_run(
     for clients, minibatches in zip(notes["clients"], notes["minibatches"], strict=True):
         last, draws = next(states) if clients else (None, None)
         chains.append(Chain(last, [draws] if clients else [], clients, minibatches))
-    return likelihoods, chains
+    return likelihoods, chains, anchors

@@ -209,21 +209,8 @@ class Network:
         """
         answers: dict[str, Any] = {}
         for _ in range(3):
-            requests, down = {}, {}
-            for name in [c for c in asked if c not in answers]:
-                trees, settings = request(name)
-                requests[self.message(self.nodes[name], action, trees, settings)] = name
-                down[name] = _array_bytes(trees)
-            for message, reply in self.exchange(list(requests)):
-                name = requests[message]
-                try:
-                    answers[name] = read(name, reply)
-                    self.sent += (_array_bytes(answers[name]), down[name])
-                except Refusal as reason:
-                    raise PolicyError(declined(name, reason)) from reason
-                except Refused as reason:
-                    log.warning("client %s is asked again: %s", name, reason)
-                    self.refusals[name] += not isinstance(reason, Lost)
+            waited_for = [c for c in asked if c not in answers]
+            answers |= self.ask_once(waited_for, action, request, read)
             if len(answers) == len(asked):
                 return {name: answers[name] for name in asked}
             self.refresh_nodes()
@@ -233,6 +220,32 @@ class Network:
             f"clients {missing} did not send their log likelihoods; the log says why, and their "
             "own logs in more words."
         )
+
+    def ask_once(
+        self,
+        asked: Sequence[str],
+        action: str,
+        request: Callable[[str], tuple[dict, dict]],
+        read: Callable[[str, Message | None], Any],
+    ) -> dict[str, Any]:
+        """The answers to a question of those clients that answer it; arguments of ``gather``."""
+        answers: dict[str, Any] = {}
+        requests, down = {}, {}
+        for name in asked:
+            trees, settings = request(name)
+            requests[self.message(self.nodes[name], action, trees, settings)] = name
+            down[name] = _array_bytes(trees)
+        for message, reply in self.exchange(list(requests)):
+            name = requests[message]
+            try:
+                answers[name] = read(name, reply)
+                self.sent += (_array_bytes(answers[name]), down[name])
+            except Refusal as reason:
+                raise PolicyError(declined(name, reason)) from reason
+            except Refused as reason:
+                log.warning("client %s is asked again: %s", name, reason)
+                self.refusals[name] += not isinstance(reason, Lost)
+        return answers
 
 
 def clipped_reason(network: Network) -> str | None:

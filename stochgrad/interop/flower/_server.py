@@ -20,7 +20,6 @@ from stochgrad.core import (
     Kernel,
     Position,
     PRNGKey,
-    check_array,
     check_callable,
     check_choice,
     check_count,
@@ -34,6 +33,12 @@ from stochgrad.core import (
     first_line,
 )
 from stochgrad.federated import StabilityWarning, warn_of_own_effects
+from stochgrad.interop.flower._arguments import (
+    check_private,
+    client_names,
+    renewal_period,
+    visit_probabilities,
+)
 from stochgrad.interop.flower._checkpoint import (
     check_checkpoint_path,
     load_run,
@@ -62,6 +67,7 @@ from stochgrad.interop.flower._protocol import (
     program_digest,
     state_shapes,
 )
+from stochgrad.interop.flower._renewal import first_anchors
 from stochgrad.interop.flower._visits import Chain, Limits, Visits
 
 FORMS = {
@@ -86,6 +92,7 @@ def federate(
     thin: int = 1,
     probabilities: Sequence[float] | None = None,
     surrogate: str = "auto",
+    surrogate_period: int | None = None,
     curvature: str = "hessian",
     strength: float = 1.0,
     control_variate: bool = True,
@@ -142,6 +149,11 @@ def federate(
             order, unseen, where clients count privacy or are more than a thousand, and with a
             warning where one declines. Or ``"global_first_order"``, ``"global_diagonal"`` or
             ``"global_quadratic"`` (full).
+        surrogate_period: Visits of each chain after which all clients are asked for slopes anew,
+            where each chain is, as in ``stochgrad.federated.sample``; the curvature stays. Chains
+            wait for each other there. A client that is away then keeps its last slope, which is
+            said. Not with ``on_absent="surrogate"``, nor where clients count privacy. By default
+            slopes are those at the reference.
         curvature: ``"hessian"`` or ``"fisher"``, for the last two.
         strength: $\alpha$.
         control_variate: Whether clients center their minibatch gradients.
@@ -180,7 +192,7 @@ def federate(
 
     Raises:
         TypeError: the key is not a typed PRNG key; an argument is of the wrong kind.
-        ValueError: a number is out of range; a client declares more rows than ``most_rows``, or
+        ValueError: a number is out of range; a client declines what is asked; a client declares more rows than ``most_rows``, or
             sends slopes that are not those of its log likelihood; two nodes report the name of one
             client; the checkpoint is of another run: another kernel, other settings, or clients
             with other data.
@@ -193,13 +205,13 @@ def federate(
     check_callable("kernel", kernel, "a function gradient -> kernel")
     check_position(getattr(init, "position", init))
     check_key(key)
-    clients = _names(clients)
+    clients = client_names(clients)
     num_visits = check_count("num_visits", num_visits)
     num_chains = check_count("num_chains", num_chains)
     local_steps, thin = check_count("local_steps", local_steps), check_count("thin", thin)
     if local_steps % thin:
         raise ValueError(f"local_steps must be a multiple of thin, got {local_steps} and {thin}.")
-    shares = None if probabilities is None else _probabilities(probabilities, len(clients))
+    shares = None if probabilities is None else visit_probabilities(probabilities, len(clients))
     check_choice("surrogate", surrogate, FORMS)
     check_choice("curvature", curvature, ("hessian", "fisher"))
     if surrogate == "auto" and curvature != "hessian":
@@ -218,6 +230,7 @@ def federate(
         most_move = check_number("most_move", most_move)
     row_limits = check_most_rows(most_rows, clients)
     check_choice("on_absent", on_absent, ("stop", "surrogate"))
+    period = renewal_period(surrogate_period, on_absent)
     resume = check_flag("resume", resume)
     if resume and checkpoint is None:
         raise ValueError("resume=True needs checkpoint, the file to resume from.")
@@ -237,6 +250,7 @@ def federate(
         "kernel": digest_of(kernel_settings(example)),
     }
     identity = _identity(settings, example, position, clients, num_chains, shares)
+    identity["surrogate_period"], anchors = period, None
     network = Network(grid, clients, timeout, poll)
     choice = Choice("none" if surrogate == "auto" else FORMS[surrogate], surrogate)
     if path is not None and path.exists():
@@ -246,9 +260,9 @@ def federate(
         choice = Choice(**notes["choice"])
         settings["form"] = choice.form
         network.barrier(starting=True)
-        check_private(network.private, settings, max_rounds)
-        likelihoods, chains = load_run(
-            path, notes, position, state, choice.form, local_steps // thin
+        check_private(network.private, settings, max_rounds, period)
+        likelihoods, chains, anchors = load_run(
+            path, notes, position, state, choice.form, local_steps // thin, period
         )
         likelihoods = measure_again(name, network, position, likelihoods, curvature)
         chosen = _shares(network, shares)
@@ -256,7 +270,7 @@ def federate(
         network.barrier(starting=True)
         check_rows(network.rows, row_limits)
         settings["form"] = choice.form
-        check_private(network.private, settings, max_rounds)
+        check_private(network.private, settings, max_rounds, period)
         chosen = _shares(network, shares)
         if surrogate == "auto":
             likelihoods, choice = measure_and_choose(
@@ -266,11 +280,13 @@ def federate(
         else:
             likelihoods = measure_likelihoods(network, init, position, settings, max_rounds)
         chains = [Chain(None, [], [], [0] * len(clients)) for _ in range(num_chains)]
+        if period is not None:
+            anchors = first_anchors(period, num_chains, likelihoods)
     save = None
     if path is not None:
-        save = lambda chains: save_run(path, identity, network, likelihoods, choice, chains)
+        save = lambda *run: save_run(path, identity, network, likelihoods, choice, *run)
         if not path.exists():
-            save(chains)
+            save(chains, anchors)
     by_rows, shares = shares is None, chosen
     told = [rows_reason(clients, shares, num_visits * num_chains)] if by_rows else []
     told += [f"Of the surrogates: {choice.reason}"] if choice.declined else []
@@ -287,13 +303,15 @@ def federate(
     limits = Limits(most_failures, deadline, most_refusals, on_absent)
     precision = likelihoods.total["precision"]
     reach = reach_of_visits(likelihoods.reference, precision, example, local_steps, most_move)
-    visits = Visits(network, settings, likelihoods, shares, position, state, limits, reach, save)
+    run = (network, settings, likelihoods, shares, position, state, limits, reach, save, anchors)
+    visits = Visits(*run)
     chains = visits.run(chains, jax.random.fold_in(key, 2), num_visits)
     draws = visits.as_draws(chains, num_visits, sent)
     kind = {"surrogate": choice.surrogate}
     kind |= {"surrogate_reason": choice.reason} if choice.reason else {}
     draws = replace(draws, attrs={**draws.attrs, **kind})
-    told = [reason for reason in [*told, clipped_reason(network)] if reason is not None]
+    told += [clipped_reason(network), visits.anchors and visits.anchors.reason()]
+    told = [reason for reason in told if reason is not None]
     if network.private:
         words = [f"{c}: {n:.0f} +- {sd:.0f}" for c, (n, sd) in sorted(network.clipped.items())]
         private = {"count_privacy": sorted(network.private), "clipped_rows_of": words}
@@ -334,19 +352,6 @@ def server_app(
     return app
 
 
-def check_private(names: set[str], settings: Mapping[str, Any], max_rounds: int) -> None:
-    """Raise a ValueError where clients that count privacy would decline what a run asks."""
-    wanted = {"max_rounds=0": max_rounds > 0, "control_variate=False": settings["centered"]}
-    exact = settings["form"] != "none" and settings["curvature"] != "fisher"
-    missing = [name for name, lacks in {**wanted, "curvature='fisher'": exact}.items() if lacks]
-    if names and missing:
-        raise ValueError(
-            f"clients {sorted(names)} count privacy, for which a run must have "
-            f"{', '.join(missing)}: a search for a reference, control variates and Hessians send "
-            "sums over rows that have no bound."
-        )
-
-
 def _identity(
     settings: dict[str, Any],
     kernel: Kernel,
@@ -371,24 +376,3 @@ def _shares(network: Network, probabilities: np.ndarray | None) -> np.ndarray:
     """The clients' shares of visits: as given, or by their rows."""
     rows = np.array([network.rows[c] for c in network.clients])
     return rows / rows.sum() if probabilities is None else probabilities
-
-
-def _names(clients: Any) -> list[str]:
-    if isinstance(clients, str | bytes | Mapping) or not isinstance(clients, Sequence):
-        raise TypeError(f"clients must be a list of different names, got {describe(clients)}.")
-    names = list(clients)
-    if not names or not all(isinstance(c, str) and c for c in names):
-        raise ValueError(f"clients must be a list of different names, got {describe(names)}.")
-    if len(set(names)) < len(names):
-        raise ValueError(f"clients must be different names, got {describe(names)}.")
-    return names
-
-
-def _probabilities(values: Any, count: int) -> np.ndarray:
-    p = check_array("probabilities", values).astype(np.float64)
-    if p.shape != (count,) or not np.all(p > 0) or not np.isclose(p.sum(), 1, rtol=1e-4):
-        raise ValueError(
-            f"probabilities must be {count} positive numbers that sum to one, got "
-            f"{describe(p.tolist())}."
-        )
-    return p / p.sum()

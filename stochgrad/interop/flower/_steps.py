@@ -37,15 +37,22 @@ def without_last_gradient(state: Any) -> Any:
     return state._replace(gradient=jax.tree.map(jnp.zeros_like, state.gradient))
 
 
-def visit_program(kernel: Kernel, target: Posterior, steps: int, thin: int) -> Callable:
-    """``(first, key, order, start, minibatches) -> (state, draws, minibatches)`` of a visit."""
+def visit_program(
+    make_kernel: Callable[..., Kernel], target: Posterior, steps: int, thin: int
+) -> Callable:
+    """``(first, key, order, start, minibatches, *parameters) -> (state, draws, minibatches)``.
+
+    Of a visit, by the kernel that ``make_kernel`` makes of the parameters.
+    """
 
     @hoisted_jit
-    def init(key, position):
+    def init(key, position, *parameters):
+        kernel = make_kernel(*parameters)
         return without_gradient_state(kernel.init(position, jax.random.fold_in(key, 2**31)))
 
     @hoisted_jit
-    def advance(key, order, state, minibatches):
+    def advance(key, order, state, minibatches, *parameters):
+        kernel = make_kernel(*parameters)
         stream = target.batches.init(order)
         stream = Shared(stream.value._replace(handed_out=minibatches), optional=True)
         state = state._replace(gradient_state=stream)
@@ -58,7 +65,8 @@ def visit_program(kernel: Kernel, target: Posterior, steps: int, thin: int) -> C
         state, draws = jax.lax.scan(draw, state, jnp.arange(steps // thin))
         return without_gradient_state(state), draws, current_visit(state).handed_out
 
-    def run(first: bool, key, order, start, minibatches):
-        return advance(key, order, init(key, start) if first else start, minibatches)
+    def run(first: bool, key, order, start, minibatches, *parameters):
+        state = init(key, start, *parameters) if first else start
+        return advance(key, order, state, minibatches, *parameters)
 
     return run

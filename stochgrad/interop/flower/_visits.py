@@ -9,12 +9,13 @@ import numpy as np
 from flwr.app import Message
 from jaxtyping import PyTree
 
-from stochgrad.core import Draws, PRNGKey, key_words
+from stochgrad.core import Draws, PRNGKey, key_words, tree_bytes
 from stochgrad.interop.flower._faults import Faults
 from stochgrad.interop.flower._likelihoods import Likelihoods
 from stochgrad.interop.flower._network import Network, declined, log
 from stochgrad.interop.flower._plausible import Reach
 from stochgrad.interop.flower._protocol import OTHER_KERNEL, digest_of
+from stochgrad.interop.flower._renewal import Anchors, renew
 from stochgrad.interop.flower._wire import (
     Lost,
     Refusal,
@@ -98,7 +99,8 @@ class Visits:
         state: PyTree,
         limits: Limits,
         reach: Reach,
-        save: Callable[[list[Chain]], None] | None,
+        save: Callable[[list[Chain], Anchors | None], None] | None,
+        anchors: Anchors | None = None,
     ):
         self.network, self.settings, self.assumed = network, settings, shares
         self.sums = {"origin": likelihoods.reference, "total": likelihoods.total}
@@ -111,7 +113,8 @@ class Visits:
             lambda s: jax.ShapeDtypeStruct((draws, *s.shape), s.dtype), position
         )
         self.limit = tree_limit(self.state, self.draws)
-        self.limits, self.reach, self.save = limits, reach, save
+        self.limits, self.reach, self.anchors = limits, reach, anchors
+        self.save = None if save is None else lambda chains: save(chains, self.anchors)
         self.away: dict[str, Away] = {}
         self.attempts: dict[int, Attempt] = {}
         self.lost = dict.fromkeys(network.clients, 0)
@@ -148,10 +151,18 @@ class Visits:
         chains, network = list(chains), self.network
         refreshed = time.monotonic()
         while True:
-            due = [n for n, chain in enumerate(chains) if len(chain.clients) < num_visits]
+            until = num_visits
+            if self.anchors is not None:
+                until = min(num_visits, self.anchors.visits + self.anchors.period)
+            due = [n for n, chain in enumerate(chains) if len(chain.clients) < until]
             self.send(chains, due, key)
             if not self.away and not due:
-                return chains
+                if until == num_visits or self.anchors is None:
+                    return chains
+                self.anchors = renew(network, self.anchors, [c.state.position for c in chains])
+                if self.save is not None:
+                    self.save(chains)
+                continue
             replies = list(network.grid.pull_messages(list(self.away))) if self.away else []
             for reply in replies:
                 away = self.away.pop(reply.metadata.reply_to_message_id)
@@ -254,6 +265,7 @@ class Visits:
         trees: dict[str, Any] = {"key": np.asarray(key_words(key))}
         first = chain.state is None
         trees |= {"position": self.sums["origin"]} if first else {"state": chain.state}
+        trees |= {} if self.anchors is None else self.anchors.of_visit(number, client)
         values: dict[str, Any] = {"chain": number, "version": self.version}
         values["minibatches"] = chain.minibatches[client]
         if node not in self.prepared:
@@ -279,6 +291,8 @@ class Visits:
                     "server: give client_app and federate the same."
                 ) from reason
             raise
+        if self.anchors is not None:
+            metadata(content, anchored=bool)
         state = unpack(content, "state", self.state)
         draws = unpack(content, "draws", self.draws)
         minibatches = list(chain.minibatches)
@@ -336,9 +350,21 @@ class Visits:
             "bytes_up": visits * (state + draws),
             "bytes_down": visits * state,
         }
+        more: dict[str, Any] = {}
+        if self.anchors is not None:
+            one = tree_bytes(self.sums["origin"])
+            renewals = (visits - 1) // self.anchors.period
+            stats["renewals"] = renewals
+            stats["bytes_up"] = stats["bytes_up"] + renewals * len(self.shares) * one
+            down = stats["bytes_down"] + renewals * len(self.shares) * one
+            # the anchor, the slope of the client and the sum of all slopes
+            stats["bytes_down"] = down + visits * 3 * one
+            kept = [f"{name}: {n}" for name, n in sorted(self.anchors.kept.items())]
+            more = {"surrogate_period": self.anchors.period, "kept_slopes_of": kept}
         attrs = {
             "method": "FSGLD",
             **self.settings,
+            **more,
             "setup_bytes_up": int(setup_bytes[0]),
             "setup_bytes_down": int(setup_bytes[1]) + len(self.shares) * sums,
         }

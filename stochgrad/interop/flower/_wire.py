@@ -19,6 +19,7 @@ TREES = {
     "train.expand": ("slope", "precision"),
     "train.prior": ("precision",),
     "train.margin": (),
+    "train.slopes": ("slopes",),
     "train.visit": ("state", "draws"),
 }
 """The trees of arrays that a reply may hold."""
