@@ -27,7 +27,8 @@ SECRET = b"north, south or west"
 
 
 def kernel(gradient):
-    return stochgrad.sghmc(gradient, 0.02, 5.0)
+    """The step size is made of an array, which a kernel must not be made of within a trace."""
+    return stochgrad.sghmc(gradient, jnp.float32(0.02), 5.0)
 
 
 @cache
@@ -151,8 +152,7 @@ def test_a_visit_is_that_of_a_gradient_made_in_this_process(surrogate, centered)
     if centered:
         gradient = stochgrad.control_variate(mine, anchor)
     gradient = federated.with_conducive(gradient, made, np.array([told["share"], 1.0]), 1.0)
-    whole = kernel(gradient)
-    go = visit_program(lambda: whole, mine, STEPS, 1)
+    go = visit_program(kernel(gradient), mine, STEPS, 1)
     state = unpack(message.content, "state", state_shapes(kernel_without_data(kernel, INIT), INIT))
     words = unpack(message.content, "key", jax.ShapeDtypeStruct((2,), np.uint32))
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")

@@ -54,7 +54,7 @@ def positions_of(content: RecordDict, position: PyTree) -> list[PyTree]:
     return [jax.tree.map(lambda x, n=n: np.asarray(x[n]), whole) for n in range(count)]
 
 
-def gradients_of_visit(
+def gradient_of_visit(
     target: Posterior,
     own: Surrogates,
     sums: dict[str, Any],
@@ -63,8 +63,12 @@ def gradients_of_visit(
     centered: bool,
     plain: Callable[[Posterior], Gradient],
     anchored: bool,
-) -> Callable[..., Gradient]:
-    """``() -> gradient`` of a visit; ``(anchor, slopes) -> gradient`` where it is anchored."""
+) -> tuple[Gradient, Callable[..., None]]:
+    """The gradient of a visit, and what it needs to be told while it is traced.
+
+    Nothing; where it is anchored, the anchor and the slopes there. The kernel is made of it before,
+    outside of any trace, in which its settings could not be checked.
+    """
     both = jax.tree.map(
         lambda mine, total: jnp.concatenate([mine, total[None] - mine]),
         {"slope": own.slope, "precision": own.precision},
@@ -74,14 +78,22 @@ def gradients_of_visit(
     if not anchored:
         gradient = control_variate(target, own.origin) if centered else plain(target)
         gradient = with_conducive(gradient, surrogates, shares, strength)
-        return lambda: gradient
+        return gradient, lambda: None
     precision = conducive_parameters(surrogates, shares)[1]
 
-    def make(anchor, slope):
-        gradient = control_variate(target, anchor) if centered else plain(target)
-        return add_conducive(gradient, anchor, slope, precision, strength)
+    traced: dict[str, Gradient] = {}
 
-    return make
+    def bind(anchor, slope):
+        gradient = control_variate(target, anchor) if centered else plain(target)
+        traced["now"] = add_conducive(gradient, anchor, slope, precision, strength)
+
+    def init(key, position):
+        return traced["now"].init(key, position)
+
+    def next(key, position, state):
+        return traced["now"].next(key, position, state)
+
+    return plain(target)._replace(init=init, next=next), bind
 
 
 def check_not_counted(counts: bool) -> None:

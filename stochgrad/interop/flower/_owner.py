@@ -29,7 +29,7 @@ from stochgrad.gradients import minibatch
 from stochgrad.interop.flower._client_anchor import (
     anchor_of,
     check_not_counted,
-    gradients_of_visit,
+    gradient_of_visit,
     positions_of,
 )
 from stochgrad.interop.flower._client_look import (
@@ -292,8 +292,7 @@ class Owner:
             own = self._own(at, form, curvature, secret)
             own = own._replace(precision=as_matrices(own.precision)).scaled([scale])
         plain = self.guard.gradient if self.guard is not None and self.counts else minibatch
-        make = gradients_of_visit(target, own, sums, share, strength, centered, plain, anchored)
-        if anchored:
-            return visit_program(lambda *at: self.make_kernel(make(*at)), target, steps, thin)
-        made = self.make_kernel(make())
-        return visit_program(lambda: made, target, steps, thin)
+        gradient, bind = gradient_of_visit(
+            target, own, sums, share, strength, centered, plain, anchored
+        )
+        return visit_program(self.make_kernel(gradient), target, steps, thin, bind)

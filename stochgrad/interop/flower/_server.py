@@ -192,10 +192,10 @@ def federate(
 
     Raises:
         TypeError: the key is not a typed PRNG key; an argument is of the wrong kind.
-        ValueError: a number is out of range; a client declines what is asked; a client declares more rows than ``most_rows``, or
-            sends slopes that are not those of its log likelihood; two nodes report the name of one
-            client; the checkpoint is of another run: another kernel, other settings, or clients
-            with other data.
+        ValueError: a number is out of range; a client declines what is asked, declares
+            more rows than ``most_rows``, or sends slopes that are not those of its log likelihood;
+            two nodes report the name of one client; the checkpoint is of another run: another
+            kernel, other settings, or clients with other data.
         TimeoutError: a client is not there, or does not answer during the preparations.
         RuntimeError: a visit fails again and again, its client stays away, or its replies are
             refused, and ``on_absent`` is ``"stop"``.

@@ -38,21 +38,25 @@ def without_last_gradient(state: Any) -> Any:
 
 
 def visit_program(
-    make_kernel: Callable[..., Kernel], target: Posterior, steps: int, thin: int
+    kernel: Kernel,
+    target: Posterior,
+    steps: int,
+    thin: int,
+    bind: Callable[..., None] = lambda: None,
 ) -> Callable:
     """``(first, key, order, start, minibatches, *parameters) -> (state, draws, minibatches)``.
 
-    Of a visit, by the kernel that ``make_kernel`` makes of the parameters.
+    Of a visit; ``bind`` hands the parameters to the kernel's gradient while it is traced.
     """
 
     @hoisted_jit
     def init(key, position, *parameters):
-        kernel = make_kernel(*parameters)
+        bind(*parameters)
         return without_gradient_state(kernel.init(position, jax.random.fold_in(key, 2**31)))
 
     @hoisted_jit
     def advance(key, order, state, minibatches, *parameters):
-        kernel = make_kernel(*parameters)
+        bind(*parameters)
         stream = target.batches.init(order)
         stream = Shared(stream.value._replace(handed_out=minibatches), optional=True)
         state = state._replace(gradient_state=stream)
