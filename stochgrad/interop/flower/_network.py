@@ -82,6 +82,8 @@ class Network:
                 if values["name"] not in self.clients or values["rows"] < 1:
                     raise Refused("a client of this name is not expected")
             except Refused as reason:
+                if isinstance(reason, Lost):
+                    self._greeted.discard(node)  # it is asked again
                 log.warning("node %s is not taken in: %s", node, reason)
                 continue
             name, rows = values["name"], values["rows"]
