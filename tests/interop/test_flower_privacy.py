@@ -365,7 +365,7 @@ def test_the_best_test_of_a_row_over_the_wire_has_the_power_that_is_counted(tmp_
         of_node = lambda context, data=data: federated.posterior(
             lambda w: -0.5 * w**2, lambda w, x: w * x, [data], order="full"
         )
-        app = flower.client_app(of_node, make, jnp.float32(0), privacy=policy)
+        app = flower.client_app(of_node, make, jnp.float32(0), privacy=policy, secret=SECRET)
         options = {**PRIVATE, "strength": 0.0, "most_move": 1e6, "num_chains": visits}
         draws = run(app, jnp.float32(0), make=make, **options, local_steps=steps, num_visits=1)
         x = np.asarray(draws.positions, np.float64)

@@ -252,7 +252,7 @@ class Network:
 
 def clipped_reason(network: Network) -> str | None:
     """That draws are of the posterior of clipped rows, where that many are certainly clipped."""
-    sure = {c: (n, sd) for c, (n, sd) in network.clipped.items() if not n < 2 * sd}
+    sure = {c: (n, sd) for c, (n, sd) in network.clipped.items() if not n < 3 * sd}
     if not sure:
         return None
     rows = [f"{n:.0f} +- {sd:.0f} of {network.rows[c]:,} of {c}" for c, (n, sd) in sure.items()]
