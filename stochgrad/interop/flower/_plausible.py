@@ -43,6 +43,8 @@ class Reach(NamedTuple):
         most: $z$.
         unit_mass: Whether momenta have a variance of one.
         step_size: h, if it is a number.
+        newton: How many standard deviations the mode is from the reference, by one Newton step: a
+            search that ended early leaves chains that way to go.
     """
 
     origin: np.ndarray
@@ -51,6 +53,7 @@ class Reach(NamedTuple):
     most: float
     unit_mass: bool
     step_size: float | None
+    newton: float
 
     def check(self, start: PyTree, state: Any, draws: PyTree) -> None:
         """Raise ``Refused`` if the end of a visit, or one of its draws, is too far away."""
@@ -88,7 +91,7 @@ class Reach(NamedTuple):
 
     def _units(self, before: np.ndarray) -> tuple[float, float]:
         if self.precision is not None:
-            return 1.0, 0.0
+            return 1.0, self.newton
         if self.diffusion is None:
             return np.inf, 0.0
         return self.diffusion, float(np.linalg.norm(before - self.origin))
@@ -102,7 +105,7 @@ class Reach(NamedTuple):
 
 
 def reach_of_visits(
-    origin: PyTree, precision: Any, kernel: Kernel, steps: int, most: float
+    origin: PyTree, precision: Any, slope: PyTree, kernel: Kernel, steps: int, most: float
 ) -> Reach:
     """The reach of visits of so many steps, by sums over clients and the kernel's settings."""
     mass = dict(kernel.settings).get("mass", 1.0)
@@ -117,7 +120,20 @@ def reach_of_visits(
     origin = np.asarray(ravel_pytree(origin)[0], np.float64)
     h = dict(kernel.settings).get("step_size")
     step_size = float(h) if isinstance(h, float | int) else None
-    return Reach(origin, matrix, diffusion, most, plain, step_size)
+    slope = np.asarray(ravel_pytree(slope)[0], np.float64)
+    newton = 0.0 if matrix is None else _newton_distance(matrix, slope)
+    return Reach(origin, matrix, diffusion, most, plain, step_size, newton)
+
+
+def _newton_distance(precision: np.ndarray, slope: np.ndarray) -> float:
+    r"""$\sqrt{g^\top \Lambda^{-1} g}$, along directions of positive curvature."""
+    if precision.ndim == 1:
+        along, values = slope, precision
+    else:
+        values, axes = np.linalg.eigh((precision + precision.T) / 2)
+        along = axes.T @ slope
+    held = values > 1e-9 * max(float(np.max(values)), 0.0)
+    return float(np.sqrt(np.sum(along[held] ** 2 / values[held])))
 
 
 def slope_reason(answers: list[Answer]) -> str | None:

@@ -301,8 +301,10 @@ def federate(
         warn_of_runaways(network, position, likelihoods, settings, shares, example)
     sent += network.sent
     limits = Limits(most_failures, deadline, most_refusals, on_absent)
-    precision = likelihoods.total["precision"]
-    reach = reach_of_visits(likelihoods.reference, precision, example, local_steps, most_move)
+    total, reference = likelihoods.total, likelihoods.reference
+    reach = reach_of_visits(
+        reference, total["precision"], total["slope"], example, local_steps, most_move
+    )
     run = (network, settings, likelihoods, shares, position, state, limits, reach, save, anchors)
     visits = Visits(*run)
     chains = visits.run(chains, jax.random.fold_in(key, 2), num_visits)
