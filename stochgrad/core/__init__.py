@@ -24,6 +24,7 @@ from stochgrad.core._checks import as_schedule as as_schedule
 from stochgrad.core._checks import check_callable as check_callable
 from stochgrad.core._checks import check_choice as check_choice
 from stochgrad.core._checks import check_count as check_count
+from stochgrad.core._checks import check_file_path as check_file_path
 from stochgrad.core._checks import check_flag as check_flag
 from stochgrad.core._checks import check_instance as check_instance
 from stochgrad.core._checks import check_key as check_key

@@ -102,6 +102,16 @@ def check_path(name: str, value: Any) -> Path:
     return Path(path).expanduser().resolve()
 
 
+def check_file_path(name: str, value: Any) -> Path:
+    """The path of a file that may not be there yet, but whose directory must."""
+    path = check_path(name, value)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{name}={str(path)!r}: its directory is not there.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{name}={str(path)!r} is a directory: name a file in it.")
+    return path
+
+
 def as_schedule(
     value: StepSize, name: str = "step_size", *, zero: bool = False
 ) -> tuple[Callable[[Any], Any], float]:

@@ -1,12 +1,10 @@
 """Draws that a step too large threw out of the posterior."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stochgrad.core import Draws, Posterior, last_draws, log_densities, some_series
+from stochgrad.core import Draws, Posterior, last_draws, log_densities, some_series, tree_bytes
 
 _SUSPECTS = 16
 _EXCURSION, _LEAST_EXCURSION = 12.0, 40.0
@@ -32,8 +30,7 @@ def _few_make_the_spread(draws: Draws, healthy: np.ndarray) -> list[str]:
     """
     if draws.attrs.get("method") in _EXACT:
         return []
-    size = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(draws.positions))
-    if size > _MOST_BYTES:
+    if tree_bytes(draws.positions) > _MOST_BYTES:
         values = last_draws(draws, healthy)
     else:
         values = {name: x[healthy] for name, x in draws.constrained().items()}

@@ -8,23 +8,13 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from stochgrad.core import CheckpointWarning, check_path, load_notes, load_tree, save_tree
+from stochgrad.core import CheckpointWarning, load_notes, load_tree, save_tree
 from stochgrad.interop.flower._choice import Choice
 from stochgrad.interop.flower._likelihoods import Likelihoods
 from stochgrad.interop.flower._network import Network
 from stochgrad.interop.flower._protocol import sum_shapes
 from stochgrad.interop.flower._renewal import Anchors, anchor_shapes
 from stochgrad.interop.flower._visits import Chain
-
-
-def check_checkpoint_path(checkpoint: Any) -> Path:
-    """The path of a checkpoint, whose directory must be there."""
-    path = check_path("checkpoint", checkpoint)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"checkpoint={str(path)!r}: its directory is not there.")
-    if path.is_dir():
-        raise IsADirectoryError(f"checkpoint={str(path)!r} is a directory: name a file in it.")
-    return path
 
 
 def save_run(

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context
 from jaxtyping import Float
 
-from stochgrad.core import Lock, check_path, load_notes, load_tree, save_tree
+from stochgrad.core import Lock, load_notes, load_tree, save_tree
 
 _STATE, _WAIT = "privacy", 60.0
 _threads = threading.Lock()
@@ -133,16 +133,6 @@ def read_ledger(path: Path) -> Entries:
         raise ValueError(f"ledger={str(path)!r} is a file of something else: name another one.")
     cost = np.asarray(load_tree(path, np.zeros(0)), np.float64)
     return Entries(cost=cost, **notes)
-
-
-def check_ledger(ledger: object) -> Path:
-    """The path of a ledger, whose directory must be there."""
-    path = check_path("ledger", ledger)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"ledger={str(path)!r}: its directory is not there.")
-    if path.is_dir():
-        raise IsADirectoryError(f"ledger={str(path)!r} is a directory: name a file in it.")
-    return path
 
 
 def charge_in_state(context: Context, items: Sequence[Item], most_answers: int | None) -> str:

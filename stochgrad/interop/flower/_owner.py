@@ -149,12 +149,7 @@ class Owner:
         self._check_look()
         asked = MarginRequest(content, self.position)
         if self.guard is not None:
-            numbers, arrays = (
-                tuple(asked.request.values()),
-                (asked.origin, asked.points, asked.total),
-            )
-            told = secret_digest(self.secret_at(context), "margin", numbers, arrays)
-            self.guard.charge(context, [Item("answer" + told.hex()[:32], 0.0)])
+            self.guard.charge(context, [Item(asked.name(self.secret_at(context)), 0.0)])
         form, curvature = asked.request["form"], asked.request["curvature"]
         at = HashableTree((asked.origin, asked.points))
         return asked.answer(*self.curvatures(form, curvature, at))

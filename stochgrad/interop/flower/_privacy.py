@@ -5,7 +5,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from stochgrad.core import (
     Kernel,
     Posterior,
     check_count,
+    check_file_path,
     check_number,
     describe,
     hoisted_jit,
@@ -45,7 +45,6 @@ from stochgrad.interop.flower._ledger import (
     Item,
     Ledger,
     charge_in_state,
-    check_ledger,
     read_ledger,
 )
 
@@ -116,7 +115,7 @@ class PrivacyPolicy:
         check_number("curvature_noise", self.curvature_noise)
         check_adjacency(self.adjacency)
         if self.ledger is not None:
-            check_ledger(self.ledger)
+            check_file_path("ledger", self.ledger)
         if self.epsilon is None:
             for name in ("delta", "norm"):
                 if getattr(self, name) is not None:
@@ -147,7 +146,7 @@ def privacy_spent(ledger: str | PathLike, delta: float) -> float:
         ModuleNotFoundError: ``dp-accounting`` is not installed.
     """
     delta = check_delta(delta)
-    return epsilon_of(float(read_ledger(check_ledger(ledger)).cost.max()), delta)
+    return epsilon_of(float(read_ledger(check_file_path("ledger", ledger)).cost.max()), delta)
 
 
 class Declined(Exception):
@@ -172,7 +171,7 @@ class Guard:
         self.mark: tuple = ()
         self.ledger = None
         if policy.ledger is not None:
-            path = Path(check_ledger(policy.ledger))
+            path = check_file_path("ledger", policy.ledger)
             self.ledger = Ledger(path, rows, batches.batch_size, secret)
         if policy.counts:
             check_counted(kernel, position, secret)

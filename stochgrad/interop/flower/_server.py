@@ -23,6 +23,7 @@ from stochgrad.core import (
     check_callable,
     check_choice,
     check_count,
+    check_file_path,
     check_flag,
     check_instance,
     check_key,
@@ -40,7 +41,6 @@ from stochgrad.interop.flower._arguments import (
     visit_probabilities,
 )
 from stochgrad.interop.flower._checkpoint import (
-    check_checkpoint_path,
     load_run,
     load_run_notes,
     save_run,
@@ -234,7 +234,7 @@ def federate(
     resume = check_flag("resume", resume)
     if resume and checkpoint is None:
         raise ValueError("resume=True needs checkpoint, the file to resume from.")
-    path = None if checkpoint is None else check_checkpoint_path(checkpoint)
+    path = None if checkpoint is None else check_file_path("checkpoint", checkpoint)
     init = jax.tree.map(jnp.asarray, getattr(init, "position", init))
     position = position_shapes(init)
     example = kernel_without_data(kernel, position)
